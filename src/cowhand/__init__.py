@@ -1,0 +1,1 @@
+"""Virtual-machine disk storage in pure Python: images, chains, copies and exports."""

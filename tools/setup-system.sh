@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Install the Debian packages that tests and benchmarks use. Does nothing where all of them are installed.
+set -euo pipefail
+
+packages=(
+    qemu-utils qemu-block-extra         # the partner of the interop tests
+    qemu-system-x86 qemu-system-common  # block jobs beside our tools, for conformance
+    nbdkit libnbd-bin fio               # peers and load
+    e2fsprogs btrfs-progs xfsprogs      # file systems to work on, reflinks
+    dpkg-dev patch xz-utils             # unpacking QEMU's source package, for conformance
+)
+
+if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
+    echo "setup-system knows Debian and its descendants only. Elsewhere, install the equivalents of:" >&2
+    echo "  ${packages[*]}" >&2
+    echo "Tests that need one that is absent are skipped with the reason." >&2
+    exit 1
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+    if [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)" != installed ]; then
+        missing+=("$package")
+    fi
+done
+if [ ${#missing[@]} -eq 0 ]; then
+    echo "all system packages are installed"
+    exit 0
+fi
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+    if ! command -v sudo >/dev/null; then
+        echo "root is needed to install: ${missing[*]}" >&2
+        exit 1
+    fi
+    as_root=(sudo)
+fi
+"${as_root[@]}" apt-get update -q
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}"
