@@ -57,10 +57,10 @@ bench: setup-run
 
 # CONFORMANCE="--format qcow2 001 031" runs a part of it.
 conformance: setup-run
-	$(BIN)/python -m tools.conformance run $(CONFORMANCE)
+	$(BIN)/python -m tests.conformance run $(CONFORMANCE)
 
 conformance-baseline: setup-run
-	$(BIN)/python -m tools.conformance baseline $(CONFORMANCE)
+	$(BIN)/python -m tests.conformance baseline $(CONFORMANCE)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache htmlcov .coverage .coverage.*
