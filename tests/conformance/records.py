@@ -1,0 +1,68 @@
+"""Outcomes on disk: one JSON file for each toolset and format; a run replaces the outcomes of the tests that it ran."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conformance.iotests import Outcome
+
+Outcomes = dict[str, Outcome]
+_WRITING = threading.Lock()
+
+
+def load(path: Path) -> Outcomes:
+    """Return the outcomes by test; none where the file does not exist."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())
+    return {row["test"]: Outcome.from_json(row) for row in rows}
+
+
+def record(path: Path, outcome: Outcome) -> None:
+    """Replace the outcome of one test in the file. Safe against a kill, and against other threads of this process."""
+    with _WRITING:
+        held = load(path)
+        held[outcome.test] = outcome
+        _write(path, held)
+
+
+def _write(path: Path, held: Outcomes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(dataclasses.asdict(held[test])) for test in sorted(held)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("[\n" + ",\n".join(rows) + "\n]\n")
+    temporary.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Reasons:
+    """Why tests do not pass, examined and written by hand."""
+
+    entries: dict[tuple[str, str], str]
+
+    @classmethod
+    def read(cls, path: Path) -> Reasons:
+        """Read reasons.toml. Raises ValueError where two reasons claim one test of one format."""
+        entries: dict[tuple[str, str], str] = {}
+        for reason in tomllib.loads(path.read_text(encoding="utf-8")).get("reason", []):
+            for image_format in reason["formats"]:
+                for test in reason["tests"]:
+                    if (image_format, test) in entries:
+                        raise ValueError(f"{path}: two reasons for {test} of {image_format}")
+                    entries[image_format, test] = reason["text"]
+        return cls(entries)
+
+    def why(self, image_format: str, test: str) -> str | None:
+        """Return the reason, or None where nobody has examined the failure."""
+        return self.entries.get((image_format, test))
+
+
+def test_lists(path: Path) -> dict[str, list[str]]:
+    """Return the named lists of tests in lists.toml."""
+    lists: dict[str, list[str]] = tomllib.loads(path.read_text(encoding="utf-8"))
+    return lists

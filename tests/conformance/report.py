@@ -1,0 +1,115 @@
+"""docs/conformance.md: what passes, what does not and why, and what was not run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from tests.conformance.iotests import Outcome
+from tests.conformance.records import Outcomes, Reasons
+
+INTRODUCTION = """\
+# Conformance: QEMU's own tests
+
+`make conformance` fetches QEMU's source package, runs its `tests/qemu-iotests` on this project's tools, and writes this page.
+Nothing of these tests is kept here, and no test is known to the tools by name. Each test also runs with QEMU's own tools on the same
+machine; what they do not pass there (a feature that the distribution left out, an accelerator, a privilege) is listed apart and
+not counted. A test passes when its whole output equals QEMU's reference.
+"""
+
+NOT_EXAMINED = "not examined yet"
+
+
+@dataclass(frozen=True, slots=True)
+class FormatResults:
+    """Everything known about one image format: outcomes with QEMU's tools and with cowhand's."""
+
+    image_format: str
+    reference: Outcomes
+    own: Outcomes
+
+    def comparable(self) -> list[str]:
+        """Return the tests that QEMU's own tools pass here."""
+        return [test for test, outcome in sorted(self.reference.items()) if outcome.status == "pass"]
+
+    def select(self, *statuses: str) -> list[Outcome]:
+        """Return cowhand's outcomes with these statuses, of the comparable tests only."""
+        return [self.own[test] for test in self.comparable() if test in self.own and self.own[test].status in statuses]
+
+    def tools_alone(self) -> list[str]:
+        """Return the comparable tests that start image tools only: no machine, no daemon, no NBD server."""
+        return [test for test in self.comparable() if not {"machine", "daemon", "nbd"} & set(self.reference[test].uses)]
+
+
+def page(facts: dict[str, str], results: Iterable[FormatResults], reasons: Reasons) -> str:
+    """Return the page's Markdown."""
+    everything = list(results)
+    dates = sorted({outcome.date for result in everything for outcome in result.own.values() if outcome.date})
+    lines = [INTRODUCTION, *(f"- {name}: {value}" for name, value in facts.items())]
+    if dates:
+        lines.append(f"- Results: {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""))
+    lines += ["", *_summary(everything)]
+    for result in everything:
+        lines += _format_section(result, reasons)
+    return "\n".join(lines) + "\n"
+
+
+def _summary(results: list[FormatResults]) -> list[str]:
+    lines = [
+        "| format | pass with QEMU's tools | of these pass with cowhand's | fail | not run | image tools alone |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        passed = {outcome.test for outcome in result.select("pass")}
+        alone = result.tools_alone()
+        comparable = result.comparable()
+        failed = result.select("fail", "timeout")
+        lines.append(
+            f"| {result.image_format} | {len(comparable)} | {len(passed)} | {len(failed)} "
+            f"| {len(comparable) - len(passed) - len(failed)} | {len(passed & set(alone))} of {len(alone)} |"
+        )
+    lines += ["", '"Image tools alone" are tests that start no virtual machine, storage daemon or NBD server.', ""]
+    return lines
+
+
+def _format_section(result: FormatResults, reasons: Reasons) -> list[str]:
+    name = result.image_format
+    lines = [f"## {name}", "", "### Pass", "", _row(outcome.test for outcome in result.select("pass")), ""]
+    failed = result.select("fail", "timeout")
+    if failed:
+        lines += ["### Fail", "", "| test | reason | first difference |", "|---|---|---|"]
+        for outcome in failed:
+            reason = reasons.why(name, outcome.test) or NOT_EXAMINED
+            lines.append(f"| {outcome.test} | {reason} | {_code(outcome.detail)} |")
+        lines.append("")
+    lines += ["### Not run", ""]
+    missing = [test for test in result.comparable() if test not in result.own]
+    if missing:
+        lines += [f"- Not started in this record: {_row(missing)}"]
+    lines += _grouped(result.select("not run"), lambda outcome: outcome.detail or "no reason given")
+    lines += ["", "### Not comparable here: QEMU's own tools do not pass", ""]
+    others = [outcome for _, outcome in sorted(result.reference.items()) if outcome.status != "pass"]
+    lines += _grouped(others, _why_reference_does_not_pass)
+    return [*lines, ""]
+
+
+def _why_reference_does_not_pass(outcome: Outcome) -> str:
+    if outcome.status == "not run":
+        return f"not run: {outcome.detail or 'no reason given'}"
+    return "no end within the time limit" if outcome.status == "timeout" else "output differs from QEMU's reference"
+
+
+def _grouped(outcomes: Iterable[Outcome], key: Callable[[Outcome], str]) -> list[str]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for outcome in outcomes:
+        groups[key(outcome)].append(outcome.test)
+    return [f"- {reason}: {_row(tests)}" for reason, tests in sorted(groups.items())] or ["none"]
+
+
+def _row(tests: Iterable[str]) -> str:
+    return " ".join(tests) or "none"
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`" if text else ""
