@@ -1,0 +1,191 @@
+"""The runner of QEMU's iotests: what it reads out of their report, what it cleans up, and what it writes."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conformance import iotests, records, report, source, standin
+from tests.conformance.iotests import Outcome, Runner
+from tests.conformance.toolset import USES_VARIABLE, Toolset
+
+PASSED = "QEMU -- ...\n031   ...        [12:00:00] ...   ...\r031   pass       [12:00:00] [12:00:01]   0.6s  (last: 0.5s)   \nPassed all 1\n"
+FAILED = """\
+060   fail       [12:00:00] [12:00:03]   2.8s                 output mismatch (see /tmp/t/060.out.bad)
+--- /qemu/060.out
++++ /tmp/t/060.out.bad
+@@ -1,3 +1,3 @@
+ QA output created by 060
+-qcow2: Marking image as corrupt
++qcow2: Image is corrupt
+Failures: 060
+"""
+NOT_RUN = "042   not run    [12:00:00] [12:00:00]   ...                   not suitable for this image format: raw\n"
+
+
+@pytest.mark.parametrize(
+    ("test", "output", "expected"),
+    [
+        ("031", PASSED, ("pass", "")),
+        ("060", FAILED, ("fail", "qcow2: Image is corrupt")),
+        ("042", NOT_RUN, ("not run", "not suitable for this image format: raw")),
+        ("042", "", ("fail", "check printed nothing")),
+        ("042", "Traceback\nOSError: no\n", ("fail", "OSError: no")),
+    ],
+)
+def test_report_of_check_is_read(test: str, output: str, expected: tuple[str, str]) -> None:
+    assert iotests.parse(test, output) == expected
+
+
+def runner(folder: Path, check: str, seconds: float = 20.0) -> Runner:
+    """Return a runner over a folder whose check is the given script."""
+    folder.mkdir()
+    (folder / "check").write_text(check)
+    return Runner(folder, Toolset("fake", {}, ()), "qcow2", folder / "logs", seconds)
+
+
+def test_tools_that_a_test_calls_are_recorded(tmp_path: Path) -> None:
+    check = f"""
+import os, sys
+assert sys.argv[1:] == ["-qcow2", "031"]
+open(os.environ[{USES_VARIABLE!r}], "w").write("io\\nimg\\nio\\n")
+print("031 pass [1:0:0] [1:0:1] 0.1s ")
+"""
+    seen: list[Outcome] = []
+    [outcome] = runner(tmp_path / "q", check).run_all(["031"], 1, seen.append)
+    assert (outcome.status, outcome.uses) == ("pass", ("img", "io"))
+    assert seen == [outcome]
+    assert "031 pass" in (tmp_path / "q" / "logs" / "031.log").read_text()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_time_limit_ends_a_test_and_its_daemons(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    check = f"""
+import subprocess, sys, time
+daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+open({str(note)!r}, "w").write(str(daemon.pid))
+time.sleep(60)
+"""
+    work = runner(tmp_path / "q", check, seconds=2.0)
+    [outcome] = work.run_all(["300"], 1, lambda outcome: None)
+    assert outcome.status == "timeout"
+    deadline = time.monotonic() + 5
+    while alive(int(note.read_text())):
+        assert time.monotonic() < deadline, "the daemon is still there"
+        time.sleep(0.02)
+
+
+def test_stand_in_replaces_the_accelerator_and_keeps_the_rest() -> None:
+    given = [
+        "-display",
+        "none",
+        "-accel",
+        "qtest",
+        "-qtest",
+        "unix:path=/s/q.sock",
+        "-machine",
+        "pc,accel=qtest",
+        "-device",
+        "x",
+    ]
+    real, qtest = standin.translate(given, "/halt")
+    assert qtest == "/s/q.sock"
+    assert real == ["-display", "none", "-accel", "tcg", "-bios", "/halt", "-machine", "pc,accel=tcg", "-device", "x"]
+    assert standin.translate(["-accel", "kvm"], "/halt") == (["-accel", "kvm"], None)
+
+
+def test_stand_in_firmware_halts_at_the_reset_vector() -> None:
+    image = standin.firmware()
+    assert len(image) == 65536
+    assert image[0xFFF0:0xFFF3] == b"\xf4\xeb\xfd"
+
+
+def test_stand_in_answers_each_line_and_becomes_the_program(tmp_path: Path) -> None:
+    path = str(tmp_path / "q")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.settimeout(10)
+        server.bind(path)
+        server.listen()
+        command = [sys.executable, standin.__file__, "/bin/echo", "/halt", "-qtest", f"unix:path={path}", "started"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.communicate(timeout=10)[0] == "started\n"
+        connection, _ = server.accept()
+        with connection, connection.makefile("r") as answers:
+            connection.sendall(b"clock_step 1\nmemset 0 1 0\n")
+            assert [answers.readline(), answers.readline()] == ["OK\n", "OK\n"]
+
+
+def test_source_entries_are_derived_from_both_forms() -> None:
+    one_line = "# deb-src of nothing\ndeb [signed-by=/k] http://mirror stable main\ndeb-src http://mirror stable main\n"
+    assert source.as_source_entries(one_line, ".list") == "deb-src [signed-by=/k] http://mirror stable main\n"
+    stanza = "Types: deb\nURIs: http://mirror\nSuites: stable\n\nTypes: deb deb-src\nURIs: http://other\n"
+    assert source.as_source_entries(stanza, ".sources").count("Types: deb-src\n") == 2
+
+
+def test_outcomes_of_concurrent_tests_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "x.json"
+    names = [f"{number:03}" for number in range(40)]
+
+    def write(part: list[str]) -> None:
+        for name in part:
+            records.record(path, Outcome(name, "pass", 0.1, uses=("img",)))
+
+    threads = [threading.Thread(target=write, args=(names[start::4],)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(records.load(path)) == names
+    assert records.load(path)["001"].uses == ("img",)
+
+
+def test_one_test_has_one_reason(tmp_path: Path) -> None:
+    path = tmp_path / "reasons.toml"
+    entry = '[[reason]]\ntext = "later"\nformats = ["qcow2"]\ntests = ["060"]\n'
+    path.write_text(entry)
+    assert records.Reasons.read(path).why("qcow2", "060") == "later"
+    assert records.Reasons.read(path).why("raw", "060") is None
+    path.write_text(entry * 2)
+    with pytest.raises(ValueError, match="two reasons for 060"):
+        records.Reasons.read(path)
+
+
+def test_page_counts_only_what_qemu_passes() -> None:
+    reference = {
+        "001": Outcome("001", "pass", 1.0, uses=("img", "io")),
+        "002": Outcome("002", "pass", 1.0, uses=("img", "machine")),
+        "003": Outcome("003", "fail", 1.0, "x"),
+        "004": Outcome("004", "pass", 1.0, uses=("io",)),
+    }
+    own = {
+        "001": Outcome("001", "pass", 1.0, date="2026-01-02"),
+        "002": Outcome("002", "fail", 1.0, "a|b", date="2026-01-03"),
+        "003": Outcome("003", "pass", 1.0, date="2026-01-03"),
+    }
+    result = report.FormatResults("qcow2", reference, own)
+    text = report.page({"Machine": "here"}, [result], records.Reasons({("qcow2", "002"): "because"}))
+    assert "| qcow2 | 3 | 1 | 1 | 1 | 1 of 2 |" in text
+    assert "| 002 | because | `a\\|b` |" in text
+    assert "Results: 2026-01-02 to 2026-01-03" in text
+    assert "Not started in this record: 004" in text
+    assert "output differs from QEMU's reference: 003" in text
+
+
+def test_reasons_and_lists_of_the_project_are_readable() -> None:
+    folder = Path(records.__file__).parent
+    records.Reasons.read(folder / "reasons.toml")
+    assert "031" in records.test_lists(folder / "lists.toml")["foundation"]
