@@ -1,0 +1,418 @@
+"""The disk: the handle that users hold, and the gateway that every request passes once.
+
+The gateway checks range and permission, numbers the request (:mod:`cowhand.block.epochs`), lets itself be shut (quiesce), counts, and makes writes
+stable where the cache mode demands it. Behind it nodes trust their arguments.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from cowhand.block import graph
+from cowhand.block.epochs import next_number
+from cowhand.block.node import (
+    ALL_PERMISSIONS,
+    CONSISTENT_READ,
+    DISCARD,
+    FLUSH,
+    READ,
+    RESIZE,
+    WRITE,
+    WRITE_REQUEST,
+    ZERO_REQUEST,
+    ZERO_UNMAP,
+    BlockNode,
+    Edge,
+    Request,
+    Role,
+    Zeroing,
+)
+from cowhand.core import clock
+from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer
+from cowhand.core.errors import Closed, DeadlineExceeded, InvalidArgument, NotSupported, OutOfRange, ReadOnly
+
+if TYPE_CHECKING:
+    from cowhand.core.extents import ExtentBatch
+
+_disk_numbers = itertools.count()
+_KIND_NAMES = ("read", "write", "write zeroes", "write zeroes (unmap)", "discard", "flush")
+
+
+class DiskEdge(Edge):
+    """A disk's use of its root node."""
+
+    __slots__ = ("disk",)
+
+    def __init__(self, disk: Disk) -> None:
+        super().__init__("root", Role.FILTERED)
+        self.disk = disk
+
+    @property
+    def owner(self) -> Disk:
+        return self.disk
+
+
+class Gate:
+    """Lets requests in, or holds them back until it opens. One for each disk."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._condition = threading.Condition()
+        self._depth = 0
+        self._holders: list[int] = []
+        self.closed = False  #: read without a lock by every request
+        self.drained: threading.Event | None = None
+
+    def shut(self, deadline: float) -> None:
+        """Hold new requests back and wait for those in flight; raises DeadlineExceeded, with the gate open again, when some stay."""
+        with self._condition:
+            self._depth += 1
+            self._holders.append(threading.get_ident())
+            if self.drained is None:
+                self.drained = threading.Event()
+            self.closed = True
+        mine = threading.get_ident()
+        last = clock.monotonic() + deadline
+        while True:
+            # An event that was set between the test and the wait is seen at once; one that is lost costs 50 ms.
+            others = [entry for entry in list(self._disk.in_flight.values()) if entry[3] != mine]
+            if not others:
+                return
+            self.drained.wait(0.05)
+            self.drained.clear()
+            if clock.monotonic() > last:
+                self.open()
+                names = ", ".join(f"{entry[0]} at {entry[1]:#x}+{entry[2]:#x}" for entry in others[:5])
+                raise DeadlineExceeded(
+                    f"requests of disk '{self._disk.name}' did not end in {deadline:g} s: {names}",
+                    hint="A device below does not answer, or a request is suspended.",
+                )
+
+    def open(self) -> None:
+        """Take back one :meth:`shut`."""
+        with self._condition:
+            self._depth -= 1
+            self._holders.remove(threading.get_ident())
+            if self._depth == 0:
+                self.closed = False
+                self.drained = None
+                self._condition.notify_all()
+
+    def wait_open(self) -> None:
+        """Wait until the gate is open; at once for a thread that shut it itself."""
+        with self._condition:
+            mine = threading.get_ident()
+            while self.closed and mine not in self._holders:
+                self._condition.wait()
+
+    def passes(self) -> bool:
+        """Tell whether the calling thread shut the gate itself, so that its own requests pass."""
+        return threading.get_ident() in self._holders
+
+
+class Disk:
+    """A disk to read and write. Thread-safe; calls block and release the interpreter lock while they wait.
+
+    Offsets and lengths are in bytes, of any alignment. A buffer is borrowed until the call returns. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        root: BlockNode,
+        *,
+        writable: bool = False,
+        resizable: bool | None = None,
+        shared: int = ALL_PERMISSIONS,
+        write_through: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or f"disk{next(_disk_numbers)}"
+        self.read_only = not writable
+        self.write_through = write_through
+        self.in_flight: dict[int, tuple[str, int, int, int]] = {}
+        self.statistics = [0] * 12  #: by request kind: count at [kind], bytes at [6 + kind]; read them with :meth:`counters`
+        self.gate = Gate(self)
+        self.edge = DiskEdge(self)
+        self._closed = False
+        self._size = 0
+        if writable and not root.writable:
+            raise ReadOnly(f"'{root.filename}' was opened for reading only", path=root.filename)
+        perm = CONSISTENT_READ
+        if writable:
+            perm |= WRITE | (RESIZE if resizable is not False else 0)
+        graph.attach_disk(self.edge, root, perm, shared)
+        self.root_changed()
+
+    # -- state
+
+    @property
+    def root(self) -> BlockNode:
+        """The node that the disk reads and writes now."""
+        return self.edge.node
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self._size
+
+    @property
+    def format(self) -> str:
+        """Name of the root's driver."""
+        return self.edge.node.driver
+
+    @property
+    def filename(self) -> str:
+        return self.edge.node.filename
+
+    def root_changed(self) -> None:
+        """Learn a new root or a new size of it (called inside a quiesce, or before anybody uses the disk)."""
+        self._size = self.edge.node.size
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Return {"read": {"requests": n, "bytes": n}, ...} since the disk was opened; approximate while requests run."""
+        return {
+            name: {"requests": self.statistics[kind], "bytes": self.statistics[6 + kind]}
+            for kind, name in enumerate(_KIND_NAMES)
+        }
+
+    # -- the gateway
+
+    def _enter(self, kind: int, offset: int, length: int) -> int:
+        number = next_number()
+        in_flight = self.in_flight
+        while True:
+            in_flight[number] = (_KIND_NAMES[kind], offset, length, threading.get_ident())
+            if not self.gate.closed or self.gate.passes():
+                break
+            self._leave(number)
+            self.gate.wait_open()
+            number = next_number()
+        if self._closed:
+            self._leave(number)
+            raise Closed(f"disk '{self.name}' is closed")
+        return number
+
+    def _leave(self, number: int) -> None:
+        del self.in_flight[number]
+        drained = self.gate.drained
+        if drained is not None:
+            drained.set()
+
+    def _refuse_range(self, offset: int, length: int) -> OutOfRange:
+        return OutOfRange(
+            f"bytes {offset} to {offset + length} are not inside the disk of {self._size} bytes", path=self.filename, offset=offset
+        )
+
+    def _check_write(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename, hint="Open it with writable=True.")
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise self._refuse_range(offset, length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return *length* bytes at *offset*. Raises OutOfRange, IOFailed and other CowhandErrors."""
+        buffer = bytearray(length)
+        self.read_into(offset, buffer)
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill the writable, contiguous *buffer* from *offset*; on an error its content is undefined."""
+        length = len(buffer)
+        if offset < 0 or offset + length > self._size:
+            raise self._refuse_range(offset, length)
+        number = self._enter(READ, offset, length)
+        try:
+            self.edge.read_into(offset, buffer)
+        finally:
+            self._leave(number)
+        self.statistics[READ] += 1
+        self.statistics[6 + READ] += length
+
+    def write(self, offset: int, *buffers: Buffer, fua: bool = False) -> None:
+        """Write *buffers*, one behind the other, at *offset*. With *fua*, or in write-through mode, they are stable on return."""
+        length = sum([len(buffer) for buffer in buffers])
+        self._check_write(offset, length)
+        number = self._enter(WRITE_REQUEST, offset, length)
+        try:
+            self.edge.write(offset, buffers, fua or self.write_through)
+        finally:
+            self._leave(number)
+        self.statistics[WRITE_REQUEST] += 1
+        self.statistics[6 + WRITE_REQUEST] += length
+
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
+    ) -> None:
+        """Make *length* bytes at *offset* read as zeroes.
+
+        *unmap* allows giving their space back. Without *fallback*, NotSupported is raised where only writing bytes would do it.
+        """
+        self._check_write(offset, length)
+        number = self._enter(ZERO_UNMAP if unmap else ZERO_REQUEST, offset, length)
+        fua = fua or self.write_through
+        try:
+            if self.edge.node.capabilities.zeroes is not Zeroing.NONE:
+                self.edge.write_zeroes(offset, length, unmap=unmap, fallback=fallback, fua=fua)
+            elif not fallback:
+                raise NotSupported(f"driver '{self.format}' cannot write zeroes but by writing bytes")
+            else:
+                for position in range(offset, offset + length, ZEROES_SIZE):
+                    self.edge.write(position, (ZEROES[: min(ZEROES_SIZE, offset + length - position)],), fua)
+        finally:
+            self._leave(number)
+        self.statistics[ZERO_REQUEST] += 1
+        self.statistics[6 + ZERO_REQUEST] += length
+
+    def discard(self, offset: int, length: int) -> None:
+        """Say that *length* bytes at *offset* are no longer needed. Advisory; they may keep their content, and never show a backing file's."""
+        self._check_write(offset, length)
+        if not self.edge.node.capabilities.discard:
+            return
+        number = self._enter(DISCARD, offset, length)
+        try:
+            self.edge.discard(offset, length)
+        finally:
+            self._leave(number)
+        self.statistics[DISCARD] += 1
+        self.statistics[6 + DISCARD] += length
+
+    def flush(self) -> None:
+        """Make everything stable that was acknowledged before the call."""
+        if self.read_only:
+            return
+        number = self._enter(FLUSH, 0, 0)
+        try:
+            self.edge.flush()
+        finally:
+            self._leave(number)
+        self.statistics[FLUSH] += 1
+
+    def submit(self, batch: Sequence[Request]) -> None:
+        """Do many requests with one pass of the gateway; see :data:`cowhand.block.node.Request` for their form.
+
+        They may run in any order and together; when one fails the error is raised after the rest has ended.
+        """
+        size = self._size
+        total = [0] * 6
+        writes = False
+        for kind, offset, what in batch:
+            length = what if kind >= ZERO_REQUEST else len(what)
+            if offset < 0 or length < 0 or offset + length > size:
+                raise self._refuse_range(offset, length)
+            total[kind] += length
+            writes |= kind != READ
+        if writes and self.read_only:
+            raise ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename)
+        number = self._enter(batch[0][0] if batch else FLUSH, batch[0][1] if batch else 0, sum(total))
+        try:
+            self.edge.submit(batch)
+            if writes and self.write_through:
+                self.edge.flush()
+        finally:
+            self._leave(number)
+        statistics = self.statistics
+        for kind, _, _ in batch:
+            statistics[kind] += 1
+        for kind in range(6):
+            statistics[6 + kind] += total[kind]
+
+    @contextmanager
+    def lease(self) -> Iterator[int]:
+        """Keep every host offset that is learnt inside the ``with`` block valid until its end: nothing freed meanwhile is used again."""
+        number = self._enter(READ, 0, self._size)
+        try:
+            yield number
+        finally:
+            self._leave(number)
+
+    # -- what is where
+
+    def extents(self, offset: int = 0, length: int | None = None, *, depth: int | None = None) -> Iterator[ExtentBatch]:
+        """Yield what the disk is made of in ``[offset, offset + length)``, in batches; each is atomic, the sequence is not.
+
+        *depth* limits how many layers are asked (1: the root alone; what it does not allocate is then neither DATA nor ZERO).
+        """
+        from cowhand.block.status import layered
+
+        end = self._size if length is None else offset + length
+        if offset < 0 or end > self._size or end < offset:
+            raise self._refuse_range(offset, end - offset)
+        position = offset
+        while position < end:
+            number = self._enter(READ, position, end - position)
+            try:
+                batch = layered(self.edge.node, position, end - position, depth)
+            finally:
+                self._leave(number)
+            yield batch
+            position = batch.end
+
+    # -- shape
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        """Make the disk *size* bytes long; new bytes read as zeroes, also over a longer backing file. Cutting data off needs *shrink*."""
+        if self.read_only:
+            raise ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename)
+        if size < self._size and not shrink:
+            raise InvalidArgument(
+                f"'{self.filename}' would lose its last {self._size - size} bytes",
+                hint="Shrink the file systems and partitions inside first, then insist with shrink.",
+            )
+        node = self.edge.node
+        with graph.quiesce(node):
+            node.resize(size, preallocation=preallocation, shrink=shrink)
+            for disk in graph.disks_above((node,)):
+                disk.root_changed()
+
+    def replace_root(self, node: BlockNode) -> None:
+        """Make *node* what this disk reads and writes, under running requests: none is lost, none reaches the old root afterwards."""
+        graph.replace_root(self, node)
+
+    def as_file(self) -> io.BufferedIOBase:
+        """Return the disk as a seekable binary file object (its own position; closing it leaves the disk open)."""
+        from cowhand.block.diskfile import DiskFile
+
+        raw = DiskFile(self)
+        return io.BufferedReader(raw) if self.read_only else io.BufferedRandom(raw)
+
+    def close(self) -> None:
+        """Flush what is cached and give the image back. Calling it twice is allowed. Raises the error of the last write-back."""
+        if self._closed:
+            return
+        node = self.edge.node
+        with graph.quiesce(node):
+            self._closed = True
+            failure: Exception | None = None
+            if not self.read_only:
+                try:
+                    node.flush()
+                except Exception as error:
+                    failure = error
+            try:
+                graph.detach(self.edge)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as second:
+            error.add_note(f"closing '{self.name}' failed too: {second}")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "read-only" if self.read_only else "writable"
+        return f"<Disk {self.name} {self.root!r} {state}>"

@@ -1,0 +1,599 @@
+"""The format layer: read, write, copy-on-write, zero and discard over a mapping, written once for every format.
+
+A driver answers :meth:`FormatNode.map` and, when it writes, ``reserve``, ``link`` and ``abandon``; it never touches guest data.
+
+Allocation has three steps. *Reserve* takes space, and nothing that a reader sees changes; *bytes* puts the guest's data and what is copied
+around it in place; *link* makes readers see it. In-place writes take no lock. Everything else owns whole allocation units in the
+in-flight table from reserve to link; who wants one of these units meanwhile waits, then looks again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import abstractmethod
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, ClassVar
+
+from cowhand.block.node import (
+    DISCARD,
+    READ,
+    WRITE_REQUEST,
+    ZERO_REQUEST,
+    ZERO_UNMAP,
+    BlockNode,
+    Child,
+    Request,
+    Zeroing,
+)
+from cowhand.block.options import NodeOptions
+from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, fill_zero, give, is_zero, take
+from cowhand.core.errors import CowhandError, NotSupported, Poisoned, ReadOnly
+from cowhand.core.extents import (
+    COMPRESSED,
+    DATA,
+    ENCODED,
+    IN_PLACE,
+    NO_HOST,
+    OFFSET,
+    ZERO,
+    ExtentBatch,
+)
+from cowhand.core.locks import RANK_ALLOCATION, ranked_lock
+
+#: flags of a run whose bytes can be read where they lie, and those that forbid it
+_PLAIN = DATA | OFFSET
+_PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
+_IN_PLACE = DATA | OFFSET | IN_PLACE
+_IN_PLACE_MASK = _PLAIN_MASK | IN_PLACE
+
+
+class Kind(IntEnum):
+    """What a reservation is for."""
+
+    DATA = 0
+    ZERO = 1  #: read as zeroes, keeping space
+    ZERO_UNMAP = 2  #: read as zeroes, giving space back
+    DISCARD = 3  #: a guest's discard: reads as zeroes, or as before; never as the backing file
+    COMPRESSED = 4  #: ``nbytes`` of encoded payload for one allocation unit
+    EMPTY = 5  #: not allocated any more: the backing file shows through (after a commit)
+
+
+class Reservation:
+    """Allocation units ``[offset, offset + length)`` on their way to a new state; made by a driver's ``reserve``.
+
+    ``child`` and ``host`` say where the bytes go (kinds DATA and COMPRESSED); ``fresh`` that the new place reads as zeroes by itself.
+    ``state`` is the driver's own.
+    """
+
+    __slots__ = ("child", "fresh", "host", "kind", "length", "offset", "state", "waiters")
+
+    def __init__(
+        self, offset: int, length: int, kind: Kind, child: Child | None = None, host: int = NO_HOST, *, fresh: bool = False, state: Any = None
+    ) -> None:
+        self.offset = offset
+        self.length = length
+        self.kind = kind
+        self.child = child
+        self.host = host
+        self.fresh = fresh
+        self.state = state
+        self.waiters: list[Any] = []
+
+
+class FormatNode(BlockNode):
+    """A format. Drivers set ``allocation_unit`` and ``copy_unit`` (bytes) before any I/O."""
+
+    is_format: ClassVar[bool] = True
+    allocation_unit: int
+    copy_unit: int
+
+    def __init__(self, options: NodeOptions) -> None:
+        super().__init__(options)
+        #: Guards tables in memory and the in-flight table. Held during reserve and link, never during guest I/O.
+        self.lock = ranked_lock(RANK_ALLOCATION, "allocation")
+        self.poison: CowhandError | None = None
+        self._reserved: list[Reservation] = []
+        self._writing = False
+
+    # -- what a driver answers
+
+    @abstractmethod
+    def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
+        """Return a run (see :class:`cowhand.block.node.Run`) that begins at *offset* and is at most *length* long. Takes no lock when cached."""
+
+    @abstractmethod
+    def map_batch(self, offset: int, length: int) -> ExtentBatch:
+        """See :meth:`BlockNode.map_batch`; rows' ``node`` is the node that ``host`` lies in."""
+
+    def begin_writing(self) -> None:
+        """Do what the format demands once before its first change (dirty and autoclear bits, IN_USE, ids). Lock is held."""
+        raise ReadOnly(f"driver '{self.driver}' only reads", path=self.filename)
+
+    def reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
+        """Take what the beginning of ``[offset, offset + length)`` needs; None when it can be written in place (look at map again).
+
+        Called with the lock held and no other reservation overlapping; *offset* lies anywhere for DATA, on a unit for the others. The
+        reservation covers whole units. Nothing that a reader sees changes. On an error everything is as before.
+        """
+        raise NotSupported(f"driver '{self.driver}' cannot allocate")
+
+    def link(self, reservation: Reservation) -> None:
+        """Make readers see *reservation*, whose bytes are in place. Called with the lock held; on an error the old state stands."""
+        raise NotSupported(f"driver '{self.driver}' cannot allocate")
+
+    def abandon(self, reservation: Reservation) -> None:
+        """Take *reservation* back. Never raises; a leak at worst. Called with the lock held."""
+
+    def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
+        """Fill *view* with the guest bytes at *offset*, which *run* says are compressed or encoded."""
+        raise NotSupported(f"driver '{self.driver}' cannot decode")
+
+    def encode(self, reservation: Reservation, offset: int, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+        """Return what is to be stored for guest *buffers* at *offset* (encryption); the default is themselves."""
+        return buffers
+
+    # -- reading
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        view = memoryview(buffer)
+        length = len(view)
+        run = self.map(offset, length) if length else (0, 0, None, 0)
+        if run[0] == length and run[1] & _PLAIN_MASK == _PLAIN and run[2] is not None:
+            if self.event_sink is not None:
+                self.event_sink("read_aio")
+            run[2].read_into(run[3], buffer)
+            return
+        position = 0
+        while position < length:
+            run = self.map(offset + position, length - position)
+            count = run[0]
+            self._read_run(run, offset + position, view[position : position + count])
+            position += count
+
+    def _read_run(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
+        flags = run[1]
+        if flags & ZERO:
+            fill_zero(view)
+        elif flags & DATA:
+            if flags & (COMPRESSED | ENCODED):
+                self.decode(run, offset, view)
+            else:
+                if self.event_sink is not None:
+                    self.event_sink("read_aio")
+                assert run[2] is not None
+                run[2].read_into(run[3], view)
+        else:
+            self.read_backing(offset, view)
+
+    def read_backing(self, offset: int, view: memoryview) -> None:
+        """Fill *view* with what shows through at *offset*: the backing file, and zeroes behind its end."""
+        below = self.children.get("backing")
+        inside = 0
+        if below is not None:
+            inside = max(0, min(len(view), below.node.size - offset))
+            if inside:
+                if self.event_sink is not None:
+                    self.event_sink("read_backing_aio")
+                below.read_into(offset, view[:inside])
+        if inside < len(view):
+            fill_zero(view[inside:])
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Tell whether ``[offset, offset + length)`` is known, without reading data, to read as zeroes."""
+        end = offset + length
+        while offset < end:
+            count, flags, _, _ = self.map(offset, end - offset)
+            if not flags & ZERO:
+                if flags & DATA:
+                    return False
+                below = self.children.get("backing")
+                if below is not None and offset < below.node.size and not self._backing_zero(below, offset, count):
+                    return False
+            offset += count
+        return True
+
+    def _backing_zero(self, below: Child, offset: int, length: int) -> bool:
+        from cowhand.block.status import layered
+
+        end = min(offset + length, below.node.size)
+        while offset < end:
+            batch = layered(below.node, offset, end - offset)
+            if not all(flags & ZERO for flags in batch.flags):
+                return False
+            offset = batch.end
+        return True
+
+    # -- writing
+
+    def check_writable(self) -> None:
+        """Raise unless changes may be made; the first call prepares the image for them."""
+        if self.poison is not None:
+            raise Poisoned(
+                f"'{self.filename}' failed before and is not written any more: {self.poison.message}",
+                path=self.filename,
+                errno=self.poison.errno,
+                hint="Close it and open it again; check it first.",
+            )
+        if not self._writing:
+            if not self.writable:
+                raise ReadOnly(f"'{self.filename}' is open for reading only", path=self.filename)
+            with self.lock:
+                if not self._writing:
+                    self.begin_writing()
+                    self._writing = True
+
+    def set_poison(self, error: BaseException) -> None:
+        """Stop all writing, data and metadata, until the image is opened again: its state in memory can no longer be trusted."""
+        if self.poison is None:
+            known = isinstance(error, CowhandError)
+            self.poison = error if known else Poisoned(f"interrupted by {type(error).__name__}")  # type: ignore[assignment]
+
+    def write(self, offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
+        if not self._writing or self.poison is not None:
+            self.check_writable()
+        if len(buffers) == 1:
+            run = self.map(offset, len(buffers[0])) if len(buffers[0]) else None
+            if run is None:
+                return
+            if run[1] & _IN_PLACE_MASK == _IN_PLACE and run[0] == len(buffers[0]) and run[2] is not None:
+                if self.event_sink is not None:
+                    self.event_sink("write_aio")
+                run[2].write(run[3], buffers, fua)
+                return
+        views = [memoryview(buffer) for buffer in buffers]
+        length = sum(len(view) for view in views)
+        position = 0
+        while position < length:
+            position += self._write_piece(offset + position, views, position, length - position)
+        if fua:
+            self.flush()
+
+    def _write_piece(self, offset: int, views: Sequence[memoryview], skip: int, length: int) -> int:
+        """Write the longest piece that one run or one reservation takes; return its length."""
+        if self.options.detect_zeroes != "off":
+            done = self._write_detected(offset, views, skip, length)
+            if done:
+                return done
+        while True:
+            count, flags, child, host = self.map(offset, length)
+            if flags & _IN_PLACE_MASK == _IN_PLACE and child is not None:
+                if self.event_sink is not None:
+                    self.event_sink("write_aio")
+                child.write(host, _slice(views, skip, count))
+                return count
+            reservation = self._reserve(offset, length, Kind.DATA)
+            if reservation is not None:
+                break
+        count = min(length, reservation.offset + reservation.length - offset)
+        try:
+            self._put(reservation, offset, _slice(views, skip, count), count)
+        except BaseException as error:
+            self._give_up(reservation, error)
+            raise
+        self._finish(reservation)
+        return count
+
+    def _write_detected(self, offset: int, views: Sequence[memoryview], skip: int, length: int) -> int:
+        unit = self.allocation_unit
+        if offset % unit or length < unit:
+            return 0
+        count = length - length % unit
+        if not all(is_zero(view) for view in _slice(views, skip, count)):
+            return 0
+        self.write_zeroes(offset, count, unmap=self.options.detect_zeroes == "unmap")
+        return count
+
+    def _put(self, reservation: Reservation, offset: int, data: list[memoryview], count: int) -> None:
+        """Place guest *data* and what has to surround it in the reserved units."""
+        child = reservation.child
+        assert child is not None
+        begin, end = reservation.offset, min(reservation.offset + reservation.length, self._end_of_units())
+        head, tail = offset - begin, end - (offset + count)
+        borrowed: list[memoryview] = []
+        try:
+            before = self._surroundings(reservation, begin, head, borrowed)
+            after = self._surroundings(reservation, offset + count, tail, borrowed)
+            pieces = [*before, *data, *after]
+            if self.event_sink is not None:
+                self.event_sink("write_aio")
+            start = begin if before or not head else offset
+            child.write(reservation.host + (start - begin), self.encode(reservation, start, pieces))
+        finally:
+            for buffer in borrowed:
+                give(buffer)
+
+    def _surroundings(
+        self, reservation: Reservation, offset: int, length: int, borrowed: list[memoryview]
+    ) -> list[memoryview]:
+        """Return what is to be copied to ``[offset, offset + length)`` of new units; nothing where both old and new read as zeroes."""
+        if length <= 0:
+            return []
+        if self._known_zero(offset, length):
+            if reservation.fresh:
+                return []
+            return [ZEROES[: min(ZEROES_SIZE, length - at)] for at in range(0, length, ZEROES_SIZE)]
+        buffer = take(length)
+        borrowed.append(buffer)
+        if self.event_sink is not None:
+            self.event_sink("cow_read")
+        # Beyond the end of the disk there is nothing to copy.
+        inside = max(0, min(length, self.size - offset))
+        if inside:
+            FormatNode.read_into(self, offset, buffer[:inside])
+        if inside < length:
+            fill_zero(buffer[inside:])
+        return [buffer]
+
+    def _known_zero(self, offset: int, length: int) -> bool:
+        run = self.map(offset, length)
+        if run[0] < length:
+            return False
+        if run[1] & (ZERO | DATA):
+            return bool(run[1] & ZERO)
+        below = self.children.get("backing")
+        return below is None or offset >= below.node.size
+
+    def _end_of_units(self) -> int:
+        unit = self.allocation_unit
+        return -(-self.size // unit) * unit
+
+    # -- the in-flight table
+
+    def _reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
+        unit = self.allocation_unit
+        begin = offset - offset % unit
+        end = -(-(offset + length) // unit) * unit
+        while True:
+            with self.lock:
+                if self.poison is not None:
+                    raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename)
+                other = None
+                for known in self._reserved:
+                    if known.offset < end and begin < known.offset + known.length:
+                        if known.offset <= begin:
+                            other = known
+                            break
+                        end = known.offset  # take what lies before it first
+                if other is None:
+                    try:
+                        reservation = self.reserve(offset, min(length, end - offset), kind, nbytes)
+                    except CowhandError:
+                        raise
+                    except BaseException as error:
+                        self.set_poison(error)
+                        raise
+                    if reservation is not None:
+                        self._reserved.append(reservation)
+                    return reservation
+                waiter = threading.Lock()
+                waiter.acquire()
+                other.waiters.append(waiter)
+            waiter.acquire()
+
+    def _finish(self, reservation: Reservation) -> None:
+        with self.lock:
+            try:
+                self.link(reservation)
+            except CowhandError:
+                self.abandon(reservation)
+                raise
+            except BaseException as error:
+                self.set_poison(error)
+                raise
+            finally:
+                self._release(reservation)
+
+    def _give_up(self, reservation: Reservation, error: BaseException) -> None:
+        with self.lock:
+            try:
+                if isinstance(error, (CowhandError, OSError, MemoryError)):
+                    self.abandon(reservation)
+                else:
+                    # Not through an error path of its own: what was done is not known.
+                    self.set_poison(error)
+            finally:
+                self._release(reservation)
+
+    def _release(self, reservation: Reservation) -> None:
+        self._reserved.remove(reservation)
+        for waiter in reservation.waiters:
+            waiter.release()
+
+    def change(self, offset: int, length: int, kind: Kind) -> None:
+        """Bring whole units to a state that needs no bytes: ZERO, ZERO_UNMAP, DISCARD or EMPTY."""
+        self.check_writable()
+        end = offset + length
+        while offset < end:
+            reservation = self._reserve(offset, end - offset, kind)
+            if reservation is None:
+                raise AssertionError(f"driver '{self.driver}' reserved nothing for {kind.name}")
+            self._finish(reservation)
+            offset = reservation.offset + reservation.length
+
+    # -- zeroes and discards
+
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
+    ) -> None:
+        self.check_writable()
+        unit = self.allocation_unit
+        end = offset + length
+        kind = Kind.ZERO_UNMAP if unmap else Kind.ZERO
+        while offset < end:
+            begin = offset - offset % unit
+            whole = end if end == self.size else end - end % unit
+            if offset == begin and offset < whole and self.capabilities.zeroes is Zeroing.NATIVE:
+                try:
+                    self.change(offset, -(-(whole - offset) // unit) * unit, kind)
+                except NotSupported:
+                    # The driver refuses by kind, before anything is changed: this image cannot say "zero here".
+                    if not fallback:
+                        raise
+                    self._zero_bytes(offset, whole - offset)
+                offset = whole
+                continue
+            count = min(end, begin + unit) - offset
+            self._zero_partial(offset, count, kind, fallback)
+            offset += count
+        if fua:
+            self.flush()
+
+    def _zero_partial(self, offset: int, length: int, kind: Kind, fallback: bool) -> None:
+        """Zero a part of one unit: the whole unit where the rest reads as zeroes anyway and no data is stored for it."""
+        unit = self.allocation_unit
+        begin = offset - offset % unit
+        inside = min(unit, self.size - begin)
+        _, flags, _, _ = self.map(begin, inside)
+        around = self.capabilities.zeroes is Zeroing.NATIVE and not flags & DATA
+        if around and self.reads_zero(begin, offset - begin) and self.reads_zero(offset + length, begin + inside - offset - length):
+            try:
+                self._zero_unit_unless_written(begin, inside, kind)
+                return
+            except NotSupported:
+                if self.reads_zero(offset, length):
+                    return
+        if not fallback:
+            raise NotSupported("less than an allocation unit can only be zeroed by writing bytes", path=self.filename, offset=offset)
+        self._zero_bytes(offset, length)
+
+    def _zero_unit_unless_written(self, begin: int, inside: int, kind: Kind) -> None:
+        # Between the look at the neighbours and the reservation somebody may have written there; so look again while holding the unit.
+        reservation = self._reserve(begin, self.allocation_unit, kind)
+        assert reservation is not None
+        if self.reads_zero(begin, inside) or not self.map(begin, inside)[1] & DATA:
+            self._finish(reservation)
+            return
+        with self.lock:
+            self.abandon(reservation)
+            self._release(reservation)
+        raise NotSupported("the unit was written meanwhile", path=self.filename, offset=begin)
+
+    def _zero_bytes(self, offset: int, length: int) -> None:
+        for position in range(offset, offset + length, ZEROES_SIZE):
+            count = min(ZEROES_SIZE, offset + length - position)
+            done = 0
+            while done < count:
+                done += self._write_raw_piece(position + done, count - done)
+
+    def _write_raw_piece(self, offset: int, length: int) -> int:
+        # Not through _write_piece: zero detection would come back here.
+        count, flags, child, host = self.map(offset, length)
+        if flags & _IN_PLACE_MASK == _IN_PLACE and child is not None:
+            child.write(host, (ZEROES[:count],))
+            return count
+        reservation = self._reserve(offset, length, Kind.DATA)
+        if reservation is None:
+            return 0
+        count = min(length, reservation.offset + reservation.length - offset)
+        try:
+            self._put(reservation, offset, [ZEROES[:count]], count)
+        except BaseException as error:
+            self._give_up(reservation, error)
+            raise
+        self._finish(reservation)
+        return count
+
+    def discard(self, offset: int, length: int) -> None:
+        unit = self.allocation_unit
+        end = offset + length
+        begin = -(-offset // unit) * unit
+        whole = -(-end // unit) * unit if end == self.size else end - end % unit
+        if begin < whole:
+            self.change(begin, whole - begin, Kind.DISCARD)
+
+    def write_compressed(self, offset: int, payload: Buffer) -> None:
+        """Store *payload*, the encoded form of the one allocation unit at *offset*. Raises NotSupported where the unit holds data already."""
+        self.check_writable()
+        reservation = self._reserve(offset, self.allocation_unit, Kind.COMPRESSED, len(payload))
+        if reservation is None:
+            raise NotSupported("compressed data can only be written to unallocated clusters", path=self.filename, offset=offset)
+        try:
+            assert reservation.child is not None
+            if self.event_sink is not None:
+                self.event_sink("write_compressed")
+            reservation.child.write(reservation.host, (payload,))
+        except BaseException as error:
+            self._give_up(reservation, error)
+            raise
+        self._finish(reservation)
+
+    # -- many requests at once
+
+    def submit(self, batch: Sequence[Request]) -> None:
+        failure: Exception | None = None
+        quiet = self.event_sink is None
+        index, count = 0, len(batch)
+        while index < count:
+            kind, offset, what = batch[index]
+            index += 1
+            try:
+                if kind == READ and quiet:
+                    index = self._submit_read(batch, index, offset, what)
+                elif kind == READ:
+                    self.read_into(offset, what)
+                elif kind == WRITE_REQUEST:
+                    self.write(offset, (what,))
+                elif kind == ZERO_REQUEST:
+                    self.write_zeroes(offset, what)
+                elif kind == ZERO_UNMAP:
+                    self.write_zeroes(offset, what, unmap=True)
+                elif kind == DISCARD:
+                    self.discard(offset, what)
+                else:
+                    self.flush()
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _submit_read(self, batch: Sequence[Request], index: int, offset: int, what: Buffer) -> int:
+        """Read one request, and with it those that follow it both in *batch* and on the medium; return the next index."""
+        length = len(what)
+        found, flags, child, host = self.map(offset, length)
+        if found != length or flags & _PLAIN_MASK != _PLAIN or child is None or child.lane is None:
+            self.read_into(offset, what)
+            return index
+        descriptor = child.lane.lane_fd
+        if descriptor < 0:
+            child.read_into(host, what)
+            return index
+        buffers = [what]
+        total = length
+        while index < len(batch) and len(buffers) < 64:
+            kind, next_offset, next_buffer = batch[index]
+            if kind != READ or next_offset != offset + total:
+                break
+            size = len(next_buffer)
+            found, flags, next_child, next_host = self.map(next_offset, size)
+            if found != size or flags & _PLAIN_MASK != _PLAIN or next_child is not child or next_host != host + total:
+                break
+            buffers.append(next_buffer)
+            total += size
+            index += 1
+        if os.preadv(descriptor, buffers, host) != total:
+            # The end of the file, or an interruption: the long way knows what to do.
+            for buffer in buffers:
+                self.read_into(offset, buffer)
+                offset += len(buffer)
+        return index
+
+
+def _slice(views: Sequence[memoryview], skip: int, length: int) -> list[memoryview]:
+    """Return the *length* bytes that follow the first *skip* of *views*, without copying."""
+    if len(views) == 1:
+        return [views[0][skip : skip + length]]
+    out: list[memoryview] = []
+    for view in views:
+        size = len(view)
+        if skip >= size:
+            skip -= size
+            continue
+        piece = view[skip : skip + length]
+        skip = 0
+        out.append(piece)
+        length -= len(piece)
+        if not length:
+            break
+    return out

@@ -1,0 +1,1 @@
+"""Format drivers: what the bytes of an image mean."""

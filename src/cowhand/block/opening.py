@@ -1,0 +1,341 @@
+"""Opening: from a file name or a description to a graph of nodes.
+
+A description is QEMU's: a dictionary with "driver" and the driver's options, children nested or as dotted names ("file.filename"). A name is
+a path, a "PROTOCOL:..." string, or "json:{...}". What the user named is opened as asked; what an image names goes through the policy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cowhand.block import graph
+from cowhand.block.node import BlockNode, Child, Role
+from cowhand.block.options import NodeOptions, declared, nest, parse
+from cowhand.block.policy import DEFAULT, Policy
+from cowhand.block.registry import PROBE_SIZE, DriverEntry, Registry
+from cowhand.core.errors import CowhandError, InvalidArgument, PolicyRefused, UnsupportedFeature
+
+_PROTOCOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.\-_]*:")
+
+#: Options that a child takes over from its parent unless its own description says otherwise.
+_INHERITED = ("cache_direct", "cache_no_flush", "force_share")
+
+#: Formats that are recognised, so that their files are not taken for raw, but that no driver here opens.
+_FOREIGN = (
+    (b"KDMV", 0, "vmdk"),
+    (b"COWD", 0, "vmdk"),
+    (b"# Disk DescriptorFile", 0, "vmdk"),
+    (b"vhdxfile", 0, "vhdx"),
+    (b"conectix", 0, "vpc"),
+    (b"\x7f\x10\xda\xbe", 0x40, "vdi"),
+    (b"QED\x00", 0, "qed"),
+    (b"QFI\xfb\x00\x00\x00\x01", 0, "qcow"),
+    (b"WithoutFreeSpace", 0, "parallels"),
+    (b"WithouFreSpacExt", 0, "parallels"),
+    (b"Bochs Virtual HD Image", 0, "bochs"),
+    (b"LUKS\xba\xbe", 0, "luks"),
+)
+
+
+def has_protocol(name: str) -> bool:
+    """Tell whether *name* begins with a protocol ("nbd:"), as QEMU decides it: a colon before the first slash."""
+    return _PROTOCOL.match(name) is not None and "/" not in name.split(":", 1)[0]
+
+
+def combine(base: str, name: str) -> str:
+    """Return the file that *name*, written in an image called *base*, means: relative names are relative to the image's directory."""
+    if has_protocol(name) or os.path.isabs(name):
+        return name
+    if base.startswith("json:"):
+        raise InvalidArgument(
+            f"Cannot use relative backing file names for '{base}'", hint="Name the file with its whole path.", path=base
+        )
+    prefix = ""
+    if has_protocol(base):
+        protocol, _, rest = base.partition(":")
+        if protocol == "file":
+            base = rest
+        else:
+            prefix, base = base[: len(base) - len(rest)], rest
+    return prefix + os.path.join(os.path.dirname(base), name)
+
+
+class _Path(NamedTuple):
+    """A file, identified by device and inode, and those whose backing it is."""
+
+    key: tuple[int, int]
+    above: _Path | None
+    depth: int
+
+
+class _Waiting(NamedTuple):
+    """A backing file that is to be opened."""
+
+    node: BlockNode
+    description: Mapping[str, Any] | str | BlockNode
+    reference: str
+    path: _Path | None
+
+
+class Opening:
+    """One act of opening a graph: what it was asked, what it has opened so far, how deep it is. Used by one thread, once."""
+
+    def __init__(self, registry: Registry, policy: Policy = DEFAULT, *, backing: bool = True) -> None:
+        self.registry = registry
+        self.policy = policy
+        self.with_backing = backing  #: False opens a format without what lies under it
+        self.opened: list[BlockNode] = []
+        self._waiting: list[_Waiting] = []
+        self._path: _Path | None = None  #: the files above the node that is being opened
+
+    # -- from outside
+
+    def open(
+        self,
+        what: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        format: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> BlockNode:
+        """Open *what* the user named and return its root node, which belongs to nobody yet; on an error nothing stays open.
+
+        *format* names the format instead of probing; *options* are common options (fields of NodeOptions by QEMU's names).
+        """
+        description = dict(what) if isinstance(what, Mapping) else self.describe(os.fspath(what))
+        description.update(options or {})
+        if format is not None:
+            if description.get("driver") not in (None, format):
+                description = {"driver": format, "file": description}
+                for name in declared(NodeOptions):
+                    if name in description["file"]:
+                        description[name] = description["file"].pop(name)
+            else:
+                description["driver"] = format
+        try:
+            node = self.node(description, NodeOptions())
+            self._open_waiting()
+        except BaseException:
+            self.abandon()
+            raise
+        return node
+
+    def abandon(self) -> None:
+        """Close everything that was opened (an error came later)."""
+        for node in reversed(self.opened):
+            if not node.closed and not node.parents:
+                try:
+                    graph.close_node(node)
+                except CowhandError:
+                    continue  # the error that led here is the one to tell
+        self.opened.clear()
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Return the description that the file *name* means."""
+        if name.startswith("json:"):
+            import json
+
+            try:
+                given = json.loads(name[5:])
+            except (ValueError, RecursionError) as error:
+                raise InvalidArgument("Could not parse the JSON options", path=name[:200]) from error
+            if not isinstance(given, dict):
+                raise InvalidArgument("Invalid JSON object given", path=name[:200])
+            return given
+        return {"filename": name}
+
+    # -- for drivers
+
+    def node(self, description: Mapping[str, Any], parent: NodeOptions, *, role: Role | None = None) -> BlockNode:
+        """Open one description. *role* is what it will be to its parent: PRIMARY and DATA children are protocols unless they say more."""
+        given = nest(description)
+        for name in ("cache", "cache.direct"):
+            if isinstance(given.get(name), dict):
+                for key, value in given.pop(name).items():
+                    given[f"{name}.{key}"] = value
+        driver = given.pop("driver", None)
+        if driver is None and "filename" in given and str(given["filename"]).startswith("json:"):
+            inner = self.describe(str(given.pop("filename")))
+            return self.node({**inner, **given}, parent, role=role)
+        wants_format = role in (None, Role.BACKING, Role.FILTERED)
+        entry = self.registry.get(driver) if driver is not None else None
+        if entry is None:
+            protocol = self._protocol_of(given)
+            if not wants_format or protocol.kind == "filter":
+                return self._make(protocol, given, parent, role)
+            return self._probed(protocol, given, parent, role)
+        return self._make(entry, given, parent, role)
+
+    def child(
+        self, node: BlockNode, name: str, description: Mapping[str, Any] | str | BlockNode, role: Role, *, read_only: bool | None = None
+    ) -> Child:
+        """Open *description* (or take an open node) as child *name* of *node*. Backing files and read-only parents open for reading only."""
+        if isinstance(description, BlockNode):
+            return graph.attach(node, name, description, role)
+        given = dict(self.describe(description) if isinstance(description, str) else description)
+        if read_only is None:
+            read_only = role is Role.BACKING or not node.writable
+        if read_only or "read-only" not in given:
+            given["read-only"] = read_only
+        if role in (Role.PRIMARY, Role.DATA) and "discard" not in given:
+            given["discard"] = "unmap"
+        opened = self.node(given, node.options, role=role)
+        return graph.attach(node, name, opened, role)
+
+    def backing(self, node: BlockNode, description: Mapping[str, Any] | str | BlockNode) -> None:
+        """Open what the user gave as *node*'s backing file once *node* itself is complete (a chain is opened without recursion)."""
+        self._waiting.append(_Waiting(node, description, "", self._path))
+
+    def implicit_backing(self, node: BlockNode, reference: str, format: str | None) -> None:
+        """The same for the backing file that *node*'s header names as *reference*, if the policy lets it; raises PolicyRefused."""
+        self._waiting.append(_Waiting(node, self._implied(node, reference, format, "backing file"), reference, self._path))
+
+    def implicit_child(
+        self, node: BlockNode, name: str, reference: str, format: str | None, role: Role, *, what: str
+    ) -> Child:
+        """Open at once another file that *node*'s header names (an external data file, an extent), if the policy lets it."""
+        return self.child(node, name, self._implied(node, reference, format, what), role)
+
+    def _implied(self, node: BlockNode, reference: str, format: str | None, what: str) -> dict[str, Any]:
+        owner = node.filename
+        self.policy.check_implicit(reference, owner=owner, what=what)
+        description = self.describe(combine(owner, reference))
+        if format is not None:
+            self.policy.check_driver(format, owner=owner, what=what)
+            if description.get("driver") not in (None, format):
+                description = {"driver": format, "file": description}
+            else:
+                description["driver"] = format
+        elif not self.policy.probe_backing:
+            raise PolicyRefused(f"the {what} '{reference}' has no format recorded and is not probed", path=owner)
+        self._check_description(description, owner, what)
+        return description
+
+    def _open_waiting(self) -> None:
+        while self._waiting:
+            waiting = self._waiting.pop()
+            self._path = waiting.path
+            if self._path is not None and self._path.depth >= self.policy.max_depth:
+                raise UnsupportedFeature(
+                    f"the chain of images is more than {self.policy.max_depth} deep", path=waiting.node.filename
+                )
+            try:
+                self.child(waiting.node, "backing", waiting.description, Role.BACKING)
+            except CowhandError as error:
+                name = waiting.reference or "given"
+                raise error.within(
+                    f"backing file '{name}' of '{waiting.node.filename}'", qemu="Could not open backing file"
+                ) from None
+
+    def _check_description(self, description: Mapping[str, Any], owner: str, what: str) -> None:
+        for name, value in description.items():
+            if isinstance(value, Mapping):
+                self._check_description(value, owner, what)
+            elif name == "driver" or name.endswith(".driver"):
+                self.policy.check_driver(str(value), owner=owner, what=what)
+            elif name == "filename" or name.endswith(".filename"):
+                entry = self._protocol_of({"filename": value})
+                self.policy.check_driver(entry.name, owner=owner, what=what)
+                self.policy.check_path(str(value), owner=owner, what=what)
+
+    # -- inside
+
+    def _protocol_of(self, given: Mapping[str, Any]) -> DriverEntry:
+        filename = given.get("filename")
+        if filename is None:
+            raise InvalidArgument("A block device must be specified by a driver or a file name")
+        filename = str(filename)
+        if has_protocol(filename):
+            prefix = filename.split(":", 1)[0]
+            entry = self.registry.by_prefix(prefix)
+            if entry is None:
+                raise InvalidArgument(f"Unknown protocol '{prefix}'", path=filename)
+            return entry
+        if filename.startswith("/dev/") or os.path.exists(filename):
+            import stat
+
+            try:
+                mode = os.stat(filename).st_mode
+            except OSError:
+                mode = 0
+            if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
+                return self.registry.get("host_device")
+        return self.registry.get("file")
+
+    def _probed(
+        self, protocol: DriverEntry, given: dict[str, Any], parent: NodeOptions, role: Role | None
+    ) -> BlockNode:
+        file = self._make(protocol, self._common_only(given, below=True), parent, Role.PRIMARY)
+        head = bytearray(min(PROBE_SIZE, file.size))
+        block = file.limits.request_alignment
+        if len(head) % block:
+            padded = bytearray(-(-len(head) // block) * block)
+            file.read_into(0, padded)
+            head = padded[: len(head)]
+        elif head:
+            file.read_into(0, head)
+        entry = self.registry.probe(bytes(head), str(given.get("filename", "")))
+        if entry.name == "raw":
+            for magic, at, name in _FOREIGN:
+                if head[at : at + len(magic)] == magic and self.registry.find(name) is None:
+                    raise UnsupportedFeature(
+                        f"this is a {name} image, and there is no driver for that format",
+                        path=file.filename,
+                        hint="Give the format as raw to look at its bytes as they are.",
+                    )
+        above = self._common_only(given, below=False)
+        above["file"] = file
+        node = self._make(entry, above, parent, role)
+        node.probed = True
+        return node
+
+    def _common_only(self, given: Mapping[str, Any], *, below: bool) -> dict[str, Any]:
+        """Split a description without a driver: what the protocol takes (below) and what the probed format takes."""
+        common = declared(NodeOptions)
+        if below:
+            return {n: v for n, v in given.items() if n not in ("node-name", "backing") and (n in common or n == "filename")}
+        return {n: v for n, v in given.items() if n != "filename"}
+
+    def _make(
+        self, entry: DriverEntry, given: dict[str, Any], parent: NodeOptions, role: Role | None
+    ) -> BlockNode:
+        cls = entry.load()
+        filename = given.get("filename")
+        if entry.kind != "protocol" and filename is not None and "file" not in given and "image" not in given:
+            if entry.prefixes and has_protocol(str(filename)) and str(filename).split(":", 1)[0] in entry.prefixes:
+                given = {**nest(cls.parse_filename(str(given.pop("filename")))), **given}
+            else:
+                given["file"] = self.describe(str(given.pop("filename")))
+        elif entry.kind == "protocol" and filename is not None and has_protocol(str(filename)):
+            prefix = str(filename).split(":", 1)[0]
+            if prefix in entry.prefixes:
+                given = {**given, **cls.parse_filename(str(filename))}
+        names = declared(cls.options_class)
+        chosen = {name: given.pop(name) for name in list(given) if name in names}
+        for name in _INHERITED:
+            key = "cache." + name[6:].replace("_", "-") if name.startswith("cache_") else name.replace("_", "-")
+            if key not in chosen and role is not None and getattr(parent, name):
+                chosen[key] = True
+        node = cls.open(self, parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind), given)
+        self.opened.append(node)
+        self._refuse_loop(node)
+        if given:
+            left = next(iter(given))
+            raise InvalidArgument(f"Block {entry.kind} '{entry.name}' does not support the option '{left}'")
+        return node
+
+    def _refuse_loop(self, node: BlockNode) -> None:
+        descriptor = getattr(node, "fd", None)
+        if descriptor is None or node.children:
+            return
+        stat = os.fstat(descriptor)
+        key = (stat.st_dev, stat.st_ino)
+        above = self._path
+        depth = above.depth + 1 if above is not None else 0
+        while above is not None:
+            if above.key == key:
+                raise UnsupportedFeature("the chain of backing files comes back to this file", path=node.filename)
+            above = above.above
+        self._path = _Path(key, self._path, depth)

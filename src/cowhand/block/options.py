@@ -1,0 +1,161 @@
+"""Options of nodes: declared once, in a frozen dataclass for each driver, and read from there by everything else.
+
+A declaration gives type, default, help and strength. From it come the parsing of ``--image-opts`` and ``json:`` names, the printed name of an
+image, ``create -o help`` and the documentation. "Not set" is ``None`` where it differs from every value that a user can give.
+
+Sources: QEMU's ``qapi/block-core.json`` (BlockdevOptions) for names and meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+from cowhand.core.errors import InvalidArgument
+from cowhand.core.units import parse_size
+
+_T = TypeVar("_T", bound="NodeOptions")
+
+
+def option(
+    default: Any = None, *, help: str = "", kind: str = "str", choices: tuple[str, ...] = (), name: str | None = None, strong: bool = True
+) -> Any:
+    """Declare an option. *kind* is "str", "bool", "int", "size" or "any"; *name* is QEMU's where it is not the field's with dashes.
+
+    A strong option changes what a reader sees and so belongs into the image's printed name; a weak one (caching, locking) does not.
+    """
+    return field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "name": name, "strong": strong})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOptions:
+    """What every node takes."""
+
+    node_name: str | None = option(help="name of the node in the graph", strong=False)
+    read_only: bool | None = option(kind="bool", help="open for reading only", strong=False)
+    auto_read_only: bool = option(False, kind="bool", help="open for reading where writing is not possible", strong=False)
+    force_share: bool = option(False, kind="bool", help="take no locks: others may write meanwhile", strong=False)
+    discard: str | None = option(help="hand discards down", choices=("ignore", "unmap"), strong=False)
+    detect_zeroes: str = option("off", help="turn writes of zeroes into write_zeroes", choices=("off", "on", "unmap"), strong=False)
+    cache_direct: bool = option(False, kind="bool", name="cache.direct", help="bypass the host's page cache", strong=False)
+    cache_no_flush: bool = option(False, kind="bool", name="cache.no-flush", help="ignore flushes (unsafe)", strong=False)
+
+
+def declared(cls: type[NodeOptions]) -> dict[str, Any]:
+    """Return {QEMU's name: dataclass field} of the options that *cls* declares, common ones first."""
+    return {(f.metadata["name"] or f.name.replace("_", "-")): f for f in fields(cls) if f.metadata}
+
+
+def _convert(name: str, value: Any, kind: str, choices: Iterable[str]) -> Any:
+    if value is None or kind == "any":
+        return value
+    if kind == "bool":
+        if isinstance(value, bool):
+            return value
+        if value in ("on", "yes", "true", "y"):
+            return True
+        if value in ("off", "no", "false", "n"):
+            return False
+        raise InvalidArgument(f"Parameter '{name}' expects 'on' or 'off'")
+    if kind in ("int", "size"):
+        if isinstance(value, bool):
+            raise InvalidArgument(f"Parameter '{name}' expects a number")
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value) if kind == "size" else int(value, 0)
+        except (ValueError, TypeError) as error:
+            raise InvalidArgument(f"Parameter '{name}' expects a number, not '{value}'") from error
+    if not isinstance(value, str):
+        raise InvalidArgument(f"Parameter '{name}' expects a string")
+    if choices and value not in choices:
+        raise InvalidArgument(f"Invalid parameter '{value}' for '{name}'", hint="One of: " + ", ".join(choices))
+    return value
+
+
+def parse(cls: type[_T], given: Mapping[str, Any], *, driver: str, kind: str = "format") -> _T:
+    """Make *cls* from flat or nested *given* ("cache.direct" or {"cache": {"direct": …}}), QEMU's names; raise on what it does not declare."""
+    known = declared(cls)
+    values: dict[str, Any] = {}
+    for name, value in flatten(given).items():
+        found = known.get(name)
+        if found is None:
+            raise InvalidArgument(f"Block {kind} '{driver}' does not support the option '{name}'")
+        values[found.name] = _convert(name, value, found.metadata["kind"], found.metadata["choices"])
+    return cls(**{k: v for k, v in values.items() if v is not None})
+
+
+def strong_options(options: NodeOptions) -> dict[str, Any]:
+    """Return {QEMU's name: value} of the strong options that were set to something else than their default."""
+    out: dict[str, Any] = {}
+    for name, found in declared(type(options)).items():
+        value = getattr(options, found.name)
+        if found.metadata["strong"] and value != (None if found.default is MISSING else found.default):
+            out[name] = value
+    return out
+
+
+def flatten(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one with dotted names; lists become numbered names ("children.0.driver")."""
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            out.update(flatten(value, f"{prefix}{name}."))
+        elif isinstance(value, (list, tuple)):
+            out.update(flatten({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def nest(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dotted names of *given* as nested dictionaries, the inverse of :func:`flatten` but for lists."""
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        *path, last = name.split(".")
+        place = out
+        for part in path:
+            inner = place.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise InvalidArgument(f"'{part}' is given both as a value and as a group of options ('{name}')")
+            place = inner
+        value = nest(value) if isinstance(value, Mapping) else value
+        if isinstance(place.get(last), dict) and isinstance(value, dict):
+            place[last].update(value)
+        else:
+            place[last] = value
+    return out
+
+
+def split_options(text: str) -> dict[str, str]:
+    """Parse "a=b,c.d=e,flag" as QEMU's option strings: a doubled comma stands for one, a name alone means "on", "noNAME" is not special."""
+    out: dict[str, str] = {}
+    part = ""
+    position = 0
+    while position <= len(text):
+        if position == len(text) or text[position] == ",":
+            if position + 1 < len(text) and text[position + 1] == ",":
+                part += ","
+                position += 2
+                continue
+            if part:
+                name, equals, value = part.partition("=")
+                out[name] = value if equals else "on"
+            part = ""
+            position += 1
+            continue
+        part += text[position]
+        position += 1
+    return out
+
+
+#: cache modes as QEMU's tools name them: (write-through, cache.direct, cache.no-flush)
+CACHE_MODES = {
+    "none": (False, True, False),
+    "off": (False, True, False),
+    "writethrough": (True, False, False),
+    "writeback": (False, False, False),
+    "directsync": (True, True, False),
+    "unsafe": (False, False, True),
+}

@@ -1,0 +1,93 @@
+"""What a chain of layers is made of: the one walker over single layers' answers.
+
+Follows QEMU's rules of block status: a layer answers for itself; where it allocates nothing, its backing file does, one level deeper; where
+the backing file ends, or there is none, the bytes read as zeroes in the layer above.
+"""
+
+from __future__ import annotations
+
+from cowhand.block.node import BlockNode
+from cowhand.core.extents import DATA, MAX_ROWS, OFFSET, RECURSE, ZERO, Extent, ExtentBatch
+
+_CONTENT = DATA | ZERO
+
+
+def layered(node: BlockNode, offset: int, length: int, depth: int | None = None) -> ExtentBatch:
+    """Describe ``[offset, offset + length)``, or its beginning, through at most *depth* layers (None: all).
+
+    Rows tell their layer in ``depth``. Rows that no asked layer allocates have neither DATA nor ZERO, unless there is nothing below.
+    """
+    out = ExtentBatch()
+    top = skip_filters(node).map_batch(offset, length)
+    for row in top:
+        if not _resolve(out, skip_filters(node), row, 0, depth):
+            break
+    return out
+
+
+def skip_filters(node: BlockNode) -> BlockNode:
+    """Return the first node at or below *node* that is not a filter."""
+    while node.is_filter:
+        primary = node.primary
+        if primary is None:
+            break
+        node = primary.node
+    return node
+
+
+def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: int | None) -> bool:
+    """Add *row* of *node*'s own answer to *out*, asking further down where it says nothing; False when *out* is full."""
+    # A stack instead of recursion: a chain may be longer than Python's.
+    stack: list[tuple[BlockNode, Extent, int]] = [(node, row, level)]
+    while stack:
+        if len(out) >= MAX_ROWS:
+            return False
+        here, part, at = stack.pop()
+        if part.flags & _CONTENT:
+            if part.flags & RECURSE and part.flags & OFFSET:
+                _ask_file(out, part, at)
+            else:
+                out.add(part.start, part.length, part.flags & ~RECURSE, part.host, part.node, at)
+            continue
+        below = here.backing
+        if below is None:
+            # QEMU says of it: zero, and of no layer's doing.
+            flags = ZERO if here.supports_backing else DATA
+            out.add(part.start, part.length, part.flags | flags, node=here, depth=at)
+            continue
+        lower = skip_filters(below.node)
+        limit = lower.size
+        if part.start >= limit:
+            out.add(part.start, part.length, part.flags | ZERO, node=here, depth=at)
+            continue
+        if depth is not None and at + 1 >= depth:
+            count = min(part.length, limit - part.start)
+            out.add(part.start, count, part.flags, node=here, depth=at)
+            if count < part.length:
+                rest = part._replace(start=part.start + count, length=part.length - count)
+                stack.append((here, rest, at))
+            continue
+        count = min(part.length, limit - part.start)
+        answers = lower.map_batch(part.start, count)
+        told = answers.end - part.start
+        if told < part.length:
+            stack.append((here, part._replace(start=part.start + told, length=part.length - told), at))
+        stack.extend((lower, answer, at + 1) for answer in reversed(list(answers)))
+    return True
+
+
+def _ask_file(out: ExtentBatch, part: Extent, level: int) -> None:
+    """Add a row of preallocated data, split by the holes that the file below tells of; its offsets stay the format's."""
+    position = part.host
+    end = part.host + part.length
+    flags = part.flags & ~RECURSE
+    while position < end:
+        limit = part.node.size
+        if position >= limit:
+            out.add(part.start + position - part.host, end - position, flags | ZERO, position, part.node, level)
+            return
+        answer = part.node.map_batch(position, min(end, limit) - position)
+        for row in answer:
+            extra = ZERO if row.flags & ZERO else 0
+            out.add(part.start + row.start - part.host, row.length, flags | extra, row.start, part.node, level)
+        position = answer.end

@@ -1,0 +1,25 @@
+"""The one list of built-in drivers: name, where it is, how it is recognised."""
+
+from __future__ import annotations
+
+from cowhand.block.registry import DriverEntry, Registry
+
+_QCOW_MAGIC = b"QFI\xfb"
+
+
+def _probe_qcow2(data: bytes, filename: str) -> int:
+    return 100 if data[:4] == _QCOW_MAGIC and int.from_bytes(data[4:8], "big") >= 2 else 0
+
+
+REGISTRY = Registry()
+for _entry in (
+    DriverEntry("file", "protocol", "cowhand.block.protocols.file", "FileNode", prefixes=("file",)),
+    DriverEntry("host_device", "protocol", "cowhand.block.protocols.file", "HostDeviceNode", prefixes=("host_device",)),
+    DriverEntry("memory", "protocol", "cowhand.block.protocols.memory", "MemoryNode", creatable=False),
+    DriverEntry("null-co", "protocol", "cowhand.block.protocols.null", "NullNode", prefixes=("null-co",), creatable=False),
+    DriverEntry("null-aio", "protocol", "cowhand.block.protocols.null", "NullAioNode", prefixes=("null-aio",), creatable=False),
+    DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
+    DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
+    DriverEntry("blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False),
+):
+    REGISTRY.add(_entry)
