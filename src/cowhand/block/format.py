@@ -240,7 +240,10 @@ class FormatNode(BlockNode):
             if run[1] & _IN_PLACE_MASK == _IN_PLACE and run[0] == len(buffers[0]) and run[2] is not None:
                 if self.event_sink is not None:
                     self.event_sink("write_aio")
-                run[2].write(run[3], buffers, fua)
+                run[2].write(run[3], buffers)
+                if fua:
+                    # The mapping of these bytes may itself not be stable yet.
+                    self.flush()
                 return
         views = [memoryview(buffer) for buffer in buffers]
         length = sum(len(view) for view in views)
@@ -263,16 +266,16 @@ class FormatNode(BlockNode):
                     self.event_sink("write_aio")
                 child.write(host, _slice(views, skip, count))
                 return count
-            reservation = self._reserve(offset, length, Kind.DATA)
+            reservation = self.claim(offset, length, Kind.DATA)
             if reservation is not None:
                 break
         count = min(length, reservation.offset + reservation.length - offset)
         try:
             self._put(reservation, offset, _slice(views, skip, count), count)
         except BaseException as error:
-            self._give_up(reservation, error)
+            self.give_up(reservation, error)
             raise
-        self._finish(reservation)
+        self.finish(reservation)
         return count
 
     def _write_detected(self, offset: int, views: Sequence[memoryview], skip: int, length: int) -> int:
@@ -341,7 +344,11 @@ class FormatNode(BlockNode):
 
     # -- the in-flight table
 
-    def _reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
+    def claim(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
+        """Reserve the beginning of ``[offset, offset + length)`` once nobody else owns a unit of it; None: write in place.
+
+        The reservation ends with :meth:`finish` or :meth:`give_up`. The copy engine calls this too, and puts the bytes itself.
+        """
         unit = self.allocation_unit
         begin = offset - offset % unit
         end = -(-(offset + length) // unit) * unit
@@ -372,7 +379,8 @@ class FormatNode(BlockNode):
                 other.waiters.append(waiter)
             waiter.acquire()
 
-    def _finish(self, reservation: Reservation) -> None:
+    def finish(self, reservation: Reservation) -> None:
+        """Link *reservation*, whose bytes are in place, and let those go on who wait for its units."""
         with self.lock:
             try:
                 self.link(reservation)
@@ -385,7 +393,8 @@ class FormatNode(BlockNode):
             finally:
                 self._release(reservation)
 
-    def _give_up(self, reservation: Reservation, error: BaseException) -> None:
+    def give_up(self, reservation: Reservation, error: BaseException) -> None:
+        """Take *reservation* back because of *error*; readers see what they saw."""
         with self.lock:
             try:
                 if isinstance(error, (CowhandError, OSError, MemoryError)):
@@ -406,10 +415,10 @@ class FormatNode(BlockNode):
         self.check_writable()
         end = offset + length
         while offset < end:
-            reservation = self._reserve(offset, end - offset, kind)
+            reservation = self.claim(offset, end - offset, kind)
             if reservation is None:
                 raise AssertionError(f"driver '{self.driver}' reserved nothing for {kind.name}")
-            self._finish(reservation)
+            self.finish(reservation)
             offset = reservation.offset + reservation.length
 
     # -- zeroes and discards
@@ -460,10 +469,10 @@ class FormatNode(BlockNode):
 
     def _zero_unit_unless_written(self, begin: int, inside: int, kind: Kind) -> None:
         # Between the look at the neighbours and the reservation somebody may have written there; so look again while holding the unit.
-        reservation = self._reserve(begin, self.allocation_unit, kind)
+        reservation = self.claim(begin, self.allocation_unit, kind)
         assert reservation is not None
         if self.reads_zero(begin, inside) or not self.map(begin, inside)[1] & DATA:
-            self._finish(reservation)
+            self.finish(reservation)
             return
         with self.lock:
             self.abandon(reservation)
@@ -483,16 +492,16 @@ class FormatNode(BlockNode):
         if flags & _IN_PLACE_MASK == _IN_PLACE and child is not None:
             child.write(host, (ZEROES[:count],))
             return count
-        reservation = self._reserve(offset, length, Kind.DATA)
+        reservation = self.claim(offset, length, Kind.DATA)
         if reservation is None:
             return 0
         count = min(length, reservation.offset + reservation.length - offset)
         try:
             self._put(reservation, offset, [ZEROES[:count]], count)
         except BaseException as error:
-            self._give_up(reservation, error)
+            self.give_up(reservation, error)
             raise
-        self._finish(reservation)
+        self.finish(reservation)
         return count
 
     def discard(self, offset: int, length: int) -> None:
@@ -506,7 +515,7 @@ class FormatNode(BlockNode):
     def write_compressed(self, offset: int, payload: Buffer) -> None:
         """Store *payload*, the encoded form of the one allocation unit at *offset*. Raises NotSupported where the unit holds data already."""
         self.check_writable()
-        reservation = self._reserve(offset, self.allocation_unit, Kind.COMPRESSED, len(payload))
+        reservation = self.claim(offset, self.allocation_unit, Kind.COMPRESSED, len(payload))
         if reservation is None:
             raise NotSupported("compressed data can only be written to unallocated clusters", path=self.filename, offset=offset)
         try:
@@ -515,9 +524,9 @@ class FormatNode(BlockNode):
                 self.event_sink("write_compressed")
             reservation.child.write(reservation.host, (payload,))
         except BaseException as error:
-            self._give_up(reservation, error)
+            self.give_up(reservation, error)
             raise
-        self._finish(reservation)
+        self.finish(reservation)
 
     # -- many requests at once
 
