@@ -1,0 +1,186 @@
+"""Space of a regular file: where its holes are, how it is preallocated, and how a new one is made.
+
+Sources: lseek(2) (SEEK_DATA, SEEK_HOLE), fallocate(2); QEMU's ``BlockdevCreateOptionsFile`` for what creation takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import Any
+
+from cowhand.block.node import ALL_PERMISSIONS, RESIZE, WRITE
+from cowhand.block.protocols import file_syscalls
+from cowhand.core.buffers import ZEROES, ZEROES_SIZE
+from cowhand.core.errors import InvalidArgument, NotSupported, from_os_error
+from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, ExtentBatch
+
+PREALLOCATIONS = ("off", "falloc", "full")
+#: XFS allocates space for a growing image in pieces of this size (QEMU's default).
+EXTENT_SIZE_HINT = 1 << 20
+
+_SEEK_DATA = getattr(os, "SEEK_DATA", 3)
+_SEEK_HOLE = getattr(os, "SEEK_HOLE", 4)
+_HOLE = ZERO | ALLOCATED | OFFSET
+_DATA = DATA | ALLOCATED | OFFSET
+
+
+def add_extents(batch: ExtentBatch, fd: int, node: Any, offset: int, length: int) -> None:
+    """Append what the file system knows of ``[offset, offset + length)``, up to the limit of rows; past the end of the file is a hole.
+
+    Where it knows nothing everything is data. A hole that another thread fills meanwhile may be told either way.
+    """
+    end = offset + length
+    try:
+        while offset < end and not batch.full:
+            try:
+                data = min(os.lseek(fd, offset, _SEEK_DATA), end)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = end  # no data from here on
+            if data > offset:
+                batch.add(offset, data - offset, _HOLE, offset, node)
+            if data < end and not batch.full:
+                hole = min(max(os.lseek(fd, data, _SEEK_HOLE), data + 1), end)
+                batch.add(data, hole - data, _DATA, data, node)
+                data = hole
+            offset = data
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # cut shorter between the two calls
+            batch.add(offset, end - offset, _HOLE, offset, node)
+        elif not batch.full:
+            batch.add(offset, end - offset, _DATA, offset, node)
+
+
+def write_zero_bytes(fd: int, offset: int, length: int) -> None:
+    """Write *length* zero bytes. Raises OSError."""
+    while length > 0:
+        done = file_syscalls.pwritev(fd, (ZEROES[: min(length, ZEROES_SIZE)],), offset)
+        offset += done
+        length -= done
+
+
+def set_size(fd: int, size: int, preallocation: str, path: str) -> None:
+    """Change the length of a regular file with nothing in flight; on an error the old length is restored.
+
+    *preallocation* "falloc" reserves space for what is new, "full" writes it as well, "off" leaves a hole.
+    """
+    if preallocation not in PREALLOCATIONS:
+        raise NotSupported(f"Unsupported preallocation mode: {preallocation}", path=path)
+    old = os.fstat(fd).st_size
+    if preallocation != "off" and size < old:
+        raise InvalidArgument("Cannot use preallocation for shrinking files", errno=errno.ENOTSUP, path=path)
+    doing = "resizing"
+    try:
+        if preallocation == "falloc" and size > old:
+            doing = "preallocating"
+            _reserve(fd, old, size - old)
+        else:
+            os.ftruncate(fd, size)
+            if preallocation == "full":
+                doing = "preallocating"
+                write_zero_bytes(fd, old, size - old)
+                os.fsync(fd)
+    except OSError as error:
+        if os.fstat(fd).st_size != old:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, old)
+        raised = from_os_error(error, path, doing=doing)
+        raise raised.within(
+            qemu="Could not resize file" if doing == "resizing" else "Could not preallocate new data"
+        ) from error
+
+
+def _reserve(fd: int, offset: int, length: int) -> None:
+    try:
+        file_syscalls.allocate(fd, offset, length)
+    except OSError as error:
+        if not file_syscalls.is_unsupported(error):
+            raise
+        write_zero_bytes(fd, offset, length)
+
+
+def create_file(
+    path: str,
+    size: int,
+    *,
+    preallocation: str = "off",
+    nocow: bool = False,
+    extent_size_hint: int | None = None,
+    exclusive: bool = False,
+    locking: bool = True,
+) -> None:
+    """Make *path* an empty file of *size* zero bytes; an existing one is emptied in place, if nobody uses it, unless *exclusive*.
+
+    Raises ImageExists, ImageInUse, AccessDenied, NoSpace, IOFailed; a file that did not exist before is removed again on an error.
+    """
+    if preallocation not in PREALLOCATIONS:
+        raise NotSupported(f"Unsupported preallocation mode: {preallocation}", path=path)
+    flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    fd, made = _open_or_make(path, flags, exclusive)
+    try:
+        _fill_new(fd, path, size, preallocation, nocow, extent_size_hint, locking)
+    except BaseException:
+        if made:
+            os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _open_or_make(path: str, flags: int, exclusive: bool) -> tuple[int, bool]:
+    try:
+        try:
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            if exclusive:
+                raise
+            # Not O_TRUNC: somebody may be using it, which only its locks tell.
+            return os.open(path, flags | os.O_CREAT, 0o644), False
+    except OSError as error:
+        raised = from_os_error(error, path, doing="creating")
+        raise raised.within(qemu=f"Could not create '{path}'") from error
+    except ValueError as error:  # a NUL in the name
+        raise InvalidArgument("a file name cannot contain a zero byte") from error
+
+
+def _fill_new(
+    fd: int, path: str, size: int, preallocation: str, nocow: bool, extent_size_hint: int | None, locking: bool
+) -> None:
+    from cowhand.block import imagelock
+
+    holder = None
+    if locking:
+        try:
+            holder = imagelock.hold(fd, path, "a new image")
+            holder.update(WRITE | RESIZE, ALL_PERMISSIONS & ~RESIZE)
+        except NotSupported:
+            pass  # no locks here: then nobody can be asked
+        except BaseException:
+            if holder is not None:
+                holder.release()
+            raise
+    try:
+        set_size(fd, 0, "off", path)
+        _set_attributes(fd, nocow, extent_size_hint)
+        set_size(fd, size, preallocation, path)
+    finally:
+        if holder is not None:
+            holder.release()
+
+
+def _set_attributes(fd: int, nocow: bool, extent_size_hint: int | None) -> None:
+    # Both are hints for file systems that know them; the file is as good without.
+    if nocow:
+        try:
+            file_syscalls.set_nocow(fd)
+        except OSError:
+            pass
+    hint = EXTENT_SIZE_HINT if extent_size_hint is None else extent_size_hint
+    if hint:
+        try:
+            file_syscalls.set_extent_size_hint(fd, hint)
+        except OSError:
+            pass
