@@ -1,0 +1,203 @@
+"""Replay: from a recorder's log to every image that a power failure could have left.
+
+The medium has a volatile cache: a change is stable when a flush that began after its acknowledgement has ended (or it had FUA); any other one
+that had begun may be there, be missing, be there in another order, or be there in part. Parts are whole blocks of 512 or 4096
+bytes, which media write atomically.
+
+The images are copies that share pages, so a thousand of them cost little more than one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from cowhand.block.protocols.memory import MemoryNode
+from cowhand.testing.recorder import END_OF_LOG, RESIZE, Change, Log
+
+#: Blocks that a medium writes wholly or not at all.
+TORN_SIZES = (512, 4096)
+
+
+class CrashState(NamedTuple):
+    """One possible outcome: power failed at ``moment``, the medium then held ``image``. ``story`` tells how it came about."""
+
+    image: MemoryNode
+    moment: int
+    story: str
+
+
+class _History:
+    """The log, sorted, with the stable image of each window between flushes made once."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.changes = sorted(log.changes, key=lambda change: change.begin)
+        self._stable: dict[int, MemoryNode] = {}
+
+    def moment_after(self, index: int) -> int:
+        """Return the last moment at which no change after the *index*-th had begun."""
+        return self.changes[index + 1].begin if index + 1 < len(self.changes) else END_OF_LOG
+
+    def split(self, moment: int) -> tuple[MemoryNode, list[Change]]:
+        """Return what was surely stable at *moment*, as an image not to be changed, and the changes that were not, in order."""
+        horizon = self.log.horizon(moment)
+        loose = [
+            change for change in self.changes if change.begin < moment and not self._is_stable(change, horizon, moment)
+        ]
+        image = self._stable.get(horizon)
+        if image is None:
+            image = self.log.initial.copy()
+            for change in self.changes:
+                if change.end is not None and change.end < horizon:
+                    change.apply(image)
+            self._stable[horizon] = image
+        forced = [c for c in self.changes if c.fua and c.end is not None and horizon <= c.end < moment]
+        if forced:
+            image = image.copy()
+            for change in forced:
+                change.apply(image)
+        return image, loose
+
+    @staticmethod
+    def _is_stable(change: Change, horizon: int, moment: int) -> bool:
+        if change.end is None:
+            return False
+        return change.end < horizon or (change.fua and change.end < moment)
+
+
+def prefixes(log: Log) -> Iterator[CrashState]:
+    """Yield the medium as it was before the first change and after each one, all in order and complete."""
+    history = _History(log)
+    image = log.initial.copy()
+    first = history.changes[0].begin if history.changes else END_OF_LOG
+    yield CrashState(image.copy(), first, "nothing written")
+    for index, change in enumerate(history.changes):
+        change.apply(image)
+        yield CrashState(image.copy(), history.moment_after(index), f"all up to change {index} ({change})")
+
+
+def torn(log: Log, sizes: Sequence[int] = TORN_SIZES, *, seed: int = 0) -> Iterator[CrashState]:
+    """Yield, for each change that spans several blocks, the medium with all before it and a part of its blocks: head, tail, random ones."""
+    history = _History(log)
+    rng = random.Random(seed)
+    image = log.initial.copy()
+    sizes = [size for size in sizes if size >= log.initial.limits.request_alignment]
+    for index, change in enumerate(history.changes):
+        for size in sizes:
+            blocks = _blocks(change, size)
+            if len(blocks) < 2:
+                continue
+            cut = rng.randrange(1, len(blocks))
+            some = [block for block in blocks if rng.random() < 0.5]
+            for name, chosen in (("head", blocks[:cut]), ("tail", blocks[cut:]), ("some blocks", some)):
+                partial = image.copy()
+                for block in chosen:
+                    change.apply_part(partial, block * size, (block + 1) * size)
+                story = f"all before change {index}, and of it ({change}) the {name}: {len(chosen)} of {len(blocks)} x {size}"
+                yield CrashState(partial, history.moment_after(index), story)
+        change.apply(image)
+
+
+def singles(log: Log, *, limit: int | None = None, seed: int = 0) -> Iterator[CrashState]:
+    """Yield, for each window between flushes at its end, the medium with all but one of its changes, and with that one alone.
+
+    This finds every pair of changes that needs an order and has none. *limit* bounds the number of windows' changes that are tried (drawn
+    by *seed*); None tries all.
+    """
+    history = _History(log)
+    candidates: list[tuple[int, int]] = []
+    for moment in _window_ends(history):
+        _, loose = history.split(moment)
+        candidates += [(moment, position) for position in range(len(loose))]
+    if limit is not None and len(candidates) > limit:
+        candidates = sorted(random.Random(seed).sample(candidates, limit))
+    for moment, position in candidates:
+        base, loose = history.split(moment)
+        chosen = loose[position]
+        without = base.copy()
+        for change in loose:
+            if change is not chosen:
+                change.apply(without)
+        yield CrashState(without, moment, f"at moment {moment} {chosen} alone was lost of {len(loose)} changes")
+        alone = base.copy()
+        chosen.apply(alone)
+        yield CrashState(alone, moment, f"at moment {moment} {chosen} alone survived of {len(loose)} changes")
+
+
+def sampled(log: Log, count: int, *, seed: int = 0) -> Iterator[CrashState]:
+    """Yield *count* outcomes drawn at random: a moment, a subset of what was not stable then, in any order, some of it torn."""
+    history = _History(log)
+    if not history.changes:
+        return
+    rng = random.Random(seed)
+    moments = [change.begin for change in history.changes[1:]] + _window_ends(history)
+    for number in range(count):
+        moment = rng.choice(moments)
+        base, loose = history.split(moment)
+        image = base.copy()
+        keep = rng.choice((0.1, 0.5, 0.5, 0.9))
+        survivors = [change for change in loose if rng.random() < keep]
+        shuffled = rng.random() < 0.5
+        if shuffled:
+            rng.shuffle(survivors)
+        ripped = 0
+        for change in survivors:
+            ripped += _apply_maybe_torn(change, image, rng)
+        order = "in any order" if shuffled else "in order"
+        story = (
+            f"sample {number}: at moment {moment} {len(survivors)} of {len(loose)} loose changes {order}, {ripped} torn"
+        )
+        yield CrashState(image, moment, story)
+
+
+def crash_states(
+    log: Log,
+    *,
+    samples: int = 200,
+    torn_sizes: Sequence[int] = TORN_SIZES,
+    single_limit: int | None = None,
+    seed: int = 0,
+) -> Iterator[CrashState]:
+    """Yield every kind of outcome: each prefix, torn writes, each change lost or surviving alone, and *samples* random ones."""
+    yield from prefixes(log)
+    yield from torn(log, torn_sizes, seed=seed)
+    yield from singles(log, limit=single_limit, seed=seed)
+    yield from sampled(log, samples, seed=seed)
+
+
+def replay(states: Iterator[CrashState], check: Callable[[CrashState], None]) -> int:
+    """Hand each state to *check* and return their number; a failure's error gets the story of the state that it happened with."""
+    count = 0
+    for state in states:
+        try:
+            check(state)
+        except Exception as error:
+            error.add_note(f"after a power failure: {state.story}")
+            raise
+        count += 1
+    return count
+
+
+def _window_ends(history: _History) -> list[int]:
+    """Return the moments at which the most is loose: just before each flush ended, and the end of the log."""
+    return [flush.end for flush in history.log.flushes] + [END_OF_LOG]
+
+
+def _blocks(change: Change, size: int) -> range:
+    if change.kind == RESIZE:
+        return range(0)
+    return range(change.offset // size, -(-(change.offset + change.length) // size))
+
+
+def _apply_maybe_torn(change: Change, image: MemoryNode, rng: random.Random) -> bool:
+    size = rng.choice(TORN_SIZES)
+    blocks = _blocks(change, size)
+    if rng.random() < 0.8 or len(blocks) < 2 or len(blocks) > 4096 or size < image.limits.request_alignment:
+        change.apply(image)
+        return False
+    for block in blocks:
+        if rng.random() < 0.5:
+            change.apply_part(image, block * size, (block + 1) * size)
+    return True
