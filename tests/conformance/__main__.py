@@ -64,9 +64,8 @@ def run(
     return runner.run_all(tests, options.jobs, show)
 
 
-def facts() -> dict[str, str]:
+def facts(tools: toolset.Toolset) -> dict[str, str]:
     """Return what the outcomes depend on: the versions of everything that took part."""
-    tools = toolset.make("cowhand", BUILD / "bin" / "cowhand")
     reference = subprocess.run(
         ["qemu-img", "--version"], capture_output=True, text=True, check=True
     ).stdout.splitlines()[0]
@@ -79,19 +78,20 @@ def facts() -> dict[str, str]:
     }
 
 
+def _results(image_format: str, tools: toolset.Toolset) -> report.FormatResults:
+    reference = records.load(outcomes_file("qemu", image_format))
+    return report.FormatResults(
+        image_format, reference, records.load(outcomes_file("cowhand", image_format)), tools.words()
+    )
+
+
 def write_page(path: Path) -> int:
     """Write the page from all outcomes; return how many failures nobody has given a reason for."""
     reasons = records.Reasons.read(HERE / "reasons.toml")
-    results = [
-        report.FormatResults(
-            image_format,
-            records.load(outcomes_file("qemu", image_format)),
-            records.load(outcomes_file("cowhand", image_format)),
-        )
-        for image_format in FORMATS
-    ]
+    tools = toolset.make("cowhand", BUILD / "bin" / "cowhand")
+    results = [_results(image_format, tools) for image_format in FORMATS]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.page(facts(), results, reasons), encoding="utf-8")
+    path.write_text(report.page(facts(tools), results, reasons), encoding="utf-8")
     unexplained = 0
     for result in results:
         for outcome in result.select("fail", "timeout"):
@@ -123,8 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
             if missing:
                 run("qemu", image_format, missing, options, folder)
             if options.action == "run":
-                known = records.load(outcomes_file("qemu", image_format))
-                run("cowhand", image_format, [test for test in tests if known[test].status == "pass"], options, folder)
+                comparable = _results(image_format, toolset.make("cowhand", BUILD / "bin" / "cowhand")).comparable()
+                run("cowhand", image_format, [test for test in tests if test in comparable], options, folder)
     except (source.SourceUnavailable, toolset.ToolMissing) as problem:
         print(problem, file=sys.stderr)
         return 2

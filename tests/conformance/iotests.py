@@ -101,7 +101,9 @@ class Runner:
         today = time.strftime("%Y-%m-%d", time.gmtime())
         if output is None:
             return Outcome(test, "timeout", seconds, f"no end after {self.seconds:.0f} s", used, today)
-        status, detail = parse(test, output)
+        status, detail = parse(
+            test, output.replace(str(scratch / "t"), "TEST_DIR").replace(str(scratch / "s"), "SOCK_DIR")
+        )
         return Outcome(test, status, seconds, detail, used, today)
 
     def _check(self, test: str, environment: dict[str, str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import threading
 import tomllib
@@ -24,15 +25,16 @@ def load(path: Path) -> Outcomes:
 
 
 def record(path: Path, outcome: Outcome) -> None:
-    """Replace the outcome of one test in the file. Safe against a kill, and against other threads of this process."""
-    with _WRITING:
+    """Replace the outcome of one test in the file. Safe against a kill, other threads and other processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _WRITING, path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         held = load(path)
         held[outcome.test] = outcome
         _write(path, held)
 
 
 def _write(path: Path, held: Outcomes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(dataclasses.asdict(held[test])) for test in sorted(held)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("[\n" + ",\n".join(rows) + "\n]\n")

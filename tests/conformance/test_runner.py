@@ -164,25 +164,29 @@ def test_one_test_has_one_reason(tmp_path: Path) -> None:
         records.Reasons.read(path)
 
 
-def test_page_counts_only_what_qemu_passes() -> None:
+def test_page_counts_only_what_qemu_passes_and_cowhand_takes_part_in() -> None:
     reference = {
         "001": Outcome("001", "pass", 1.0, uses=("img", "io")),
         "002": Outcome("002", "pass", 1.0, uses=("img", "machine")),
         "003": Outcome("003", "fail", 1.0, "x"),
         "004": Outcome("004", "pass", 1.0, uses=("io",)),
+        "005": Outcome("005", "pass", 1.0, uses=("daemon",)),
+        "006": Outcome("006", "not run", 1.0, "no such device"),
     }
     own = {
         "001": Outcome("001", "pass", 1.0, date="2026-01-02"),
         "002": Outcome("002", "fail", 1.0, "a|b", date="2026-01-03"),
         "003": Outcome("003", "pass", 1.0, date="2026-01-03"),
     }
-    result = report.FormatResults("qcow2", reference, own)
+    result = report.FormatResults("qcow2", reference, own, frozenset({"img", "io"}))
     text = report.page({"Machine": "here"}, [result], records.Reasons({("qcow2", "002"): "because"}))
     assert "| qcow2 | 3 | 1 | 1 | 1 | 1 of 2 |" in text
     assert "| 002 | because | `a\\|b` |" in text
     assert "Results: 2026-01-02 to 2026-01-03" in text
     assert "Not started in this record: 004" in text
-    assert "output differs from QEMU's reference: 003" in text
+    assert "fails with QEMU's own tools: 003" in text
+    assert "calls none of cowhand's tools: 005" in text
+    assert "QEMU's own run says: no such device: 006" in text
 
 
 def test_reasons_and_lists_of_the_project_are_readable() -> None:

@@ -39,11 +39,14 @@ class Toolset:
     environment: dict[str, str]
     own: tuple[str, ...]
 
+    def words(self) -> frozenset[str]:
+        """Return the words of ``uses`` that stand for cowhand's tools."""
+        return frozenset(word for program, word, _ in TOOLS.values() if program in self.own)
+
 
 def make(name: str, folder: Path) -> Toolset:
     """Write the wrappers of the toolset *name* ("qemu" or "cowhand") into *folder*. Raises: ToolMissing."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     environment: dict[str, str] = {}
     own: list[str] = []
     for variable, (program, word, module) in TOOLS.items():
@@ -107,5 +110,8 @@ sys.exit(main())
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o755)
+    # By rename: another run may be starting the old one, which says the same.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.chmod(0o755)
+    temporary.replace(path)
