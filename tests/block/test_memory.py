@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
+from cowhand.block.node import BlockNode
 from cowhand.block.protocols.memory import PAGE, MemoryNode, MemoryOptions
 from cowhand.core.errors import InvalidArgument, NotSupported, ReadOnly
 from cowhand.core.extents import DATA, MAX_ROWS, ZERO
 from cowhand.core.units import MAX_SIZE
+from cowhand.testing.nodes import NodeContract
 
 
 def read(node: MemoryNode, offset: int, length: int) -> bytes:
@@ -128,3 +131,29 @@ def test_refuses_what_it_cannot_do() -> None:
         with pytest.raises(ReadOnly):
             call()
     assert read(fixed, 0, 3) == b"abc"
+
+
+def pages_of(node: BlockNode) -> bytes:
+    """Put the pages together without asking the node."""
+    assert isinstance(node, MemoryNode)
+    content = bytearray(node.size + PAGE)
+    for index, page in node._pages.items():
+        content[index * PAGE : (index + 1) * PAGE] = page
+    return bytes(content[: node.size])
+
+
+class TestMemory(NodeContract):
+    """The contract of nodes."""
+
+    def make_node(self, folder: Path, content: bytes, writable: bool = True) -> MemoryNode:
+        return MemoryNode(MemoryOptions(read_only=not writable), content)
+
+    def raw_content(self, folder: Path, node: BlockNode) -> bytes:
+        return pages_of(node)
+
+
+class TestMemoryWithLargeSectors(TestMemory):
+    """The contract through the padding of an edge."""
+
+    def make_node(self, folder: Path, content: bytes, writable: bool = True) -> MemoryNode:
+        return MemoryNode(MemoryOptions(read_only=not writable, request_alignment=4096), content)

@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", "-j", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=180.0, help="time limit of one test (default 180)")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the report goes")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     lists = records.test_lists(HERE / "lists.toml")
     for name in options.list:
         if name not in lists:

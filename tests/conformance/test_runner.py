@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance import iotests, records, report, source, standin
+from tests.conformance.__main__ import parse_arguments
 from tests.conformance.iotests import Outcome, Runner
 from tests.conformance.toolset import USES_VARIABLE, Toolset
 
@@ -193,3 +194,12 @@ def test_reasons_and_lists_of_the_project_are_readable() -> None:
     folder = Path(records.__file__).parent
     records.Reasons.read(folder / "reasons.toml")
     assert "031" in records.test_lists(folder / "lists.toml")["foundation"]
+
+
+def test_tests_by_name_and_by_list_are_joined() -> None:
+    options = parse_arguments(["run", "--format", "raw", "300", "--list", "foundation", "qsd-jobs"])
+    assert options.format == ["raw"]
+    assert options.tests[:3] == ["300", "qsd-jobs", "001"]
+    assert parse_arguments(["baseline"]).format == ["qcow2", "raw"]
+    with pytest.raises(SystemExit):
+        parse_arguments(["run", "--list", "nothing"])
