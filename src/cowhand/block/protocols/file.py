@@ -36,6 +36,7 @@ class FileOptions(NodeOptions):
     aio: str = option(
         "threads", choices=("threads", "native", "io_uring"), help="accepted; requests are system calls", strong=False
     )
+    aio_max_batch: int = option(0, kind="int", help="accepted", strong=False)
     locking: str = option("auto", choices=("auto", "on", "off"), help="image locks", strong=False)
     drop_cache: bool = option(True, kind="bool", help="accepted; for migration", strong=False)
     x_check_cache_dropped: bool = option(False, kind="bool", help="accepted; for migration tests", strong=False)
