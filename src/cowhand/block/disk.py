@@ -322,6 +322,28 @@ class Disk:
         for kind in range(6):
             statistics[6 + kind] += total[kind]
 
+    def read_vmstate(self, offset: int, length: int) -> bytes:
+        """Return *length* bytes of the VM state at *offset*; it lies outside of ``size``. Raises NotSupported where there is none."""
+        buffer = bytearray(length)
+        number = self._enter(READ, offset, length)
+        try:
+            self.edge.node.read_vmstate(offset, buffer)
+        finally:
+            self._leave(number)
+        return bytes(buffer)
+
+    def write_vmstate(self, offset: int, *buffers: Buffer) -> None:
+        """Write *buffers* to the VM state at *offset*."""
+        if self.read_only:
+            raise ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename)
+        number = self._enter(WRITE_REQUEST, offset, sum(len(buffer) for buffer in buffers))
+        try:
+            self.edge.node.write_vmstate(offset, buffers)
+            if self.write_through:
+                self.edge.flush()
+        finally:
+            self._leave(number)
+
     @contextmanager
     def lease(self) -> Iterator[int]:
         """Keep every host offset that is learnt inside the ``with`` block valid until its end: nothing freed meanwhile is used again."""

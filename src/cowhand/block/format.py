@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -80,6 +80,14 @@ class Reservation:
         self.fresh = fresh
         self.state = state
         self.waiters: list[Any] = []
+
+
+class Unprepared(Exception):  # noqa: N818 - a signal between reserve and claim, never seen outside
+    """Raised by ``reserve`` when something must be done without the lock first; :meth:`FormatNode.claim` does it and begins again."""
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        super().__init__()
+        self.prepare = prepare
 
 
 class FormatNode(BlockNode):
@@ -172,7 +180,8 @@ class FormatNode(BlockNode):
         below = self.children.get("backing")
         inside = 0
         if below is not None:
-            inside = max(0, min(len(view), below.node.size - offset))
+            # Not beyond this layer's end either: the VM state lies there, and what a shrunken layer hides of its base.
+            inside = max(0, min(len(view), below.node.size - offset, self.size - offset))
             if inside:
                 if self.event_sink is not None:
                     self.event_sink("read_backing_aio")
@@ -292,7 +301,7 @@ class FormatNode(BlockNode):
         """Place guest *data* and what has to surround it in the reserved units."""
         child = reservation.child
         assert child is not None
-        begin, end = reservation.offset, min(reservation.offset + reservation.length, self._end_of_units())
+        begin, end = reservation.offset, reservation.offset + reservation.length
         head, tail = offset - begin, end - (offset + count)
         borrowed: list[memoryview] = []
         try:
@@ -321,12 +330,7 @@ class FormatNode(BlockNode):
         borrowed.append(buffer)
         if self.event_sink is not None:
             self.event_sink("cow_read")
-        # Beyond the end of the disk there is nothing to copy.
-        inside = max(0, min(length, self.size - offset))
-        if inside:
-            FormatNode.read_into(self, offset, buffer[:inside])
-        if inside < length:
-            fill_zero(buffer[inside:])
+        FormatNode.read_into(self, offset, buffer)
         return [buffer]
 
     def _known_zero(self, offset: int, length: int) -> bool:
@@ -337,10 +341,6 @@ class FormatNode(BlockNode):
             return bool(run[1] & ZERO)
         below = self.children.get("backing")
         return below is None or offset >= below.node.size
-
-    def _end_of_units(self) -> int:
-        unit = self.allocation_unit
-        return -(-self.size // unit) * unit
 
     # -- the in-flight table
 
@@ -353,31 +353,43 @@ class FormatNode(BlockNode):
         begin = offset - offset % unit
         end = -(-(offset + length) // unit) * unit
         while True:
+            prepare: Callable[[], None] | None = None
+            waiter = None
             with self.lock:
                 if self.poison is not None:
                     raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename)
-                other = None
-                for known in self._reserved:
-                    if known.offset < end and begin < known.offset + known.length:
-                        if known.offset <= begin:
-                            other = known
-                            break
-                        end = known.offset  # take what lies before it first
+                other, limit = self._owner_of(begin, end)
                 if other is None:
                     try:
-                        reservation = self.reserve(offset, min(length, end - offset), kind, nbytes)
+                        reservation = self.reserve(offset, min(length, limit - offset), kind, nbytes)
+                    except Unprepared as signal:
+                        prepare = signal.prepare
                     except CowhandError:
                         raise
                     except BaseException as error:
                         self.set_poison(error)
                         raise
-                    if reservation is not None:
-                        self._reserved.append(reservation)
-                    return reservation
-                waiter = threading.Lock()
+                    else:
+                        if reservation is not None:
+                            self._reserved.append(reservation)
+                        return reservation
+                else:
+                    waiter = threading.Lock()
+                    waiter.acquire()
+                    other.waiters.append(waiter)
+            if prepare is not None:
+                prepare()
+            elif waiter is not None:
                 waiter.acquire()
-                other.waiters.append(waiter)
-            waiter.acquire()
+
+    def _owner_of(self, begin: int, end: int) -> tuple[Reservation | None, int]:
+        """Return who owns the unit at *begin*, or None and how far the units from there on are free."""
+        for known in self._reserved:
+            if known.offset < end and begin < known.offset + known.length:
+                if known.offset <= begin:
+                    return known, begin
+                end = known.offset
+        return None, end
 
     def finish(self, reservation: Reservation) -> None:
         """Link *reservation*, whose bytes are in place, and let those go on who wait for its units."""

@@ -233,6 +233,14 @@ class BlockNode(ABC):
         """Return (descriptor, offset) of *run*'s bytes for the fast lane, or None: None unless a node grants it."""
         return None
 
+    def read_vmstate(self, offset: int, buffer: Buffer) -> None:
+        """Fill *buffer* from the VM state, which lies outside of size, extents, convert and checksum."""
+        raise NotSupported(f"driver '{self.driver}' keeps no VM state")
+
+    def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write *buffers* to the VM state at *offset*."""
+        raise NotSupported(f"driver '{self.driver}' keeps no VM state")
+
     # -- life
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:

@@ -1,0 +1,257 @@
+"""Reference counts of qcow2 (QEMU ``docs/interop/qcow2``, "Host cluster management"): a table of blocks of counts, 1 to 64 bits wide.
+
+All methods need the node's allocation lock. Where a new block is placed, and how the table grows, follows QEMU, whose tests know the offsets.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cowhand.block.cache import Table, TableCache
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.counts import Counts
+from cowhand.core.errors import ImageCorrupt, InvalidFormat, NoSpace
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+#: Bytes of refcount blocks kept in memory: at 64 KiB clusters and 16 bits this covers 512 GiB.
+CACHE_LIMIT = 16 << 20
+
+
+class MissingBlock(Exception):  # noqa: N818 - a signal to the allocator, never seen outside
+    """There is no refcount block for ``cluster``; it has to be made first."""
+
+    def __init__(self, cluster: int) -> None:
+        super().__init__()
+        self.cluster = cluster
+
+
+class Refcounts:
+    """The reference counts of one image. Cluster numbers are host offsets divided by the cluster size."""
+
+    def __init__(self, node: Qcow2Node, table: bytearray) -> None:
+        self.node = node
+        self.table = table
+        self.counts = Counts(node.header.refcount_order)
+        self.cluster_size = node.cluster_size
+        self.per_block = node.cluster_size * 8 >> node.header.refcount_order
+        self.cache = TableCache(CACHE_LIMIT)
+        self.free_index = 0  #: no cluster below is free: where the search for space begins
+
+    # -- looking
+
+    def block_offset(self, index: int) -> int:
+        """Return the host offset of block *index*, or 0 when there is none. Raises ImageCorrupt for an impossible one."""
+        at = index * 8
+        if at + 8 > len(self.table):
+            return 0
+        entry: int = L.U64.unpack_from(self.table, at)[0]
+        offset = entry & L.REFCOUNT_TABLE_OFFSET_MASK
+        if offset and offset % self.cluster_size:
+            text = f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})"
+            raise self.node.mark_corrupt(text, offset=self.node.header.refcount_table_offset + at)
+        return offset
+
+    def block(self, index: int) -> Table | None:
+        """Return block *index*, read when it is not cached, or None where none exists."""
+        found = self.cache.tables.get(index)
+        if found is not None:
+            return found
+        offset = self.block_offset(index)
+        if not offset:
+            return None
+        data = bytearray(self.cluster_size)
+        self.node.file.read_into(offset, data)
+        table = Table(data, offset)
+        self.cache.trim()
+        self.cache.put(index, table)
+        return table
+
+    def get(self, cluster: int) -> int:
+        """Return the count of *cluster*."""
+        index, at = divmod(cluster, self.per_block)
+        block = self.block(index)
+        return self.counts.get(block.data, at) if block is not None else 0
+
+    def find_free(self, first: int, count: int) -> int:
+        """Return the lowest cluster from *first* on with which *count* free ones begin. Raises NoSpace past the format's limit."""
+        limit = L.MAX_HOST_OFFSET // self.cluster_size
+        begin, have = first, 0
+        while have < count:
+            if begin + count > limit:
+                raise NoSpace("the image has no free host offsets left", path=self.node.filename, errno=27)
+            index, at = divmod(begin + have, self.per_block)
+            block = self.block(index)
+            if block is None:
+                have += self.per_block - at
+                continue
+            run = self.counts.zero_run(block.data, at, min(count - have, self.per_block - at))
+            have += run
+            if have < count and at + run < self.per_block:
+                # Something is in use here: begin anew behind it.
+                following = self.counts.next_zero(block.data, at + run, self.per_block)
+                begin, have = index * self.per_block + following, 0
+        return begin
+
+    # -- changing
+
+    def change(self, cluster: int, count: int, delta: int) -> None:
+        """Add *delta* to the counts of *count* clusters; all or none.
+
+        Raises MissingBlock when counts rise where no block is, ImageCorrupt when one would fall below zero, InvalidFormat on overflow.
+        """
+        parts = []
+        position, left = cluster, count
+        while left:
+            index, at = divmod(position, self.per_block)
+            step = min(left, self.per_block - at)
+            if delta > 0 and index not in self.cache.tables:
+                self.node.fire("refblock_load")
+            block = self.block(index)
+            if block is None:
+                if delta > 0:
+                    raise MissingBlock(position)
+                raise ImageCorrupt(f"cluster {position} has no reference count to take away", path=self.node.filename)
+            self.node.fire("refblock_load")
+            parts.append((block, at, step, self._new_values(block, at, step, delta, position)))
+            position += step
+            left -= step
+        for block, at, step, values in parts:
+            if isinstance(values, int):
+                start, end = self.counts.fill(block.data, at, step, values)
+            else:
+                start, end = self.counts.store(block.data, at, values)
+            self.cache.touch(block, start, end)
+        if delta < 0:
+            self.free_index = min(self.free_index, cluster)
+
+    def _new_values(self, block: Table, at: int, step: int, delta: int, cluster: int) -> int | list[int]:
+        same = self.counts.uniform(block.data, at, step)
+        if same is not None:
+            self._check(same + delta, cluster)
+            return same + delta
+        values = [self.counts.get(block.data, at + i) + delta for i in range(step)]
+        for i, value in enumerate(values):
+            self._check(value, cluster + i)
+        return values
+
+    def _check(self, value: int, cluster: int) -> None:
+        if value < 0:
+            raise ImageCorrupt(
+                f"the reference count of cluster {cluster} would fall below zero", path=self.node.filename,
+                offset=cluster * self.cluster_size, hint="Run check.",
+            )  # fmt: skip
+        if value > self.counts.maximum:
+            raise InvalidFormat(
+                f"the reference count of cluster {cluster} would be {value}, more than {self.counts.maximum}, which its width allows",
+                qemu="Invalid argument", path=self.node.filename, offset=cluster * self.cluster_size,
+            )  # fmt: skip
+
+    # -- growing: with the write-back lock as well, since metadata is written at once
+
+    def add_block(self, cluster: int) -> None:
+        """Make the block that counts *cluster*. What was found free before may be in use afterwards: search again."""
+        node = self.node
+        node.fire("refblock_alloc")
+        index = cluster // self.per_block
+        if self.block_offset(index):
+            return
+        place = self.find_free(self.free_index, 1)
+        if place // self.per_block != index and not self.block_offset(place // self.per_block):
+            self.add_block(place)
+            return
+        self.free_index = place + 1
+        offset = place * self.cluster_size
+        node.check_overlap(offset, self.cluster_size)
+        block = Table(bytearray(self.cluster_size), offset)
+        own = place // self.per_block == index
+        if own:
+            self.counts.fill(block.data, place % self.per_block, 1, 1)
+        else:
+            self.change(place, 1, 1)
+        try:
+            # What describes the block must be stable before the table names it, and so must the block.
+            node.write_back.flush_refcounts()
+            node.fire("refblock_alloc_write")
+            node.write_metadata(offset, block.data)
+            node.flush_file()
+            if index * 8 < len(self.table):
+                node.fire("refblock_alloc_hookup")
+                entry = L.U64.pack(offset)
+                node.write_metadata(node.header.refcount_table_offset + index * 8, entry)
+                self.table[index * 8 : index * 8 + 8] = entry
+            else:
+                self._grow_table(cluster, index, place)
+        except BaseException:
+            if not own:
+                self.change(place, 1, -1)
+            self.free_index = min(self.free_index, place)
+            raise
+        node.write_back.barrier = True
+        node.metadata.add(place, 1)
+        self.cache.put(index, block)
+        self.free_index = min(self.free_index, cluster)
+
+    def _grow_table(self, cluster: int, index: int, place: int) -> None:
+        """Move to a larger table, in an area behind everything that exists which describes itself; one header field makes it valid."""
+        node = self.node
+        used = -(-max(cluster + 1, place) // self.per_block)
+        start = used * self.per_block
+        total, entries = self._table_size(start)
+        if entries * 8 > L.MAX_REFCOUNT_TABLE_BYTES:
+            raise NoSpace("the refcount table cannot grow any more", path=node.filename, errno=27)
+        table = bytearray(entries * 8)
+        table[: len(self.table)] = self.table
+        table[index * 8 : index * 8 + 8] = L.U64.pack(place * self.cluster_size)
+        new = [i for i in range(used, total) if not L.U64.unpack_from(table, i * 8)[0]]
+        table_start = start + len(new)
+        end = table_start + entries * 8 // self.cluster_size
+        blocks = []
+        for number, i in enumerate(new):
+            data = bytearray(self.cluster_size)
+            low, high = max(start, i * self.per_block), min(end, (i + 1) * self.per_block)
+            if low < high:
+                self.counts.fill(data, low - i * self.per_block, high - low, 1)
+            blocks.append((i, Table(data, (start + number) * self.cluster_size)))
+            table[i * 8 : i * 8 + 8] = L.U64.pack((start + number) * self.cluster_size)
+        node.check_overlap(start * self.cluster_size, (end - start) * self.cluster_size)
+        node.fire("refblock_alloc_write_blocks")
+        node.write_metadata(start * self.cluster_size, b"".join(block.data for _, block in blocks))
+        node.fire("refblock_alloc_write_table")
+        node.write_metadata(table_start * self.cluster_size, table)
+        node.flush_file()
+        node.fire("refblock_alloc_switch_table")
+        self.switch_table(table_start, table)
+        for i, block in blocks:
+            self.cache.put(i, block)
+        node.metadata.add(start, len(blocks))
+        self.free_index = min(self.free_index, cluster)
+
+    def switch_table(self, cluster: int, table: bytearray) -> None:
+        """Make *table*, stable at host *cluster*, the image's refcount table by one header field, and free the old one."""
+        node = self.node
+        old, old_count = node.header.refcount_table_offset // self.cluster_size, node.header.refcount_table_clusters
+        clusters = len(table) // self.cluster_size
+        field = L.U64.pack(cluster * self.cluster_size) + L.U32.pack(clusters)
+        node.write_metadata(L.OFFSET_REFCOUNT_TABLE, field, check=False)
+        node.flush_file()
+        node.header.refcount_table_offset = cluster * self.cluster_size
+        node.header.refcount_table_clusters = clusters
+        self.table = table
+        node.metadata.add(cluster, clusters)
+        node.metadata.remove(old, old_count)
+        if old_count:
+            self.change(old, old_count, -1)
+
+    def _table_size(self, start: int) -> tuple[int, int]:
+        """Return (blocks in all, entries of the new table) when the new area begins at cluster *start*."""
+        per_table_cluster = self.cluster_size // 8
+        total = -(-start // self.per_block)
+        while True:
+            entries = -(-(total + -(-total // 2)) // per_table_cluster) * per_table_cluster
+            end = start + (total - start // self.per_block) + entries // per_table_cluster
+            needed = -(-end // self.per_block)
+            if needed <= total:
+                return total, entries
+            total = needed
