@@ -1,0 +1,205 @@
+"""A second, independent reader and checker of qcow2, made for small images of tests: slow, simple, and sharing no code with the driver.
+
+Source: QEMU ``docs/interop/qcow2``. It knows versions 2 and 3, snapshots, zero clusters of both kinds, deflate clusters and backing content;
+nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+OFFSET = 0x00FFFFFFFFFFFE00
+
+
+@dataclass(slots=True)
+class Findings:
+    """What is wrong: ``corruptions`` endanger data, ``leaks`` waste space, ``flags`` are COPIED bits that do not fit the reference count.
+
+    A COPIED bit on what several tables really share is a corruption; one that only disagrees with a count that is too high (or is missing
+    though the count is one) can cost a needless copy, never data.
+    """
+
+    corruptions: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """One entry of the snapshot table."""
+
+    ident: str
+    name: str
+    size: int
+    l1_offset: int
+    l1_size: int
+
+
+class Image:
+    """The bytes of a whole qcow2 file. ``backing`` is the content that shows through."""
+
+    def __init__(self, data: bytes, backing: bytes = b"") -> None:
+        self.data = data
+        self.backing = backing
+        fields = struct.unpack_from(">IIQIIQIIQQIIQ", data)
+        assert fields[0] == 0x514649FB, "no qcow2 magic"
+        self.version, bits, self.size = fields[1], fields[4], fields[5]
+        self.cluster = 1 << bits
+        self.bits = bits
+        self.l1_size, self.l1_offset, self.table_offset, self.table_clusters = fields[7:11]
+        self.snapshot_count, self.snapshots_offset = fields[11:13]
+        self.incompatible = struct.unpack_from(">Q", data, 72)[0] if self.version >= 3 else 0
+        self.order = struct.unpack_from(">I", data, 96)[0] if self.version >= 3 else 4
+        self.snapshots = self._read_snapshots()
+
+    # -- tables
+
+    def words(self, offset: int, count: int) -> tuple[int, ...]:
+        data = self.data[offset : offset + 8 * count].ljust(8 * count, b"\0")
+        return struct.unpack(f">{count}Q", data)
+
+    def _read_snapshots(self) -> list[Snapshot]:
+        found, at = [], self.snapshots_offset
+        for _ in range(self.snapshot_count):
+            l1_offset, l1_size, id_size, name_size, _, _, _, _, extra = struct.unpack_from(">QIHHIIQII", self.data, at)
+            size = struct.unpack_from(">Q", self.data, at + 48)[0] if extra >= 16 else self.size
+            names = at + 40 + extra
+            ident = self.data[names : names + id_size].decode()
+            name = self.data[names + id_size : names + id_size + name_size].decode()
+            found.append(Snapshot(ident, name, size, l1_offset, l1_size))
+            at = -(-(names + id_size + name_size) // 8) * 8
+        self.snapshots_end = at
+        return found
+
+    def refcounts(self) -> dict[int, int]:
+        """Return the count of every cluster whose count is not 0."""
+        counts: dict[int, int] = {}
+        per_block = self.cluster * 8 >> self.order
+        width = 1 << self.order
+        for index, entry in enumerate(self.words(self.table_offset, self.table_clusters * self.cluster // 8)):
+            offset = entry & ~0x1FF
+            if not offset:
+                continue
+            block = self.data[offset : offset + self.cluster].ljust(self.cluster, b"\0")
+            if not any(block):
+                continue
+            for number in range(per_block):
+                if width >= 8:
+                    size = width // 8
+                    count = int.from_bytes(block[number * size : (number + 1) * size], "big")
+                else:
+                    count = block[number * width // 8] >> (number * width % 8) & ((1 << width) - 1)
+                if count:
+                    counts[index * per_block + number] = count
+        return counts
+
+    # -- reading
+
+    def content(self, snapshot: Snapshot | None = None) -> bytes:
+        """Return the whole disk as the guest sees it, or as it was in *snapshot*."""
+        l1_offset, l1_size, size = self.l1_offset, self.l1_size, self.size
+        if snapshot is not None:
+            l1_offset, l1_size, size = snapshot.l1_offset, snapshot.l1_size, snapshot.size
+        per_table = self.cluster // 8
+        disk = bytearray(self.backing[:size].ljust(size, b"\0"))
+        for index, l1_entry in enumerate(self.words(l1_offset, l1_size)):
+            if not l1_entry & OFFSET:
+                continue
+            for number, entry in enumerate(self.words(l1_entry & OFFSET, per_table)):
+                at = (index * per_table + number) * self.cluster
+                if not entry or at >= size:
+                    continue
+                found = self._cluster(entry)
+                if found is not None:
+                    disk[at : at + self.cluster] = found[: size - at]
+        return bytes(disk[:size])
+
+    def _cluster(self, entry: int) -> bytes | None:
+        if entry & COMPRESSED:
+            offset, length = self._compressed(entry)
+            return zlib.decompressobj(-12).decompress(self.data[offset : offset + length], self.cluster)
+        if self.version >= 3 and entry & 1:
+            return bytes(self.cluster)
+        offset = entry & OFFSET
+        return self.data[offset : offset + self.cluster].ljust(self.cluster, b"\0") if offset else None
+
+    def _compressed(self, entry: int) -> tuple[int, int]:
+        shift = 62 - (self.bits - 8)
+        offset = entry & ((1 << shift) - 1)
+        sectors = (entry & (COMPRESSED - 1)) >> shift
+        return offset, (sectors + 1) * 512 - offset % 512
+
+    # -- checking
+
+    def check(self) -> Findings:
+        """Compare counts and COPIED bits with what the tables refer to."""
+        findings = Findings()
+        self._findings = findings
+        self._references: Counter[int] = Counter()
+        self._owners: dict[int, str] = {}
+        self._flagged: list[tuple[str, int, bool]] = []
+        self._refer("header", 0, self.cluster)
+        self._refer("refcount table", self.table_offset, self.table_clusters * self.cluster)
+        for index, entry in enumerate(self.words(self.table_offset, self.table_clusters * self.cluster // 8)):
+            if entry & ~0x1FF:
+                self._refer(f"refcount block {index}", entry & ~0x1FF, self.cluster)
+                if (entry & ~0x1FF) + self.cluster > len(self.data) + self.cluster - 1:
+                    findings.corruptions.append(f"refcount block {index} lies outside of the file")
+        if self.snapshot_count:
+            self._refer("snapshot table", self.snapshots_offset, self.snapshots_end - self.snapshots_offset)
+        self._walk("active", self.l1_offset, self.l1_size, active=True)
+        for snapshot in self.snapshots:
+            self._walk(f"snapshot {snapshot.name}", snapshot.l1_offset, snapshot.l1_size, active=False)
+        counts = self.refcounts()
+        for cluster in sorted(set(counts) | set(self._references)):
+            count, references = counts.get(cluster, 0), self._references[cluster]
+            if count < references:
+                owner = self._owners[cluster]
+                findings.corruptions.append(
+                    f"cluster {cluster} ({owner}) has count {count} and {references} references"
+                )
+            elif count > references:
+                findings.leaks.append(f"cluster {cluster} has count {count} and {references} references")
+        for what, cluster, copied in self._flagged:
+            if copied and self._references[cluster] > 1:
+                findings.corruptions.append(f"{what}: COPIED on cluster {cluster}, which is shared")
+            elif copied != (counts.get(cluster, 0) == 1):
+                findings.flags.append(
+                    f"{what}: COPIED is {copied} on cluster {cluster} with count {counts.get(cluster, 0)}"
+                )
+        return findings
+
+    def _refer(self, what: str, offset: int, length: int, *, whole: bool = True) -> None:
+        if whole and offset % self.cluster:
+            self._findings.corruptions.append(f"{what} at {offset:#x} does not begin on a cluster")
+        if offset + length >= len(self.data) + self.cluster:
+            self._findings.corruptions.append(f"{what} at {offset:#x} lies behind the end of the file")
+        for cluster in range(offset // self.cluster, -(-(offset + length) // self.cluster)):
+            before = self._owners.setdefault(cluster, what)
+            if before != what:
+                self._findings.corruptions.append(f"cluster {cluster} is both {before} and {what}")
+            self._references[cluster] += 1
+
+    def _walk(self, what: str, l1_offset: int, l1_size: int, *, active: bool) -> None:
+        if l1_size:
+            self._refer(f"L1:{what}", l1_offset, l1_size * 8)
+        for index, l1_entry in enumerate(self.words(l1_offset, l1_size)):
+            offset = l1_entry & OFFSET
+            if not offset:
+                continue
+            self._refer("L2 table", offset, self.cluster)
+            if active:
+                self._flagged.append((f"L1 entry {index}", offset // self.cluster, bool(l1_entry & COPIED)))
+            for number, entry in enumerate(self.words(offset, self.cluster // 8)):
+                if entry & COMPRESSED:
+                    self._refer("compressed", *self._compressed(entry), whole=False)
+                elif entry & OFFSET:
+                    self._refer("data", entry & OFFSET, self.cluster)
+                    if active:
+                        cluster = (entry & OFFSET) // self.cluster
+                        self._flagged.append((f"L2 entry {index}:{number}", cluster, bool(entry & COPIED)))
