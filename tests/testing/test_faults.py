@@ -10,7 +10,7 @@ import pytest
 
 from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
 from cowhand.core.errors import CowhandError, IOFailed, NoSpace
-from cowhand.testing.faults import CHANGES, FLUSH, GROWTH, READ, TRUNCATE, WRITE, ZERO, FaultNode
+from cowhand.testing.faults import ALL, CHANGES, FLUSH, GROWTH, HALF, READ, TRUNCATE, WRITE, ZERO, FaultNode
 
 
 def make(alignment: int = 1) -> FaultNode:
@@ -51,15 +51,30 @@ def test_a_lasting_fault_stays_until_the_reset() -> None:
 @pytest.mark.parametrize("alignment", [1, 512])
 def test_a_partial_fault_does_the_first_half(alignment: int) -> None:
     node = make(alignment)
-    node.fail(WRITE, partial=True)
+    node.fail(WRITE, done=HALF)
     with pytest.raises(IOFailed):
         node.write(0, (b"b" * 512, b"c" * 1024))
     half = 768 // alignment * alignment
     assert content(node) == (b"b" * 512 + b"c" * 1024)[:half] + b"a" * (4096 - half)
-    node.fail(ZERO, partial=True)
+    node.fail(ZERO, done=HALF)
     with pytest.raises(IOFailed):
         node.write_zeroes(0, 1024)
     assert content(node)[:512] == bytes(512)
+
+
+def test_a_failed_request_may_be_done_all_the_same() -> None:
+    node = make()
+    node.fail(CHANGES, lasting=True, done=ALL)
+    for call in (
+        lambda: node.write(0, (b"x", b"y")),
+        lambda: node.resize(5000),
+        lambda: node.discard(4090, 6),
+        node.flush,
+    ):
+        with pytest.raises(IOFailed):
+            call()
+    assert content(node) == b"xy" + b"a" * 4088 + bytes(910)
+    assert node.kinds == [WRITE, TRUNCATE, "discard", FLUSH]
 
 
 def test_power_is_cut_for_every_kind() -> None:

@@ -178,7 +178,7 @@ def test_a_failed_write_stays_uncertain_for_ever() -> None:
     broken = faults.FaultNode(MemoryNode(content=bytes(1024)))
     recorder = RecorderNode(broken)
     expected = ExpectedContent(recorder.log, 1024)
-    broken.fail(faults.WRITE, partial=True)
+    broken.fail(faults.WRITE, done=faults.HALF)
     with pytest.raises(IOFailed), expected.writing(0, b"x" * 1024):
         recorder.write(0, (b"x" * 1024,))
     with expected.flushing():

@@ -24,6 +24,9 @@ CHANGES = frozenset((WRITE, ZERO, DISCARD, FLUSH, TRUNCATE))
 #: What can run out of space.
 GROWTH = frozenset((WRITE, ZERO, TRUNCATE))
 
+#: How much of a failing request reaches the node below all the same: nobody who gets an error can know.
+NOTHING, HALF, ALL = 0.0, 0.5, 1.0
+
 
 class Suspension:
     """One request that waits inside the node. ``reached`` is set when it has come; it goes on after :meth:`resume`."""
@@ -43,16 +46,16 @@ class Suspension:
 
 
 class _Rule:
-    __slots__ = ("action", "kinds", "lasting", "nth", "partial", "seen")
+    __slots__ = ("action", "done", "kinds", "lasting", "nth", "seen")
 
     def __init__(
-        self, kinds: frozenset[str], nth: int, action: int | float | Suspension, lasting: bool, partial: bool
+        self, kinds: frozenset[str], nth: int, action: int | float | Suspension, lasting: bool, done: float
     ) -> None:
         self.kinds = kinds
         self.nth = nth
         self.action = action
         self.lasting = lasting
-        self.partial = partial
+        self.done = done
         self.seen = 0
 
 
@@ -64,6 +67,7 @@ class FaultNode(WrapperNode):
     def __init__(self, inner: BlockNode, *, node_name: str | None = None) -> None:
         super().__init__(inner, node_name=node_name)
         self.counts: Counter[str] = Counter()  #: requests by kind since the last :meth:`reset`
+        self.kinds: list[str] = []  #: their kinds in order
         self.failed = 0  #: requests that were made to fail since then
         self.dead = False
         self._rules: list[_Rule] = []
@@ -76,6 +80,7 @@ class FaultNode(WrapperNode):
         with self._lock:
             self._rules.clear()
             self.counts.clear()
+            self.kinds.clear()
             self.failed = 0
             self.dead = False
 
@@ -86,19 +91,19 @@ class FaultNode(WrapperNode):
         error: int = errno.EIO,
         *,
         lasting: bool = False,
-        partial: bool = False,
+        done: float = NOTHING,
     ) -> None:
-        """Fail the *nth* request of *kinds* from now, and with *lasting* all later ones. *partial* does the first half of it before."""
-        self._arrange(kinds, nth, error, lasting, partial)
+        """Fail the *nth* request of *kinds* from now, and with *lasting* all later ones; *done* of it is done before."""
+        self._arrange(kinds, nth, error, lasting, done)
 
     def delay(self, kinds: str | frozenset[str], seconds: float, nth: int = 1, *, lasting: bool = False) -> None:
         """Let the *nth* request of *kinds* take *seconds* longer, before anything of it is done."""
-        self._arrange(kinds, nth, float(seconds), lasting, False)
+        self._arrange(kinds, nth, float(seconds), lasting, NOTHING)
 
     def suspend(self, kinds: str | frozenset[str], nth: int = 1) -> Suspension:
         """Hold the *nth* request of *kinds* back, before anything of it is done, until the returned suspension is resumed."""
         suspension = Suspension()
-        self._arrange(kinds, nth, suspension, False, False)
+        self._arrange(kinds, nth, suspension, False, NOTHING)
         return suspension
 
     def cut_power(self) -> None:
@@ -106,11 +111,11 @@ class FaultNode(WrapperNode):
         self.dead = True
 
     def _arrange(
-        self, kinds: str | frozenset[str], nth: int, action: int | float | Suspension, lasting: bool, partial: bool
+        self, kinds: str | frozenset[str], nth: int, action: int | float | Suspension, lasting: bool, done: float
     ) -> None:
         chosen = kinds if isinstance(kinds, frozenset) else frozenset((kinds,))
         with self._lock:
-            self._rules.append(_Rule(chosen, nth, action, lasting, partial))
+            self._rules.append(_Rule(chosen, nth, action, lasting, done))
 
     # -- every request passes here
 
@@ -120,6 +125,7 @@ class FaultNode(WrapperNode):
         waits: list[float | Suspension] = []
         with self._lock:
             self.counts[kind] += 1
+            self.kinds.append(kind)
             for rule in self._rules:
                 if kind not in rule.kinds:
                     continue
@@ -136,7 +142,7 @@ class FaultNode(WrapperNode):
                 time.sleep(wait)
         if self.dead:
             self._raise(kind, errno.EIO)
-        if failing is not None and not failing.partial:
+        if failing is not None and failing.done == NOTHING:
             self._raise(kind, failing.action)
         return failing
 
@@ -158,20 +164,21 @@ class FaultNode(WrapperNode):
             super().write(offset, buffers, fua)
             return
         data = b"".join(buffers)
-        part = self._half(len(data))
+        part = self._share(len(data), rule)
         if part:
             super().write(offset, (data[:part],))
         self._raise(WRITE, rule.action)
 
-    def _half(self, length: int) -> int:
+    def _share(self, length: int, rule: _Rule | None) -> int:
+        """Return how many of *length* bytes are done before *rule* fails the request."""
         block = self.limits.request_alignment
-        return length // 2 // block * block
+        return length if rule is None else int(length * rule.done) // block * block
 
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
     ) -> None:
         rule = self._meet(ZERO)
-        wanted = length if rule is None else self._half(length)
+        wanted = self._share(length, rule)
         if wanted:
             super().write_zeroes(offset, wanted, unmap=unmap, fallback=fallback, fua=fua)
         if rule is not None:
@@ -179,7 +186,7 @@ class FaultNode(WrapperNode):
 
     def discard(self, offset: int, length: int) -> None:
         rule = self._meet(DISCARD)
-        wanted = length if rule is None else self._half(length)
+        wanted = self._share(length, rule)
         if wanted:
             super().discard(offset, wanted)
         if rule is not None:
@@ -193,6 +200,8 @@ class FaultNode(WrapperNode):
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         rule = self._meet(TRUNCATE)
+        if rule is not None and rule.done == HALF:
+            size = (self.size + size) // 2
         super().resize(size, preallocation=preallocation, shrink=shrink)
         if rule is not None:
             self._raise(TRUNCATE, rule.action)
