@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cowhand.block import graph
 from cowhand.block.filters.blkdebug_config import as_list, from_options, read_file
 from cowhand.block.filters.blkdebug_rules import EVENTS, Engine, InjectError, Suspend
 from cowhand.block.node import (
@@ -103,8 +104,11 @@ class BlkDebugNode(BlockNode):
             raise InvalidArgument('A block device must be specified for "image"')
         if isinstance(image, str):
             image = opening.describe(image)
-        opening.child(node, "image", image, Role.PRIMARY)
+        # A file below a filter is not looked at for a format, so it is asked for as PRIMARY.
+        child = opening.child(node, "image", image, Role.PRIMARY)
+        child.role = Role.FILTERED
         node._set_limits()
+        graph.bind(child)  # our alignment is what the child may now rely on
         node.event("none")
         return node
 
@@ -144,10 +148,11 @@ class BlkDebugNode(BlockNode):
             if value % unit or not 0 <= value < _INT_MAX:
                 raise InvalidArgument(f"Cannot meet constraints with {name} {value}")
         align = options.align or 1
+        largest = options.max_transfer or below.limits.maximum_io
         self.limits = Limits(
             request_alignment=align,
-            preferred_io=below.limits.preferred_io,
-            maximum_io=options.max_transfer or below.limits.maximum_io,
+            preferred_io=min(below.limits.preferred_io, largest),
+            maximum_io=largest,
             zero_alignment=max(options.opt_write_zero, align),
             discard_alignment=max(options.opt_discard, align),
         )

@@ -14,7 +14,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.node import Capabilities, Limits, Run, Zeroing
+from cowhand.block.node import ALL_PERMISSIONS, Capabilities, Limits, Run, Zeroing
 from cowhand.block.options import NodeOptions, option
 from cowhand.block.protocols import file_syscalls
 from cowhand.block.protocols.file_data import DescriptorNode
@@ -141,7 +141,7 @@ class FileNode(DescriptorNode):
         """Raise OSError where the descriptor, though opened for writing, cannot be written."""
 
     def _take_holder(self) -> None:
-        if self.options.locking == "off" or self.options.force_share:
+        if self.options.locking == "off":
             return
         from cowhand.block import imagelock
 
@@ -187,6 +187,8 @@ class FileNode(DescriptorNode):
         holder = self._holder
         if holder is None:
             return
+        if self.options.force_share:
+            shared = ALL_PERMISSIONS  # what is used is still told to others, as QEMU does
         try:
             holder.update(perm, shared)
         except NotSupported:

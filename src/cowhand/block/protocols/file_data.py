@@ -139,6 +139,9 @@ class DescriptorNode(BlockNode):
             else:
                 self._write_stable(offset, buffers)
             return
+        if self.direct and len(buffers) > MAX_BUFFERS:
+            self._write_rest(offset, buffers, 0)  # parts of the list would end anywhere in a block
+            return
         for first in range(0, len(buffers), MAX_BUFFERS):
             part = buffers[first : first + MAX_BUFFERS]
             self.write(offset, part)
