@@ -1,0 +1,10 @@
+"""``python -m cowhand``: the same as the ``cowhand`` command."""
+
+from __future__ import annotations
+
+import sys
+
+from cowhand.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

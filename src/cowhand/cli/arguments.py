@@ -1,0 +1,94 @@
+"""Arguments that several commands take, said once."""
+
+from __future__ import annotations
+
+import argparse
+
+from cowhand.core.errors import InvalidArgument
+from cowhand.core.units import parse_size
+
+CACHE_NAMES = ("none", "writethrough", "writeback", "directsync", "unsafe")
+
+
+def size(text: str) -> int:
+    """Parse a size for argparse, which shows the message of its own exception only."""
+    try:
+        return parse_size(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(f"{error.message}. {error.hint or ''}".strip()) from None
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add ``--output text|json``."""
+    parser.add_argument(
+        "--output", choices=("text", "json"), default="text", help="text for people, or JSON with stable keys"
+    )
+
+
+def add_format(parser: argparse.ArgumentParser, of: str = "the image") -> None:
+    """Add ``-f, --format``: the format of what is read."""
+    parser.add_argument(
+        "-f", "--format", metavar="FMT", help=f"format of {of}; recognised by its first bytes when left out"
+    )
+
+
+def add_share(parser: argparse.ArgumentParser) -> None:
+    """Add ``-U, --force-share``."""
+    parser.add_argument(
+        "-U",
+        "--force-share",
+        action="store_true",
+        help="read although others may be writing; what is read may be inconsistent",
+    )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Add ``-t, --cache``: how the target's cache is used."""
+    parser.add_argument(
+        "-t",
+        "--cache",
+        metavar="MODE",
+        choices=CACHE_NAMES,
+        default="writeback",
+        help="one of " + ", ".join(CACHE_NAMES),
+    )
+
+
+def add_talk(parser: argparse.ArgumentParser) -> None:
+    """Add ``-p, --progress`` and ``-q, --quiet``."""
+    talk = parser.add_mutually_exclusive_group()
+    talk.add_argument(
+        "-p", "--progress", action="store_true", help="show progress, also where standard error is no terminal"
+    )
+    talk.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dry-run``."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what would be read, written and moved, who depends on it, and how to undo it",
+    )
+
+
+def driver_options(given: list[str]) -> dict[str, str]:
+    """Return the options of repeated ``-o NAME=VALUE,...`` as one dictionary; later ones win."""
+    from cowhand.block.options import split_options
+
+    merged: dict[str, str] = {}
+    for text in given:
+        merged.update(split_options(text))
+    return merged
+
+
+#: What the ends of names say about formats, where the user says nothing.
+ENDINGS = {".qcow2": "qcow2", ".qcow": "qcow2", ".raw": "raw", ".img": "raw", ".bin": "raw", ".iso": "raw"}
+
+
+def format_for(name: str, given: str | None) -> str:
+    """Return the format of a new image: the *given* one, or what its *name* ends with, or raw."""
+    if given is not None:
+        return given
+    dot = name.rfind(".")
+    return ENDINGS.get(name[dot:].lower(), "raw") if dot >= 0 else "raw"

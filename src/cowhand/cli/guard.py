@@ -1,0 +1,45 @@
+"""Looking, before an image's content is changed, for other images that stand on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from cowhand.block.create import local_path
+from cowhand.chain.tree import OverlaysExist, Tree, identify, refuse_if_needed
+
+if TYPE_CHECKING:
+    from cowhand.cli.running import Context
+
+
+def refuse_harm(
+    context: Context,
+    image: str,
+    doing: str,
+    *,
+    force: bool,
+    apart: Iterable[str] = (),
+    folders: Iterable[str] = (),
+    insist: str = "--force",
+) -> None:
+    """Raise OverlaysExist when *doing* something to *image* would change what other images read; with *force* warn instead."""
+    path = local_path(image)
+    if path is None:
+        return
+    try:
+        refuse_if_needed(path, doing, folders=tuple(folders), apart=apart, insist=insist)
+    except OverlaysExist as error:
+        if not force:
+            raise
+        context.out.warn(error.message)
+
+
+def dependents(image: str, apart: Iterable[str] = ()) -> list[str]:
+    """Return the images in the folder of *image* that stand on it, directly or not, but for those in *apart*."""
+    path = local_path(image)
+    if path is None:
+        return []
+    known = {identify(name) for name in apart}
+    tree = Tree([os.path.dirname(os.path.realpath(path))])
+    return [reference.path for reference in tree.descendants(path) if identify(reference.path) not in known]

@@ -1,0 +1,120 @@
+"""The ``cowhand`` command: finds the sub-command, builds its parser alone, and runs it.
+
+Each sub-command is a file in ``cowhand.cli.commands``, with its parser, what it does and its examples together. Only the one
+that was asked for is imported, so that the others cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+#: Every command with the one line that the overview says of it, in the order of a disk's life.
+COMMANDS = {
+    "create": "make a new image, empty or as an overlay of another one",
+    "info": "tell what an image is, and what it stands on",
+    "map": "show where the data of a disk lies",
+    "check": "look for damage and lost space in an image, and repair it",
+    "convert": "copy a disk into a new image, of another format if you like",
+    "compare": "tell whether two disks hold the same bytes",
+    "dd": "copy a range of blocks from one image to another",
+    "measure": "tell how much space an image of a disk would need",
+    "resize": "make a disk longer or shorter",
+    "snapshot": "create, list, apply or delete snapshots inside an image",
+    "commit": "write an overlay's changes into the image below it",
+}
+EXIT_USAGE = 2
+
+_FOOT = """\
+"cowhand COMMAND --help" explains one of them, with examples.
+Where qemu-img has a letter for an option it means the same here; every command takes --output json.
+Exit codes: 0 done, 1 failed, 2 usage, 3 input/output, 4 broken or unknown image, 5 in use, 6 disks differ,
+7 lost space found, 8 damage found, 9 refused because other images need it, 130 interrupted."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors say where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n  See: {self.prog} --help\n")
+
+
+def overview() -> str:
+    """Return the text of ``cowhand --help``."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [
+        "usage: cowhand COMMAND ...",
+        "",
+        "Keeps virtual machines' disks: images, overlays, snapshots, copies.",
+        "",
+    ]
+    lines += [f"  {name:{width}}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join([*lines, "", _FOOT])
+
+
+def build_parser(name: str, module: ModuleType) -> Parser:
+    """Return the parser of the command *name*, which *module* implements."""
+    parser = Parser(
+        prog=f"cowhand {name}",
+        description=module.__doc__,
+        epilog=f"Examples:\n{module.EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.configure(parser)
+    return parser
+
+
+def load(name: str) -> ModuleType:
+    """Return the module of the command *name*."""
+    return importlib.import_module(f"cowhand.cli.commands.{name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``cowhand`` with *arguments* (those of the process by default) and return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(given)
+    except BrokenPipeError:
+        # Whoever read our output has left. Nothing more can be said to it, not even by the interpreter at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(given: list[str]) -> int:
+    name = given[0] if given else ""
+    if name in ("--version", "-V"):
+        from cowhand.__about__ import __version__
+
+        print(f"cowhand {__version__}")
+        return 0
+    if name == "help" and len(given) == 2 and given[1] in COMMANDS:
+        name, given = given[1], [given[1], "--help"]
+    if name not in COMMANDS:
+        return _no_command(name)
+    module = load(name)
+    from cowhand.cli import running
+
+    return running.run(module, name, build_parser(name, module).parse_args(given[1:]))
+
+
+def _no_command(name: str) -> int:
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if not name:
+        print(overview(), file=sys.stderr)
+        return EXIT_USAGE
+    import difflib
+
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else "See: cowhand --help"
+    print(f"cowhand: there is no command '{name}'\n  {hint}", file=sys.stderr)
+    return EXIT_USAGE
