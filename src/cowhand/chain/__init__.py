@@ -1,0 +1,1 @@
+"""Chains: the tree of images, and who depends on whom."""
