@@ -104,6 +104,8 @@ class FormatNode(BlockNode):
         self.poison: CowhandError | None = None
         self._reserved: list[Reservation] = []
         self._writing = False
+        #: Something was, or may have been, written since the last flush began. Set after the bytes are down, so that none escapes a flush.
+        self.changed = False
 
     # -- what a driver answers
 
@@ -250,6 +252,7 @@ class FormatNode(BlockNode):
                 if self.event_sink is not None:
                     self.event_sink("write_aio")
                 run[2].write(run[3], buffers)
+                self.changed = True
                 if fua:
                     # The mapping of these bytes may itself not be stable yet.
                     self.flush()
@@ -274,6 +277,7 @@ class FormatNode(BlockNode):
                 if self.event_sink is not None:
                     self.event_sink("write_aio")
                 child.write(host, _slice(views, skip, count))
+                self.changed = True
                 return count
             reservation = self.claim(offset, length, Kind.DATA)
             if reservation is not None:
@@ -372,6 +376,7 @@ class FormatNode(BlockNode):
                     else:
                         if reservation is not None:
                             self._reserved.append(reservation)
+                            self.changed = True
                         return reservation
                 else:
                     waiter = threading.Lock()
@@ -394,6 +399,7 @@ class FormatNode(BlockNode):
     def finish(self, reservation: Reservation) -> None:
         """Link *reservation*, whose bytes are in place, and let those go on who wait for its units."""
         with self.lock:
+            self.changed = True
             try:
                 self.link(reservation)
             except CowhandError:
@@ -503,6 +509,7 @@ class FormatNode(BlockNode):
         count, flags, child, host = self.map(offset, length)
         if flags & _IN_PLACE_MASK == _IN_PLACE and child is not None:
             child.write(host, (ZEROES[:count],))
+            self.changed = True
             return count
         reservation = self.claim(offset, length, Kind.DATA)
         if reservation is None:

@@ -88,6 +88,7 @@ class Opening:
         self.policy = policy
         self.with_backing = backing  #: False opens a format without what lies under it
         self.opened: list[BlockNode] = []
+        self.for_repair = False  #: check and repair open what ordinary users are refused (corrupt, dirty)
         self._waiting: list[_Waiting] = []
         self._path: _Path | None = None  #: the files above the node that is being opened
 
@@ -124,7 +125,7 @@ class Opening:
 
     def abandon(self) -> None:
         """Close everything that was opened (an error came later)."""
-        for node in reversed(self.opened):
+        for node in self.opened:
             if not node.closed and not node.parents:
                 try:
                     graph.close_node(node)
@@ -147,6 +148,11 @@ class Opening:
         return {"filename": name}
 
     # -- for drivers
+
+    def track(self, node: BlockNode) -> None:
+        """Close *node*, with its children, if this opening fails; a driver calls it before it opens children."""
+        if node not in self.opened:
+            self.opened.append(node)
 
     def node(self, description: Mapping[str, Any], parent: NodeOptions, *, role: Role | None = None) -> BlockNode:
         """Open one description. *role* is what it will be to its parent: PRIMARY and DATA children are protocols unless they say more."""
@@ -319,7 +325,7 @@ class Opening:
             if key not in chosen and role is not None and getattr(parent, name):
                 chosen[key] = True
         node = cls.open(self, parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind), given)
-        self.opened.append(node)
+        self.track(node)
         self._refuse_loop(node)
         if given:
             left = next(iter(given))

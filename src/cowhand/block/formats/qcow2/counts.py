@@ -115,3 +115,15 @@ class Counts:
                 return index
             index += 1
         return limit
+
+    def zeros(self, data: bytes | bytearray, index: int, count: int) -> int:
+        """Return how many of the *count* counts from *index* on are zero."""
+        found, end = 0, index + count
+        while index < end:
+            run = self.zero_run(data, index, end - index)
+            found += run
+            index += run
+            if index < end:
+                used = self.next_zero(data, index, end)
+                index = used
+        return found

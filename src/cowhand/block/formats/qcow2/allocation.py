@@ -1,0 +1,255 @@
+"""Reserve, link and abandon for qcow2: how guest clusters get, change and lose their host clusters.
+
+``reserve`` runs with the allocation lock held and gives a :class:`Reservation` whose ``state`` knows how to link and to abandon itself.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from cowhand.block.cache import Table
+from cowhand.block.format import Kind, Reservation
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.core.errors import NotSupported
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+_ENTRY_HOST = L.ENTRY_COMPRESSED | L.L2_OFFSET_MASK
+
+
+class NothingToDo:
+    """The units are in the wanted state already."""
+
+    __slots__ = ()
+
+    def link(self, node: Qcow2Node) -> None:
+        """Change nothing."""
+
+    def abandon(self, node: Qcow2Node) -> None:
+        """Change nothing."""
+
+
+class EntryChange:
+    """New L2 entries for ``count`` guest clusters from entry ``first`` of ``table`` on."""
+
+    __slots__ = ("count", "discard", "entries", "first", "table", "taken", "taken_count")
+
+    def __init__(
+        self, table: Table, first: int, entries: bytes, *, taken: int = 0, taken_count: int = 0, discard: bool = False
+    ) -> None:
+        self.table = table
+        self.first = first
+        self.count = len(entries) // 8
+        self.entries = entries
+        self.taken = taken
+        self.taken_count = taken_count
+        self.discard = discard
+        table.writing += 1  # stays in the cache until the reservation ends
+
+    def link(self, node: Qcow2Node) -> None:
+        """Put the entries in place; what the old ones named goes into quarantine."""
+        start, end = self.first * 8, (self.first + self.count) * 8
+        data = self.table.data
+        old = bytes(data[start:end])
+        data[start:end] = self.entries
+        node.mapping.cache.touch(self.table, start, end)
+        if self.taken_count:
+            node.write_back.barrier = True
+        self.table.writing -= 1
+        if old.count(0) != len(old):
+            free_entries(node, old, self.entries, discard=self.discard)
+
+    def abandon(self, node: Qcow2Node) -> None:
+        """Give back what was taken."""
+        self.table.writing -= 1
+        if self.taken_count:
+            node.allocator.untake(self.taken, self.taken_count)
+
+
+def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> None:
+    """Take one reference from every cluster that *old* L2 entries name and *new* ones do not."""
+    bits = node.header.cluster_bits
+    allocator = node.allocator
+    begin = count = 0
+    for (was,), (now,) in zip(L.U64.iter_unpack(old), L.U64.iter_unpack(new), strict=True):
+        if not was & _ENTRY_HOST or (was ^ now) & _ENTRY_HOST == 0:
+            continue
+        if was & L.ENTRY_COMPRESSED:
+            host, nbytes = L.compressed_location(was, bits)
+            first, last = host >> bits, (host + nbytes - 1) >> bits
+            allocator.free(first, last - first + 1)
+            continue
+        offset = was & L.L2_OFFSET_MASK
+        if offset & (node.cluster_size - 1):
+            node.mark_corrupt(f"Cannot free unaligned cluster {offset:#x}", offset=offset, fatal=False)
+            continue
+        cluster = offset >> bits
+        if count and cluster == begin + count:
+            count += 1
+            continue
+        if count:
+            allocator.free(begin, count, discard=discard)
+        begin, count = cluster, 1
+    if count:
+        allocator.free(begin, count, discard=discard)
+
+
+def reserve(node: Qcow2Node, offset: int, length: int, kind: Kind, nbytes: int) -> Reservation | None:
+    """See :meth:`cowhand.block.format.FormatNode.reserve`."""
+    if kind == Kind.DATA:
+        return _reserve_data(node, offset, length)
+    if kind == Kind.COMPRESSED:
+        return _reserve_compressed(node, offset, nbytes)
+    return _reserve_empty(node, offset, length, kind)
+
+
+def writable_table(node: Qcow2Node, index: int) -> Table:
+    """Return L2 table *index* for changing: made when there is none, copied when a snapshot shares it."""
+    mapping = node.mapping
+    entry = mapping.l1_entry(index)
+    if entry & L.COPIED and entry & L.L1_OFFSET_MASK:
+        table = mapping.table(index)
+        assert table is not None
+        return table
+    old = mapping.table(index)
+    node.fire("cluster_alloc")
+    cluster = node.allocator.take(1)
+    host = cluster << mapping.cluster_bits
+    node.fire("l2_alloc_write")
+    data = bytearray(old.data) if old is not None else bytearray(mapping.cluster_size)
+    table = Table(data, host, fresh=True)
+    table.touch_all()
+    if old is not None:
+        # Changes of the shared table that are not on disk yet belong to the snapshot too: they stay in the cache's dirty list.
+        node.allocator.free(old.host >> mapping.cluster_bits, 1)
+        node.metadata.remove(old.host >> mapping.cluster_bits, 1)
+    mapping.cache.put(index, table)
+    mapping.set_l1(index, host | L.COPIED)
+    node.metadata.add(cluster, 1)
+    node.write_back.barrier = True
+    return table
+
+
+def _place(node: Qcow2Node, offset: int, length: int) -> tuple[int, int, int]:
+    """Return (L1 index, first L2 entry, number of entries) of the clusters that a request touches inside one table."""
+    mapping = node.mapping
+    index = offset >> mapping.table_shift
+    first = offset >> mapping.cluster_bits & (mapping.entries - 1)
+    last = (offset + length - 1) >> mapping.cluster_bits
+    return index, first, min(last - (offset >> mapping.cluster_bits) + 1, mapping.entries - first)
+
+
+def _action(entry: int) -> int:
+    """Say what a write does with an entry: 0 in place, 1 into its own preallocated zero cluster, 2 into a new cluster."""
+    if entry & L.ENTRY_COMPRESSED or not entry & L.COPIED or not entry & L.L2_OFFSET_MASK:
+        return 2
+    return 1 if entry & L.ENTRY_ZERO else 0
+
+
+def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | None:
+    mapping = node.mapping
+    index, first, count = _place(node, offset, length)
+    table = writable_table(node, index)
+    data = table.data
+    size, bits = mapping.cluster_size, mapping.cluster_bits
+    entry = L.U64.unpack_from(data, first * 8)[0]
+    action = _action(entry)
+    begin = (offset >> bits) << bits
+    if action == 2:
+        piece = bytes(data[first * 8 : (first + count) * 8])
+        if piece.count(0) != len(piece):
+            run = 1
+            while run < count and _action(L.U64.unpack_from(piece, run * 8)[0]) == 2:
+                run += 1
+            count = run
+        return _reserve_new(node, table, first, count, begin)
+    host = entry & L.L2_OFFSET_MASK
+    if host & (size - 1):
+        raise mapping.bad_entry(entry, table, first * 8)
+    run = 1
+    while run < count and L.U64.unpack_from(data, (first + run) * 8)[0] == entry + run * size:
+        run += 1
+    node.check_overlap(host, run * size)
+    if action == 0:
+        return None
+    entries = array("Q", range(host | L.COPIED, (host | L.COPIED) + run * size, size))
+    entries.byteswap()
+    return Reservation(begin, run << bits, Kind.DATA, node.data_child, host, state=EntryChange(table, first, entries.tobytes()))
+
+
+def _reserve_new(node: Qcow2Node, table: Table, first: int, count: int, begin: int) -> Reservation:
+    size, bits = node.mapping.cluster_size, node.mapping.cluster_bits
+    # While a refcount block is made the lock is let go; the table may not leave the cache meanwhile, so it is looked up again then.
+    node.fire("cluster_alloc")
+    cluster = node.allocator.take(count)
+    host = cluster << bits
+    fresh = host >= node.allocator.high_water
+    node.allocator.high_water = max(node.allocator.high_water, host + count * size)
+    entries = array("Q", range(host | L.COPIED, (host | L.COPIED) + count * size, size))
+    entries.byteswap()
+    change = EntryChange(table, first, entries.tobytes(), taken=cluster, taken_count=count)
+    return Reservation(begin, count << bits, Kind.DATA, node.data_child, host, fresh=fresh, state=change)
+
+
+def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservation | None:
+    mapping = node.mapping
+    index, first, _ = _place(node, offset, mapping.cluster_size)
+    table = writable_table(node, index)
+    if L.U64.unpack_from(table.data, first * 8)[0] & L.COPIED:
+        return None
+    host = node.allocator.take_bytes(nbytes)
+    bits = mapping.cluster_bits
+    node.allocator.high_water = max(node.allocator.high_water, host + nbytes)
+    entry = L.compressed_entry(host, nbytes, bits)
+    low, high = host >> bits, (host + nbytes - 1) >> bits
+    change = EntryChange(table, first, L.U64.pack(entry), taken=low, taken_count=high - low + 1)
+    return Reservation(offset, mapping.cluster_size, Kind.COMPRESSED, node.file, host, state=change)
+
+
+def _reserve_empty(node: Qcow2Node, offset: int, length: int, kind: Kind) -> Reservation:
+    """Kinds that need no bytes: zeroes, discards, and clusters that are not allocated any more."""
+    mapping = node.mapping
+    index, first, count = _place(node, offset, length)
+    missing = not mapping.l1_entry(index) & L.L1_OFFSET_MASK
+    backed = node.backing is not None and offset < node.backing.node.size
+    zero_flag = node.header.version >= 3
+    if not zero_flag and kind != Kind.EMPTY and node.backing is not None:
+        if kind == Kind.DISCARD:
+            return Reservation(offset, length, kind, state=NothingToDo())
+        raise NotSupported("version 2 of qcow2 cannot say 'zero' over a backing file", path=node.filename)
+    if missing and (kind == Kind.EMPTY or (kind == Kind.DISCARD and not backed) or not zero_flag):
+        end = mapping._skip_missing(index, offset + length)
+        covered = -(-end >> mapping.cluster_bits) << mapping.cluster_bits
+        return Reservation(offset, min(length, covered - offset), kind, state=NothingToDo())
+    table = writable_table(node, index)
+    old = array("Q", bytes(table.data[first * 8 : (first + count) * 8]))
+    old.byteswap()
+    new = array("Q", [_emptied(entry, kind, zero_flag, backed) for entry in old]) if any(old) else array(
+        "Q", [_emptied(0, kind, zero_flag, backed)]
+    ) * count
+    if new == old:
+        return Reservation(offset, count << mapping.cluster_bits, kind, state=NothingToDo())
+    new.byteswap()
+    options = node.options
+    passes = options.pass_discard_request if options.pass_discard_request is not None else options.discard == "unmap"
+    change = EntryChange(table, first, new.tobytes(), discard=passes and kind != Kind.EMPTY)
+    return Reservation(offset, count << mapping.cluster_bits, kind, state=change)
+
+
+def _emptied(entry: int, kind: Kind, zero_flag: bool, backed: bool) -> int:
+    """Return what an L2 entry becomes under *kind*."""
+    if kind == Kind.EMPTY:
+        return 0
+    allocated = entry & _ENTRY_HOST
+    if kind == Kind.DISCARD:
+        # A guest's discard never exposes the backing file; without one, "unallocated" says zero as well.
+        if not zero_flag:
+            return 0
+        return L.ENTRY_ZERO if backed or allocated or entry & L.ENTRY_ZERO else 0
+    if not zero_flag:
+        return 0
+    if kind == Kind.ZERO_UNMAP or entry & L.ENTRY_COMPRESSED or not allocated:
+        return L.ENTRY_ZERO
+    return entry | L.ENTRY_ZERO

@@ -1,0 +1,170 @@
+"""Taking and giving back host clusters of a qcow2 image.
+
+Clusters are taken first fit from the lowest free one on, as QEMU does. What is freed goes into quarantine: it keeps its reference count, on
+disk and in memory, until the flush that made the disk forget the last reference has ended, *and* every request that was in flight then has
+ended. Only then its count falls, and it can be taken again. So a request that is suspended inside an in-place write destroys nobody, and
+a crash leaks clusters at worst.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from cowhand.block.epochs import next_number, oldest_in_flight
+from cowhand.block.format import Unprepared
+from cowhand.block.formats.qcow2.refcounts import MissingBlock
+from cowhand.core import diagnostics
+from cowhand.core.errors import CowhandError
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+#: Bytes in quarantine past which the allocator flushes by itself.
+QUARANTINE_LIMIT = 64 << 20
+
+
+class Freed(NamedTuple):
+    """Host clusters that lost a reference. ``discard``: hand the space back to the file system when nothing refers to them any more."""
+
+    cluster: int
+    count: int
+    discard: bool
+
+
+class Allocator:
+    """Space of one image. Methods need the allocation lock unless they say otherwise."""
+
+    def __init__(self, node: Qcow2Node) -> None:
+        self.node = node
+        self.refcounts = node.refcounts
+        self.cluster_size = node.cluster_size
+        self.next_byte = 0  #: where the next compressed cluster goes, 0 for a new host cluster
+        self.high_water = 0  #: bytes: nothing was ever stored in the file from here on
+        self._unflushed: list[Freed] = []  #: freed, and the disk may still refer to it
+        self._stamped: list[tuple[int, list[Freed]]] = []  #: (sequence number, freed): waits for the requests before that number
+        self.held = 0  #: bytes in quarantine
+
+    # -- taking
+
+    def take(self, count: int, *, at: int | None = None) -> int:
+        """Return the first of *count* adjoining clusters, counted; with *at*, those there or else elsewhere.
+
+        Raises :class:`cowhand.block.format.Unprepared` when a refcount block must be made first (with the write-back lock), NoSpace, and
+        ImageCorrupt when what counts as free is metadata.
+        """
+        refcounts = self.refcounts
+        while True:
+            first = refcounts.find_free(refcounts.free_index if at is None else at, count)
+            self.node.check_overlap(first * self.cluster_size, count * self.cluster_size)
+            try:
+                refcounts.change(first, count, 1)
+            except MissingBlock as missing:
+                self._prepare(missing.cluster)
+                continue
+            if at is None:
+                refcounts.free_index = first + count
+            return first
+
+    def _prepare(self, cluster: int) -> None:
+        node = self.node
+        if node.exclusive_held:
+            self.refcounts.add_block(cluster)
+            return
+
+        def add() -> None:
+            with node.exclusive():
+                if not self.refcounts.block_offset(cluster // self.refcounts.per_block):
+                    self.refcounts.add_block(cluster)
+
+        raise Unprepared(add)
+
+    def untake(self, first: int, count: int) -> None:
+        """Give clusters back that nothing ever referred to, not even in memory. Never raises; a leak at worst."""
+        try:
+            self.refcounts.change(first, count, -1)
+        except CowhandError as error:
+            diagnostics.report(f"qcow2_free_clusters failed: {error.qemu()}")
+
+    def take_bytes(self, nbytes: int) -> int:
+        """Return the byte offset of room for *nbytes* of compressed data, which may share clusters with others."""
+        size = self.cluster_size
+        refcounts = self.refcounts
+        offset = self.next_byte
+        if offset and refcounts.get(offset // size) >= refcounts.counts.maximum:
+            offset = 0
+        room = size - offset % size if offset else 0
+        if room < nbytes:
+            fresh = refcounts.find_free(refcounts.free_index, 1)
+            if not offset or -(-offset // size) != fresh:
+                offset = fresh * size
+            self.node.check_overlap(fresh * size, size)
+        first, last = offset // size, (offset + nbytes - 1) // size
+        try:
+            refcounts.change(first, last - first + 1, 1)
+        except MissingBlock as missing:
+            self.next_byte = 0
+            self._prepare(missing.cluster)
+            return self.take_bytes(nbytes)
+        refcounts.free_index = max(refcounts.free_index, last + 1) if room < nbytes else refcounts.free_index
+        end = offset + nbytes
+        self.next_byte = end if end % size else 0
+        return offset
+
+    # -- giving back
+
+    def free(self, cluster: int, count: int, *, discard: bool = False) -> None:
+        """Put clusters that just lost a reference in memory into quarantine."""
+        self._unflushed.append(Freed(cluster, count, discard))
+        self.held += count * self.cluster_size
+
+    def collect(self) -> list[Freed]:
+        """Return what was freed before the flush that begins now."""
+        freed, self._unflushed = self._unflushed, []
+        return freed
+
+    def restore(self, freed: list[Freed]) -> None:
+        """That flush failed."""
+        self._unflushed[:0] = freed
+
+    def stamp(self, freed: list[Freed]) -> None:
+        """That flush has ended: the disk no longer refers to *freed*; requests in flight still may."""
+        if freed:
+            self._stamped.append((next_number(), freed))
+
+    @property
+    def waiting(self) -> bool:
+        """True when something in quarantine may be ready."""
+        return bool(self._stamped)
+
+    def ready(self, *, everything: bool = False) -> list[Freed]:
+        """Take from quarantine what no request in flight can reach any more (*everything*: nobody is left)."""
+        if not self._stamped:
+            return []
+        oldest = None if everything else oldest_in_flight(self.node)
+        out: list[Freed] = []
+        while self._stamped and (oldest is None or self._stamped[0][0] < oldest):
+            out.extend(self._stamped.pop(0)[1])
+        return out
+
+    def release(self, freed: list[Freed]) -> None:
+        """Count *freed* down. Never raises: on a damaged image the clusters leak, and the user hears of it."""
+        for part in freed:
+            self.held -= part.count * self.cluster_size
+            try:
+                self.refcounts.change(part.cluster, part.count, -1)
+            except CowhandError as error:
+                self._release_singly(part, error)
+            end = (part.cluster + part.count) * self.cluster_size
+            if part.cluster * self.cluster_size <= self.next_byte < end and not self.refcounts.get(part.cluster):
+                self.next_byte = 0
+
+    def _release_singly(self, part: Freed, error: CowhandError) -> None:
+        failed = part.count == 1
+        if not failed:
+            for cluster in range(part.cluster, part.cluster + part.count):
+                try:
+                    self.refcounts.change(cluster, 1, -1)
+                except CowhandError:
+                    failed = True
+        if failed:
+            diagnostics.report(f"qcow2_free_clusters failed: {error.qemu()}")

@@ -1,0 +1,442 @@
+"""The qcow2 node (QEMU ``docs/interop/qcow2``): puts the rooms of this package together behind the format layer's interface."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.block.formats.qcow2 import header as headers
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2 import overlap
+from cowhand.block.formats.qcow2.allocator import Allocator
+from cowhand.block.formats.qcow2.mapping import Mapping
+from cowhand.block.formats.qcow2.refcounts import Refcounts
+from cowhand.block.formats.qcow2.writeback import WriteBack
+from cowhand.block.node import Capabilities, Child, Limits, Role, Zeroing
+from cowhand.block.options import NodeOptions, option
+from cowhand.core import diagnostics
+from cowhand.core.buffers import Buffer
+from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, Poisoned, UnsupportedFeature
+from cowhand.core.locks import RANK_OPERATION, ranked_lock
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.compression import Codec
+    from cowhand.block.formats.qcow2.snapshots import Snapshot
+    from cowhand.block.opening import Opening
+    from cowhand.core.extents import ExtentBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qcow2Options(NodeOptions):
+    """Options of an open qcow2 image (QEMU ``qapi/block-core.json``, BlockdevOptionsQcow2)."""
+
+    lazy_refcounts: bool | None = option(kind="bool", help="postpone updates of reference counts; counts are kept strictly here", strong=False)
+    pass_discard_request: bool | None = option(kind="bool", help="hand the guest's discards down", strong=False)
+    pass_discard_snapshot: bool = option(True, kind="bool", help="hand down what deleting a snapshot frees", strong=False)
+    pass_discard_other: bool = option(False, kind="bool", help="hand down what else is freed", strong=False)
+    overlap_check: str | None = option(help="what writes are checked against", choices=("none", "constant", "cached", "all"), strong=False)
+    cache_size: int | None = option(kind="size", help="bytes for L2 tables and refcount blocks", strong=False)
+    l2_cache_size: int | None = option(kind="size", help="bytes for L2 tables", strong=False)
+    l2_cache_entry_size: int | None = option(kind="size", help="accepted; whole tables are cached", strong=False)
+    refcount_cache_size: int | None = option(kind="size", help="bytes for refcount blocks", strong=False)
+    cache_clean_interval: int | None = option(kind="int", help="accepted; clean tables are dropped when room is needed", strong=False)
+
+
+class Qcow2Node(FormatNode):
+    """A qcow2 image, versions 2 and 3."""
+
+    driver: ClassVar[str] = "qcow2"
+    options_class: ClassVar[type[NodeOptions]] = Qcow2Options
+    supports_backing: ClassVar[bool] = True
+    options: Qcow2Options
+
+    header: headers.Header
+    file: Child
+    data_child: Child
+    refcounts: Refcounts
+    mapping: Mapping
+    allocator: Allocator
+    write_back: WriteBack
+
+    def __init__(self, options: Qcow2Options) -> None:
+        super().__init__(options)
+        self.snapshots: list[Snapshot] = []
+        self.snapshot_table_bytes = 0
+        self.metadata = overlap.MetadataMap()
+        self.metadata_clusters: set[int] = self.metadata.clusters
+        self._preallocated: bool | None = None
+        self.exclusive_held = False
+        self.operation = ranked_lock(RANK_OPERATION, "qcow2 operation")
+        self.corrupt_reported = False
+        self.overlap_check_all = options.overlap_check == "all"
+        self._codec: Codec | None = None
+        self._codec_lock = threading.Lock()
+
+    # -- opening
+
+    @classmethod
+    def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> Qcow2Node:
+        assert isinstance(options, Qcow2Options)
+        node = cls(options)
+        file = given.pop("file", None)
+        if file is None:
+            raise InvalidFormat("a qcow2 image needs a 'file'", qemu="A block device must be specified for \"file\"")
+        backing = given.pop("backing", "")
+        opening.track(node)
+        node.file = opening.child(node, "file", file, Role.PRIMARY)
+        node.data_child = node.file
+        node.event_sink = node.file.node.event_sink
+        node.load(for_repair=opening.for_repair)
+        if backing is None or not opening.with_backing:
+            return node
+        if backing != "":
+            opening.backing(node, backing)
+        elif node.header.backing_name:
+            opening.implicit_backing(node, node.header.backing_name, node.header.backing_format)
+        return node
+
+    def load(self, *, for_repair: bool = False) -> None:
+        """Read the header and the tables that are kept whole. Raises InvalidFormat, UnsupportedFeature, ImageCorrupt."""
+        from cowhand.block.formats.qcow2.snapshots import read_snapshots
+
+        path = self.filename
+        first = bytearray(min(1 << L.CLUSTER_BITS_MIN, self.file.node.size))
+        self.file.read_into(0, first)
+        bits = int.from_bytes(first[20:24], "big") if len(first) >= 24 else 0
+        if L.CLUSTER_BITS_MIN < bits <= L.CLUSTER_BITS_MAX and first[:4] == L.U32.pack(L.MAGIC):
+            first = bytearray(min(1 << bits, self.file.node.size))
+            self.file.read_into(0, first)
+        self.header = header = headers.parse(bytes(first), path)
+        self._refuse_unsupported(for_repair=for_repair)
+        self.cluster_size = self.allocation_unit = self.copy_unit = header.cluster_size
+        self.limits = Limits(preferred_io=max(1 << 20, header.cluster_size), zero_alignment=header.cluster_size, discard_alignment=header.cluster_size)
+        self.capabilities = Capabilities(
+            writable=self.writable, zeroes=Zeroing.NATIVE, discard=True, fua=True, resizable=True
+        )
+        if not header.refcount_table_clusters and not for_repair:
+            raise InvalidFormat("Image does not contain a reference count table", path=path, offset=L.OFFSET_REFCOUNT_TABLE + 8)
+        self.refcounts = Refcounts(self, self._read_table(header.refcount_table_offset, header.refcount_table_clusters * self.cluster_size))
+        self.mapping = Mapping(self, self._read_table(header.l1_offset, header.l1_size * 8))
+        options = self.options
+        if options.l2_cache_size is not None or options.cache_size is not None:
+            self.mapping.cache.limit = options.l2_cache_size or options.cache_size or self.mapping.cache.limit
+        if options.refcount_cache_size is not None:
+            self.refcounts.cache.limit = options.refcount_cache_size
+        self.allocator = Allocator(self)
+        self.write_back = WriteBack(self)
+        self.snapshots, self.snapshot_table_bytes = read_snapshots(self, for_repair=for_repair)
+        if header.incompatible & L.INCOMPAT_DIRTY and self.writable and not for_repair:
+            self._repair_dirty()
+
+    def _refuse_unsupported(self, *, for_repair: bool) -> None:
+        header, path = self.header, self.filename
+        if header.incompatible & ~sum(1 << bit for kind, bit, _ in L.FEATURE_NAMES if kind == 0):
+            headers.check_features(header, path)
+        for flag, name in (
+            (L.INCOMPAT_DATA_FILE, "external data file"),
+            (L.INCOMPAT_EXTENDED_L2, "extended L2 entries"),
+        ):
+            if header.incompatible & flag:
+                raise UnsupportedFeature(f"the image uses '{name}', which this version does not read", path=path, offset=L.OFFSET_INCOMPATIBLE)
+        if header.crypt_method:
+            name = "AES" if header.crypt_method == L.CRYPT_AES else "LUKS"
+            if self.writable or not for_repair:
+                raise UnsupportedFeature(f"the image is encrypted ({name}), which this version does not read", path=path, offset=32)
+        if bool(header.incompatible & L.INCOMPAT_COMPRESSION) != (header.compression_type != L.COMPRESSION_DEFLATE):
+            raise InvalidFormat(
+                "the compression type and its incompatible feature bit contradict each other",
+                qemu="qcow2: Compression type incompatible feature bit must "
+                + ("not be set" if header.compression_type == L.COMPRESSION_DEFLATE else "be set"),
+                path=path, offset=L.HEADER_V3_LENGTH,
+            )  # fmt: skip
+        if header.compression_type > L.COMPRESSION_ZSTD:
+            raise UnsupportedFeature(f"qcow2: unknown compression type: {header.compression_type}", path=path, offset=L.HEADER_V3_LENGTH)
+        if header.incompatible & L.INCOMPAT_CORRUPT and self.writable and not for_repair:
+            raise ImageCorrupt(
+                "the image is marked corrupt and is only opened for reading",
+                qemu="qcow2: Image is corrupt; cannot be opened read/write", path=path, hint="Look at it with check, then repair it.", errno=13,
+            )  # fmt: skip
+        if self.writable and header.autoclear & L.AUTOCLEAR_BITMAPS and header.find(L.EXT_BITMAPS) is not None:
+            raise UnsupportedFeature(
+                "the image has persistent bitmaps, which writing without keeping them would destroy", path=path,
+                hint="Open it for reading only, or remove the bitmaps first.",
+            )  # fmt: skip
+
+    def _read_table(self, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        if length:
+            if offset >= self.file.node.size:
+                return data  # as QEMU reads it: beyond the end lie zeroes
+            self.file.read_into(offset, data)
+        return data
+
+    @property
+    def metadata_preallocated(self) -> bool:
+        """Whether data clusters may be holes of the file (preallocated metadata): found out when it is first asked."""
+        if self._preallocated is None:
+            from cowhand.block.formats.qcow2.preallocated import detect
+
+            self._preallocated = detect(self)
+        return self._preallocated
+
+    def _repair_dirty(self) -> None:
+        """An image that was not closed, with lazy refcounts: its counts are wrong until a repair has been through."""
+        from cowhand.block.formats.qcow2.repair import repair_dirty
+
+        repair_dirty(self)
+
+    # -- state
+
+    @property
+    def size(self) -> int:
+        return self.header.size
+
+    def fire(self, event: str) -> None:
+        """Tell a blkdebug node below that *event* (QEMU's name) is about to happen."""
+        if self.event_sink is not None:
+            self.event_sink(event)
+
+    @property
+    def codec(self) -> Codec:
+        """The image's compression, made when it is first needed."""
+        if self._codec is None:
+            from cowhand.block.formats.qcow2.compression import codec
+
+            with self._codec_lock:
+                self._codec = self._codec or codec(self.header.compression_type)
+        return self._codec
+
+    def set_compression_level(self, level: int | None) -> None:
+        """Choose density over speed for what is compressed from now on (zlib 1 to 9, zstd 1 to 22); None is the default."""
+        from cowhand.block.formats.qcow2.compression import codec
+
+        self._codec = codec(self.header.compression_type, level)
+
+    def format_specific(self) -> dict[str, Any]:
+        header = self.header
+        out: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
+        out["compression-type"] = "zstd" if header.compression_type == L.COMPRESSION_ZSTD else "zlib"
+        out["refcount-bits"] = header.refcount_bits
+        if header.version >= 3:
+            out["lazy-refcounts"] = bool(header.compatible & L.COMPAT_LAZY_REFCOUNTS)
+            out["corrupt"] = bool(header.incompatible & L.INCOMPAT_CORRUPT)
+            out["extended-l2"] = bool(header.incompatible & L.INCOMPAT_EXTENDED_L2)
+        return out
+
+    # -- metadata I/O
+
+    def write_metadata(self, offset: int, data: Buffer, *, check: bool = True) -> None:
+        """Write metadata at host *offset*. Nothing is written once the node is poisoned."""
+        if self.poison is not None:
+            raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno)
+        self.changed = True
+        self.file.write(offset, (data,))
+
+    def flush_file(self) -> None:
+        """Make everything stable that was written to the file."""
+        self.file.flush()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the write-back and the allocation lock: for what writes metadata at once (table growth, snapshots)."""
+        with self.write_back.lock, self.lock:
+            self.exclusive_held = True
+            try:
+                yield
+            finally:
+                self.exclusive_held = False
+
+    def check_overlap(self, offset: int, length: int) -> None:
+        """Raise ImageCorrupt, and mark the image so, when a write to host ``[offset, offset + length)`` would hit metadata."""
+        bits = self.header.cluster_bits
+        clusters = self.metadata_clusters
+        first, last = offset >> bits, (offset + length - 1) >> bits
+        if last - first > 64:
+            hit = any(first <= cluster <= last for cluster in clusters)
+        else:
+            hit = any(cluster in clusters for cluster in range(first, last + 1))
+        if hit:
+            name = overlap.owner(self, offset, length) or "metadata"
+            raise self.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {name})", offset=offset, fatal=True)
+
+    def mark_corrupt(self, message: str, *, offset: int, fatal: bool = True) -> CowhandError:
+        """Return the error for damage that was just found; on the first fatal one the image is marked corrupt and not written any more."""
+        error = ImageCorrupt(message, qemu="Input/output error", path=self.filename, offset=offset, hint="Run check on the image.")
+        if self.corrupt_reported and not (fatal and self.writable and self.poison is None):
+            return error
+        if not self.writable or not fatal:
+            if not self.corrupt_reported:
+                diagnostics.report(f"qcow2: Image is corrupt: {message}; further non-fatal corruption events will be suppressed")
+        else:
+            diagnostics.report(f"qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed")
+        self.corrupt_reported = True
+        if fatal and self.writable and self.poison is None:
+            self._set_corrupt_bit()
+            self.set_poison(ImageCorrupt(message, qemu="No medium found", path=self.filename, errno=123))
+        return error
+
+    def _set_corrupt_bit(self) -> None:
+        if self.header.version < 3:
+            return
+        self.header.incompatible |= L.INCOMPAT_CORRUPT
+        try:
+            self.file.write(L.OFFSET_INCOMPATIBLE, (L.U64.pack(self.header.incompatible),))
+            self.file.flush()
+        except CowhandError as error:
+            diagnostics.report(f"qcow2: the corrupt mark could not be written: {error.qemu()}")
+
+    def update_header(self) -> None:
+        """Write the header's cluster anew (backing file, extensions). Fields that switch tables are written alone, elsewhere."""
+        data = self.header.encode()
+        self.write_metadata(0, data, check=False)
+
+    # -- reading
+
+    def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
+        return self.mapping.run(offset, length)
+
+    def map_batch(self, offset: int, length: int) -> ExtentBatch:
+        return self.mapping.batch(offset, length)
+
+    def host_file(self, run: Any) -> tuple[int, int] | None:
+        lane = self.data_child.lane
+        if lane is None or lane.lane_fd < 0 or run[3] < 0:
+            return None
+        return lane.lane_fd, run[3]
+
+    def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
+        host, nbytes = L.compressed_location(run[3], self.header.cluster_bits)
+        payload = bytearray(nbytes)
+        self.fire("read_compressed")
+        self.file.read_into(host, payload)
+        data = self.codec.decompress(payload, self.cluster_size)
+        begin = offset % self.cluster_size
+        view[:] = data[begin : begin + len(view)]
+
+    def read_vmstate(self, offset: int, buffer: Buffer) -> None:
+        FormatNode.read_into(self, self.vmstate_offset + offset, buffer)
+
+    @property
+    def vmstate_offset(self) -> int:
+        """Guest offset at which the VM state begins: the first L2 table that the disk does not need."""
+        shift = self.mapping.table_shift
+        return -(-self.header.size >> shift) << shift
+
+    # -- writing
+
+    def begin_writing(self) -> None:
+        known = L.AUTOCLEAR_BITMAPS | L.AUTOCLEAR_RAW_DATA
+        if self.header.autoclear & ~known and self.header.version >= 3:
+            self.header.autoclear &= known
+            self.write_metadata(88, L.U64.pack(self.header.autoclear), check=False)
+            self.flush_file()
+        self.rebuild_metadata_map()
+
+    def rebuild_metadata_map(self) -> None:
+        """Learn anew where this image's metadata lies (lock held)."""
+        fresh = overlap.build(self)
+        self.metadata = fresh
+        self.metadata_clusters = fresh.clusters
+
+    def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        from cowhand.block.formats.qcow2.resize import grow_l1
+
+        position = self.vmstate_offset + offset
+        length = sum(len(buffer) for buffer in buffers)
+        self.check_writable()
+        grow_l1(self, -(-(position + length) >> self.mapping.table_shift), exact=False)
+        self.write(position, buffers)
+
+    def reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
+        from cowhand.block.formats.qcow2 import allocation
+
+        self.mapping.cache.trim()
+        return allocation.reserve(self, offset, length, kind, nbytes)
+
+    def link(self, reservation: Reservation) -> None:
+        reservation.state.link(self)
+
+    def abandon(self, reservation: Reservation) -> None:
+        reservation.state.abandon(self)
+
+    def flush(self) -> None:
+        if not self.changed:
+            return
+        if self.poison is not None:
+            raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno)
+        self.changed = False
+        try:
+            self.write_back.flush()
+        except BaseException as error:
+            self.changed = True
+            if not isinstance(error, CowhandError):
+                self.set_poison(error)
+            raise
+        self.release_quarantine()
+
+    def release_quarantine(self, *, everything: bool = False) -> None:
+        """Make clusters free whose last reference is gone from the disk and from every request; takes the lock."""
+        with self.lock:
+            ready = self.allocator.ready(everything=everything)
+        if not ready:
+            return
+        for part in ready:
+            if part.discard:
+                self._discard_host(part.cluster, part.count)
+        with self.lock:
+            self.allocator.release(ready)
+            self.changed = True
+
+    def _discard_host(self, cluster: int, count: int) -> None:
+        # Only what nobody else refers to; the count cannot rise again while the clusters are in quarantine.
+        if not self.file.node.capabilities.discard:
+            return
+        begin = None
+        for number in range(cluster, cluster + count + 1):
+            with self.lock:
+                last = number < cluster + count and self.refcounts.get(number) == 1
+            if last and begin is None:
+                begin = number
+            elif not last and begin is not None:
+                try:
+                    self.file.discard(begin * self.cluster_size, (number - begin) * self.cluster_size)
+                except CowhandError as error:
+                    diagnostics.report(f"discard of freed clusters failed: {error.qemu()}")
+                begin = None
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        from cowhand.block.formats.qcow2.resize import resize
+
+        with self.operation:
+            resize(self, size, preallocation=preallocation, shrink=shrink)
+
+    def close(self) -> None:
+        if not self.writable or self.poison is not None or not self._writing:
+            return
+        failure: CowhandError | None = None
+        for what, step in (("L2 table", self._close_tables), ("refcount block", self._close_counts)):
+            try:
+                step()
+            except CowhandError as error:
+                diagnostics.report(f"Failed to flush the {what} cache: {error.qemu()}")
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _close_tables(self) -> None:
+        self.flush()
+
+    def _close_counts(self) -> None:
+        # Nobody is left who could reach what was freed.
+        self.release_quarantine(everything=True)
+        self.flush()
+
+    def inactive_l2_tables(self) -> list[int]:
+        """Return the host offsets of the L2 tables that only snapshots name."""
+        from cowhand.block.formats.qcow2.snapshots import inactive_l2_tables
+
+        return inactive_l2_tables(self)

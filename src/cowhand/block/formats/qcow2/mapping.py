@@ -1,0 +1,278 @@
+"""From guest to host offsets: the L1 and L2 tables of qcow2 (QEMU ``docs/interop/qcow2``, "Cluster mapping").
+
+:meth:`Mapping.run` needs no lock when the L2 table is cached: it looks at 8 bytes of a table at once, which the interpreter does not
+interrupt. An entry is only changed with the allocation lock held, and what it named before stays untouched until every request that may
+have seen it has ended (quarantine).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cowhand.block.cache import Table, TableCache
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.core.errors import CowhandError
+from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, IN_PLACE, MAX_ROWS, NO_HOST, OFFSET, RECURSE, ZERO, ExtentBatch
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.node import Child
+
+#: Bytes of L2 tables kept in memory, as QEMU's default: at 64 KiB clusters this covers 256 GiB.
+CACHE_LIMIT = 32 << 20
+
+_NORMAL = DATA | ALLOCATED | OFFSET
+_COMPRESSED = DATA | ALLOCATED | COMPRESSED
+_ZERO_PLAIN = ZERO | ALLOCATED
+_ZERO_HOST = ZERO | ALLOCATED | OFFSET
+
+_unpack = L.U64.unpack_from
+
+
+class Mapping:
+    """The active L1 table and a cache of L2 tables."""
+
+    def __init__(self, node: Qcow2Node, l1: bytearray) -> None:
+        self.node = node
+        self.cluster_bits = node.header.cluster_bits
+        self.cluster_size = 1 << self.cluster_bits
+        self.table_bits = self.cluster_bits - 3  #: an L2 table has 2**table_bits entries
+        self.table_shift = self.cluster_bits + self.table_bits
+        self.entries = 1 << self.table_bits
+        self.l1 = Table(l1, node.header.l1_offset)
+        self.cache = TableCache(CACHE_LIMIT)
+        self.tables = self.cache.tables
+        self._within = self.cluster_size - 1
+        self._bad = (self.cluster_size - 1) & L.L2_OFFSET_MASK  #: bits of a host offset that must be clear
+
+    # -- L1
+
+    def l1_entry(self, index: int) -> int:
+        """Return L1 entry *index*, 0 beyond the table's end."""
+        at = index * 8
+        entry: int = _unpack(self.l1.data, at)[0] if at + 8 <= len(self.l1.data) else 0
+        return entry
+
+    def l1_entries(self) -> Iterator[int]:
+        """Yield all L1 entries."""
+        for (entry,) in L.U64.iter_unpack(bytes(self.l1.data[: len(self.l1.data) // 8 * 8])):
+            yield entry
+
+    def set_l1(self, index: int, entry: int) -> None:
+        """Change an L1 entry in memory; it reaches the file after the table that it names. Lock is held."""
+        L.U64.pack_into(self.l1.data, index * 8, entry)
+        self.l1.touch(index * 8, index * 8 + 8)
+
+    def l2_offset(self, index: int) -> int:
+        """Return the host offset of L2 table *index*, or 0. Raises ImageCorrupt for an impossible one."""
+        entry = self.l1_entry(index)
+        offset = entry & L.L1_OFFSET_MASK
+        if offset & self._within:
+            raise self.node.mark_corrupt(
+                f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})", offset=self.l1.host + index * 8
+            )
+        return offset
+
+    # -- L2
+
+    def table(self, index: int) -> Table | None:
+        """Return L2 table *index*, read when it is not cached; None when there is none. Lock is held."""
+        found = self.tables.get(index)
+        if found is not None:
+            return found
+        offset = self.l2_offset(index)
+        if not offset:
+            return None
+        self.node.fire("l2_load")
+        data = bytearray(self.cluster_size)
+        self.node.file.read_into(offset, data)
+        table = Table(data, offset)
+        self.cache.trim()
+        self.cache.put(index, table)
+        return table
+
+    def find(self, index: int) -> Table | None:
+        """The same without the lock held: takes it only when the table has to be read."""
+        found = self.tables.get(index)
+        if found is None and self.l1_entry(index) & L.L1_OFFSET_MASK:
+            with self.node.lock:
+                found = self.table(index)
+        return found
+
+    def bad_entry(self, entry: int, table: Table, at: int) -> CowhandError:
+        """Return the error for an L2 entry whose host offset is not that of a cluster."""
+        offset = entry & L.L2_OFFSET_MASK
+        return self.node.mark_corrupt(
+            f"Cluster allocation offset {offset:#x} unaligned (L2 offset: {table.host:#x}, L2 index: {at // 8:#x})",
+            offset=table.host + at,
+        )
+
+    def run(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
+        """Return (length, flags, child, host) of what begins at guest *offset*, at most *length* bytes and one L2 table long."""
+        index = offset >> self.table_shift
+        found = self.tables.get(index)
+        if found is None:
+            found = self.find(index)
+            if found is None:
+                return min(length, ((index + 1) << self.table_shift) - offset), 0, None, NO_HOST
+        data = found.data
+        at = (offset >> self.cluster_bits & (self.entries - 1)) << 3
+        entry = _unpack(data, at)[0]
+        within = offset & self._within
+        have = self.cluster_size - within
+        node = self.node
+        if entry & 0x4000000000000001 == 0 and entry:
+            host = entry & L.L2_OFFSET_MASK
+            if entry & self._bad or not host:
+                if host:
+                    raise self.bad_entry(entry, found, at)
+                return self._same(data, at, entry, have, length, 0, NO_HOST)
+            flags = _NORMAL
+            if entry >> 63 and host >> self.cluster_bits not in node.metadata_clusters:
+                flags = _NORMAL | IN_PLACE
+            if have >= length:
+                return length, flags, node.data_child, host + within
+            return self._contiguous(data, at, entry, have, length, flags, host + within)
+        if have > length:
+            have = length
+        if not entry:
+            return self._same(data, at, entry, have, length, 0, NO_HOST)
+        if entry & L.ENTRY_COMPRESSED:
+            return have, _COMPRESSED, node.file, entry
+        if entry & L.L2_OFFSET_MASK:
+            if entry & self._bad:
+                raise self.bad_entry(entry, found, at)
+            return have, _ZERO_HOST, node.data_child, (entry & L.L2_OFFSET_MASK) + within
+        return self._same(data, at, entry, have, length, _ZERO_PLAIN, NO_HOST)
+
+    def _contiguous(
+        self, data: bytearray, at: int, entry: int, have: int, length: int, flags: int, host: int
+    ) -> tuple[int, int, Child | None, int]:
+        metadata = self.node.metadata_clusters
+        size = self.cluster_size
+        end = self.cluster_size
+        while have < length:
+            at += 8
+            entry += size
+            if at >= end or _unpack(data, at)[0] != entry:
+                break
+            if flags & IN_PLACE and (entry & L.L2_OFFSET_MASK) >> self.cluster_bits in metadata:
+                break
+            have += size
+        return min(have, length), flags, self.node.data_child, host
+
+    def _same(
+        self, data: bytearray, at: int, entry: int, have: int, length: int, flags: int, host: int
+    ) -> tuple[int, int, Child | None, int]:
+        """Extend a run over entries equal to *entry* (unallocated, or plain zero)."""
+        if have < length:
+            wanted = -(-(length - have) >> self.cluster_bits)
+            piece = data[at + 8 : at + 8 + wanted * 8]
+            pattern = L.U64.pack(entry)
+            if piece == pattern * (len(piece) // 8):
+                have += len(piece) // 8 << self.cluster_bits
+            else:
+                position = 0
+                while piece[position : position + 8] == pattern:
+                    position += 8
+                have += position // 8 << self.cluster_bits
+        return min(have, length), flags, None, host
+
+    # -- many entries at once
+
+    def batch(self, offset: int, length: int) -> ExtentBatch:
+        """Describe this layer from *offset* on as merged rows."""
+        out = ExtentBatch()
+        end = offset + length
+        node = self.node
+        recurse = RECURSE if node.metadata_preallocated else 0
+        while offset < end and len(out) < MAX_ROWS:
+            index = offset >> self.table_shift
+            stop = min(end, (index + 1) << self.table_shift)
+            table = self.find(index)
+            if table is None:
+                stop = self._skip_missing(index, end)
+                out.add(offset, stop - offset, 0)
+                offset = stop
+                continue
+            # A copy of the part that is asked for, so that the rows of one table are of one moment.
+            first = offset >> self.cluster_bits & (self.entries - 1)
+            last = ((stop - 1) >> self.cluster_bits & (self.entries - 1)) + 1
+            entries = array("Q", bytes(table.data[first * 8 : last * 8]))
+            entries.byteswap()
+            offset = self._rows(out, entries, table, first, offset, stop, recurse)
+        return out
+
+    def _skip_missing(self, index: int, end: int) -> int:
+        """Return where the next L2 table begins, or *end*."""
+        limit = min(len(self.l1.data) // 8, -(-end >> self.table_shift))
+        tables = self.l1.data
+        index += 1
+        while index < limit and not _unpack(tables, index * 8)[0] & L.L1_OFFSET_MASK:
+            index += 1
+        return min(end, index << self.table_shift) if index < limit else end
+
+    def _rows(
+        self, out: ExtentBatch, entries: array[int], table: Table, first: int, offset: int, stop: int, recurse: int
+    ) -> int:
+        size, bits = self.cluster_size, self.cluster_bits
+        node = self.node
+        position, count = 0, len(entries)
+        while position < count:
+            entry = entries[position]
+            begin = position
+            position += 1
+            if entry & L.ENTRY_COMPRESSED:
+                while position < count and entries[position] & L.ENTRY_COMPRESSED:
+                    position += 1
+                flags, host, owner = _COMPRESSED, NO_HOST, node
+            elif entry & L.L2_OFFSET_MASK:
+                if entry & self._bad:
+                    raise self.bad_entry(entry, table, (first + begin) * 8)
+                position = _ramp(entries, begin, size)
+                zero = entry & L.ENTRY_ZERO
+                flags = _ZERO_HOST if zero else _NORMAL | recurse
+                host, owner = entry & L.L2_OFFSET_MASK, node.data_child.node
+            else:
+                kind = entry & L.ENTRY_ZERO
+                while position < count and entries[position] & (L.L2_OFFSET_MASK | L.ENTRY_COMPRESSED | 1) == kind:
+                    position += 1
+                flags, host, owner = (_ZERO_PLAIN if kind else 0), NO_HOST, node
+            end = min(stop, ((offset >> bits) + position - begin) << bits)
+            if flags & OFFSET:
+                host += offset & self._within
+            out.add(offset, end - offset, flags, host, owner if flags else None)
+            offset = end
+            if len(out) >= MAX_ROWS:
+                break
+        return offset
+
+
+def _ramp(entries: array[int], begin: int, step: int) -> int:
+    """Return the index after the longest run from *begin* in which each entry is the one before it plus *step* (flags equal)."""
+    mask = L.L2_OFFSET_MASK | L.ENTRY_ZERO | L.ENTRY_COMPRESSED
+    value = entries[begin] & mask
+    copied = entries[begin] & L.COPIED
+    position, count = begin + 1, len(entries)
+    # Compare ever longer stretches at once: a whole table in ten comparisons.
+    stretch = 8
+    while position < count:
+        take = min(stretch, count - position)
+        start = value + (position - begin) * step
+        if entries[position : position + take] == array("Q", range(start | copied, (start | copied) + take * step, step)):
+            position += take
+            stretch *= 4
+            continue
+        while position < count and entries[position] & mask == value + (position - begin) * step:
+            position += 1
+            if entries[position - 1] & L.COPIED != copied:
+                copied ^= L.COPIED
+                break
+        else:
+            break
+        stretch = 8
+    return position
+
+
