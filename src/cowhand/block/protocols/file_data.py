@@ -107,6 +107,11 @@ class DescriptorNode(BlockNode):
 
     # -- writing
 
+    def _poison(self, number: int) -> None:
+        # The page cache may now call clean what never reached the medium; a second flush would lie.
+        self.failure = number
+        self.lane_fd = -1
+
     def refuse_poisoned(self) -> None:
         """Raise Poisoned: for changes that come after a failed flush."""
         raise Poisoned(
@@ -159,7 +164,7 @@ class DescriptorNode(BlockNode):
                 self.flush()
                 return
             if error.errno == errno.EIO:
-                self.failure = errno.EIO  # the page cache may now call clean what never reached the medium
+                self._poison(errno.EIO)
             raise self._failed(error, "writing", offset) from error
         if done != sum(map(len, buffers)):
             self._write_rest(offset, buffers, done)
@@ -209,7 +214,7 @@ class DescriptorNode(BlockNode):
         except OSError as error:
             if error.errno in (errno.EROFS, errno.EINVAL) and not self.writable:
                 return  # a medium that is only read has nothing to flush
-            self.failure = error.errno or errno.EIO
+            self._poison(error.errno or errno.EIO)
             raise self._failed(error, "flushing") from error
 
     # -- zeroes and discards
