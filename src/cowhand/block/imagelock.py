@@ -16,7 +16,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from cowhand.block.node import ALL_PERMISSIONS, PERMISSION_NAMES
-from cowhand.core.errors import CowhandError, ImageInUse, NotSupported, from_os_error
+from cowhand.core.errors import ImageInUse, NotSupported, from_os_error
 from cowhand.core.locks import RANK_REGISTRY, ranked_lock
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ def hold(descriptor: int, path: str, who: str) -> Holder:
 
     Raises NotSupported where the system has no open-file-description locks, AccessDenied where the file cannot be opened a second time.
     """
-    import fcntl
-
-    if not hasattr(fcntl, "F_OFD_SETLK"):
+    if not _available():
         raise NotSupported("this system has no open-file-description locks", path=path)
     stat = os.fstat(descriptor)
     key = (stat.st_dev, stat.st_ino)
@@ -82,6 +80,14 @@ def hold(descriptor: int, path: str, who: str) -> Holder:
         holder = Holder(file, path, who)
         file.holders.append(holder)
         return holder
+
+
+def _available() -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    return hasattr(fcntl, "F_OFD_SETLK")
 
 
 def _open_again(descriptor: int, path: str, key: tuple[int, int]) -> int:
@@ -275,8 +281,3 @@ def _command(pid: int) -> str:
             return file.read().strip() or "a program"
     except OSError:
         return "a program"
-
-
-def is_missing(error: CowhandError) -> bool:
-    """Tell whether *error* of this module means that there are no locks to be had here, not that somebody else has them."""
-    return isinstance(error, NotSupported)

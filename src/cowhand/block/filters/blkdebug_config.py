@@ -52,7 +52,7 @@ def parse_text(text: str, path: str = "") -> list[Rule]:
         section = _SECTION.match(line)
         if section is not None or line.startswith("["):
             name = section[1] if section is not None else line[1:]
-            if name not in _KEYS:
+            if section is None or name not in _KEYS:
                 raise _wrong(f"There is no option group '{name}'", path, number)
             sections.append((name, {}))
             continue

@@ -47,7 +47,10 @@ class InjectError(NamedTuple):
         """Tell whether the rule fails this request. A request without bytes touches no sector."""
         if io_type not in self.io_types:
             return False
-        return self.sector is None or offset <= self.sector * SECTOR < offset + length
+        if self.sector is None:
+            return True
+        begin = self.sector * SECTOR
+        return length > 0 and offset < begin + SECTOR and begin < offset + length
 
 
 class SetState(NamedTuple):
