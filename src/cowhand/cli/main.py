@@ -102,7 +102,10 @@ def _dispatch(given: list[str]) -> int:
     module = load(name)
     from cowhand.cli import running
 
-    return running.run(module, name, build_parser(name, module).parse_args(given[1:]))
+    rest = given[1:]
+    if hasattr(module, "arrange"):
+        rest = module.arrange(rest)
+    return running.run(module, name, build_parser(name, module).parse_args(rest))
 
 
 def _no_command(name: str) -> int:

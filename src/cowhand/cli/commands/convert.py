@@ -1,0 +1,252 @@
+"""Copy a disk, or several one behind the other, into a new image.
+
+The new image appears under its name when it is complete; an existing one is overwritten only if you insist (--overwrite), or
+written in place with -n. Without -O the format is what the target's name ends with (.qcow2), or raw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from cowhand.cli import arguments
+from cowhand.core.errors import CowhandError, ImageExists, InvalidArgument
+from cowhand.core.units import format_size
+
+if TYPE_CHECKING:
+    from cowhand.cli.running import Context
+    from cowhand.copy.convert import ConvertResult
+
+EXAMPLES = """\
+  cowhand convert -O qcow2 disk.raw disk.qcow2                import a raw disk
+  cowhand convert -O qcow2 -c disk.qcow2 small.qcow2          compressed, on all cores
+  cowhand convert -O raw -l before-upgrade vm.qcow2 old.raw   take out a snapshot
+  cowhand convert -O qcow2 -B base.qcow2 -F qcow2 work.qcow2 copy.qcow2
+  cowhand convert --verify -O qcow2 disk.raw disk.qcow2       read both again, and compare
+"""
+WRITES = True
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", nargs="+", help="image to copy; several are put one behind the other")
+    parser.add_argument("target", help="image to make")
+    arguments.add_format(parser, "the sources")
+    parser.add_argument("-O", "--target-format", metavar="FMT", help="format of the new image")
+    parser.add_argument(
+        "-o", "--option", action="append", default=[], metavar="NAME=VALUE,...", help="options of the new image"
+    )
+    parser.add_argument(
+        "-B",
+        "--backing",
+        metavar="BASE",
+        help="make an overlay of BASE, storing only what the source's own layer stores",
+    )
+    parser.add_argument("-F", "--backing-format", metavar="FMT", help="format of BASE")
+    parser.add_argument("-l", "--snapshot", metavar="NAME", help="copy the disk as it was at this snapshot")
+    parser.add_argument("-c", "--compress", action="store_true", help="store compressed")
+    parser.add_argument("--compression-level", type=int, metavar="N", help="denser and slower than the fast default")
+    parser.add_argument("-n", "--no-create", action="store_true", help="write into an existing image, in place")
+    parser.add_argument(
+        "--target-is-zero", action="store_true", help="promise that the existing image reads as zeroes (with -n)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what has the target's name")
+    parser.add_argument("--verify", action="store_true", help="compare both when the copy is made")
+    _tuning(parser)
+    arguments.add_talk(parser)
+    arguments.add_share(parser)
+    arguments.add_dry_run(parser)
+    arguments.add_output(parser)
+
+
+def _tuning(parser: argparse.ArgumentParser) -> None:
+    tuning = parser.add_argument_group("how bytes are moved")
+    tuning.add_argument(
+        "-S",
+        "--sparse-size",
+        type=arguments.size,
+        default=4096,
+        metavar="SIZE",
+        help="leave out zeroes from this size on; 0 writes every byte",
+    )
+    tuning.add_argument("-m", "--workers", type=int, metavar="N", help="threads, 1 to 16")
+    tuning.add_argument("-W", "--out-of-order", action="store_true", help="let space be taken in any order")
+    tuning.add_argument("-C", "--copy-range", action="store_true", help="let the system copy inside the file system")
+    tuning.add_argument(
+        "-r", "--rate-limit", type=arguments.size, default=0, metavar="SIZE", help="bytes a second, at most"
+    )
+    tuning.add_argument(
+        "-t",
+        "--cache",
+        choices=arguments.CACHE_NAMES,
+        default="unsafe",
+        help="the target's cache; unsafe does not wait for the medium",
+    )
+    tuning.add_argument(
+        "-T", "--source-cache", choices=arguments.CACHE_NAMES, default="writeback", help="the sources' cache"
+    )
+    tuning.add_argument("--salvage", action="store_true", help="put zeroes where a source cannot be read, and go on")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Convert."""
+    from cowhand.cli.guard import refuse_harm
+
+    if args.no_create or (args.overwrite and os.path.lexists(args.target)):
+        refuse_harm(context, args.target, "writing over it", force=False, insist="another target")
+    if args.dry_run:
+        return _plan(args, context)
+    from cowhand.copy.convert import convert
+
+    label = f"{os.path.basename(args.source[0])} → {os.path.basename(args.target)}"
+    result = convert(
+        args.source,
+        args.target,
+        args.target_format if args.no_create else arguments.format_for(args.target, args.target_format),
+        source_format=args.format,
+        options=arguments.driver_options(args.option),
+        backing=args.backing,
+        backing_format=args.backing_format,
+        skip_create=args.no_create,
+        target_is_zero=args.target_is_zero,
+        overwrite=args.overwrite,
+        snapshot=args.snapshot,
+        compressed=args.compress,
+        compression_level=args.compression_level,
+        sparse_size=args.sparse_size,
+        workers=args.workers,
+        in_order=not args.out_of_order,
+        salvage=args.salvage,
+        copy_range=args.copy_range,
+        rate_limit=args.rate_limit,
+        cache=args.cache,
+        source_cache=args.source_cache,
+        force_share=args.force_share,
+        progress=context.progress(label),
+        cancel=context.cancel,
+        warn=context.out.warn,
+    )
+    _warn_of_losses(args, context)
+    if args.verify:
+        _verify(args, result, context)
+    return _tell(args, result, context)
+
+
+def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
+    """Say what a copy does not carry over: that is easily forgotten."""
+    from cowhand.chain.info import image_info
+
+    for name in args.source:
+        try:
+            info = image_info(name, format=args.format, force_share=True)
+        except CowhandError:
+            continue  # the source was a description, or is gone by now; the copy is made
+        if info.snapshots and args.snapshot is None:
+            count = len(info.snapshots)
+            words = "snapshot is" if count == 1 else "snapshots are"
+            context.out.warn(f"{name}: {count} internal {words} not copied (take one out with -l NAME)")
+
+
+def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -> None:
+    from cowhand.copy.compare import compare
+
+    if len(args.source) > 1 or result.unreadable:
+        raise InvalidArgument("only a copy of one whole source can be verified; the copy was made")
+    from cowhand.copy.opening import open_source
+
+    with ExitStack() as stack:
+        source = open_source(args.source[0], stack, args.format, snapshot=args.snapshot, force_share=args.force_share)
+        found = compare(
+            source,
+            result.filename,
+            second_format=result.format,
+            progress=context.progress("verifying"),
+            cancel=context.cancel,
+        )
+    if not found.identical:
+        raise CowhandError(
+            f"the copy differs from its source at {found.offset:#x}",
+            path=result.filename,
+            offset=found.offset,
+            hint="Do not use it. Was the source written meanwhile? Otherwise check the medium.",
+        )
+
+
+def _document(args: argparse.Namespace, result: ConvertResult) -> dict[str, Any]:
+    return {
+        "filename": result.filename,
+        "format": result.format,
+        "virtual-size": result.size,
+        "copied": result.copied,
+        "zeroes": result.zeroes,
+        "left-to-backing": result.skipped,
+        "unreadable": list(result.unreadable),
+        "verified": args.verify,
+    }
+
+
+def _tell(args: argparse.Namespace, result: ConvertResult, context: Context) -> int:
+    if context.out.json:
+        context.out.document(_document(args, result))
+    else:
+        parts = [f"copied {format_size(result.copied)} of {format_size(result.size)} to {result.filename}"]
+        if result.skipped:
+            parts.append(f"{format_size(result.skipped)} left to {args.backing or 'its base'}")
+        if args.verify:
+            parts.append("verified")
+        context.out.line(", ".join(parts))
+    for offset in result.unreadable[:10]:
+        context.out.warn(f"sector at {offset:#x} could not be read and is zero in the copy")
+    if len(result.unreadable) > 10:
+        context.out.warn(f"and {len(result.unreadable) - 10} more")
+    return 3 if result.unreadable else 0
+
+
+def _plan(args: argparse.Namespace, context: Context) -> int:
+    from cowhand.cli.guard import dependents
+    from cowhand.cli.plan import Plan, Touch, show
+
+    there = os.path.lexists(args.target)
+    if there and not (args.overwrite or args.no_create):
+        raise ImageExists(
+            f"'{args.target}' exists already", path=args.target, hint="Choose another name, or insist with --overwrite."
+        )
+    format = arguments.format_for(args.target, args.target_format)
+    amounts = [_amount(name, args, format) for name in args.source]
+    reads = [Touch(name, "data", data) for name, (data, _) in zip(args.source, amounts, strict=True)]
+    needed = max((required for _, required in amounts), default=0) if len(amounts) == 1 else None
+    if args.backing:
+        reads.append(Touch(args.backing, "header of the base"))
+    plan = Plan(
+        action=f"copy {', '.join(args.source)} into {args.target}, {format}",
+        reads=reads,
+        writes=[Touch(args.target, "its present content would be lost" if there else "new image, at most", needed)],
+        moves=sum(data for data, _ in amounts),
+        dependents=dependents(args.target) if there else [],
+        warnings=_space_warning(args.target, needed or 0),
+        undo="none: what the target holds now would be gone" if there else f"delete {args.target}",
+    )
+    return show(plan, context.out)
+
+
+def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]:
+    """Return the bytes of data that would be read, and those that the new image would need."""
+    from cowhand.copy.measure import measure
+    from cowhand.copy.opening import open_source
+    from cowhand.core.extents import by_content
+
+    with ExitStack() as stack:
+        disk = open_source(name, stack, args.format, snapshot=args.snapshot, force_share=args.force_share)
+        depth = 1 if args.backing else None
+        data = sum(length for _, length, zero in by_content(disk.extents(depth=depth)) if not zero)
+        return data, measure(disk, format).required
+
+
+def _space_warning(target: str, needed: int) -> list[str]:
+    from cowhand.copy.space import free_bytes
+
+    free = free_bytes(target)
+    if free is None or needed <= free:
+        return []
+    return [f"it may not fit: up to {format_size(needed)} are needed, {format_size(free)} are free"]

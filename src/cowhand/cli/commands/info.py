@@ -1,0 +1,165 @@
+"""Tell what an image is: format, sizes, snapshots, and the image that it stands on.
+
+With --chain all images below it are told as well, and which other images in their folders stand on them. An image that is in
+use is described too; its figures may be changing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from typing import TYPE_CHECKING
+
+from cowhand.chain.info import ImageInfo, SnapshotInfo, chain_info, image_info
+from cowhand.cli import arguments
+from cowhand.core.units import format_size
+
+if TYPE_CHECKING:
+    from cowhand.cli.running import Context
+
+EXAMPLES = """\
+  cowhand info disk.qcow2
+  cowhand info --chain work.qcow2                    with all images below it
+  cowhand info --chain --svg chain.svg work.qcow2    a picture of them
+  cowhand info --output json disk.qcow2              for programs
+"""
+WRITES = False
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="image to look at")
+    arguments.add_format(parser)
+    parser.add_argument("--chain", "--backing-chain", action="store_true", help="tell of all images below it, too")
+    parser.add_argument("--svg", metavar="FILE", help="write a picture of the chain to FILE, or to standard output (-)")
+    parser.add_argument(
+        "--theme",
+        choices=("auto", "light", "dark"),
+        default="auto",
+        help="colours of the picture; auto follows the viewer",
+    )
+    arguments.add_share(parser)
+    arguments.add_output(parser)
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Tell about the image, or its chain."""
+    if args.svg is not None:
+        return _picture(args, context)
+    out = context.out
+    if not args.chain:
+        info = image_info(args.image, format=args.format, force_share=args.force_share)
+        if out.json:
+            out.document(info.document())
+        else:
+            _show(info, [], context)
+        return 0
+    chain = chain_info(args.image, format=args.format, force_share=args.force_share)
+    others = other_overlays(chain)
+    if out.json:
+        out.document([{**info.document(), "other-overlays": names} for info, names in zip(chain, others, strict=True)])
+    else:
+        for number, (info, names) in enumerate(zip(chain, others, strict=True)):
+            if number:
+                out.line()
+            _show(info, names, context)
+    return _end(chain)
+
+
+def _end(chain: list[ImageInfo]) -> int:
+    # An incomplete chain cannot be read: scripts must see that, although all that could be said was said.
+    return 1 if chain[-1].problem else 0
+
+
+def other_overlays(chain: list[ImageInfo]) -> list[list[str]]:
+    """Return for each image of *chain* the images in its folder that stand on it, but for the one above it in the chain."""
+    from cowhand.chain.tree import Tree, identify
+
+    found: list[list[str]] = [[]]
+    for above, info in itertools.pairwise(chain):
+        if info.problem:
+            found.append([])
+            continue
+        tree = Tree([os.path.dirname(os.path.realpath(info.filename))])
+        own = identify(above.filename)
+        found.append([one.path for one in tree.overlays(info.filename) if identify(one.path) != own])
+    top = Tree([os.path.dirname(os.path.realpath(chain[0].filename))])
+    found[0] = [one.path for one in top.overlays(chain[0].filename)]
+    return found
+
+
+def _show(info: ImageInfo, overlays: list[str], context: Context) -> None:
+    out = context.out
+    rows = [("image", info.filename)]
+    if info.problem:
+        out.facts([*rows, ("problem", info.problem)])
+        return
+    rows.append(("format", _format_words(info)))
+    rows.append(("disk size", f"{format_size(info.virtual_size)} ({info.virtual_size} bytes)"))
+    if info.disk_size is not None:
+        rows.append(("on disk", format_size(info.disk_size)))
+    if info.cluster_size is not None:
+        rows.append(("cluster size", format_size(info.cluster_size)))
+    if info.backing is not None:
+        rows.append(("stands on", _backing_words(info)))
+    if info.in_use:
+        rows.append(("in use", info.in_use))
+    if info.corrupt:
+        rows.append(("damage", "marked corrupt: look at it with cowhand check, then repair it"))
+    if info.dirty:
+        rows.append(("closed", "no: it is repaired when it is next opened for writing"))
+    rows += [("overlays", path) for path in overlays]
+    out.facts(rows)
+    if info.snapshots:
+        out.line()
+        snapshot_table(info.snapshots, context)
+
+
+def _format_words(info: ImageInfo) -> str:
+    details = info.details or {}
+    words = []
+    if "compat" in details:
+        words.append(f"compat {details['compat']}")
+    if details.get("compression-type", "zlib") != "zlib":
+        words.append(f"{details['compression-type']} compression")
+    if details.get("refcount-bits", 16) != 16:
+        words.append(f"{details['refcount-bits']}-bit reference counts")
+    if details.get("lazy-refcounts"):
+        words.append("lazy reference counts")
+    return info.format + (f" ({', '.join(words)})" if words else "")
+
+
+def _backing_words(info: ImageInfo) -> str:
+    text = info.backing or ""
+    facts = [info.backing_format or "format not recorded"]
+    if info.backing_path != info.backing:
+        facts.append(f"that is {info.backing_path}")
+    return f"{text} ({', '.join(facts)})"
+
+
+def snapshot_table(snapshots: tuple[SnapshotInfo, ...], context: Context) -> None:
+    """Print snapshots as a table."""
+    import time
+
+    rows = [
+        (
+            one.id,
+            one.name,
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.date)),
+            format_size(one.disk_size),
+            format_size(one.vm_state_size) if one.vm_state_size else "",
+        )
+        for one in snapshots
+    ]
+    context.out.table(("id", "snapshot", "date", "disk size", "VM state"), rows, right=(3, 4))
+
+
+def _picture(args: argparse.Namespace, context: Context) -> int:
+    from cowhand.cli.chainpicture import draw_chain
+    from cowhand.cli.picturefile import write_picture
+
+    chain = chain_info(args.image, format=args.format, force_share=args.force_share)
+    others = other_overlays(chain)
+    text = draw_chain(args.image, args.format, chain, others, theme=args.theme, force_share=args.force_share)
+    write_picture(args.svg, text, context)
+    return _end(chain)

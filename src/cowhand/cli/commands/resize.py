@@ -1,0 +1,106 @@
+"""Make a disk longer or shorter. What is added reads as zeroes.
+
+SIZE is the new length, or with + or - the difference. Shrinking cuts data off the disk's end and so has to be insisted on:
+make the file systems and partitions inside shorter first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+import cowhand
+from cowhand.cli import arguments
+from cowhand.core.errors import InvalidArgument
+from cowhand.core.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from cowhand.cli.running import Context
+
+EXAMPLES = """\
+  cowhand resize disk.qcow2 20G
+  cowhand resize disk.qcow2 +5G
+  cowhand resize --shrink disk.qcow2 10G
+"""
+WRITES = True
+PREALLOCATION = ("off", "metadata", "falloc", "full")
+SECTOR = 512
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="image whose disk is resized")
+    parser.add_argument("size", metavar="[+|-]SIZE", help="new length, or the difference")
+    arguments.add_format(parser)
+    parser.add_argument("--shrink", action="store_true", help="allow cutting data off")
+    parser.add_argument("--preallocation", choices=PREALLOCATION, default="off", help="how the new space is prepared")
+    parser.add_argument("--force", action="store_true", help="shrink although other images stand on this one")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
+    arguments.add_dry_run(parser)
+    arguments.add_output(parser)
+
+
+def arrange(given: list[str]) -> list[str]:
+    """Put a size such as "-1G", which looks like an option, where it is taken for what it is."""
+    for index, text in enumerate(given):
+        if text == "--":
+            break
+        if re.match(r"-\.?\d", text):
+            return [*given[:index], *given[index + 1 :], "--", text]
+    return given
+
+
+def new_size(text: str, old: int) -> int:
+    """Return the length that *text* asks for, up to whole sectors; raises InvalidArgument."""
+    sign = text[0] if text[:1] in "+-" else ""
+    amount = parse_size(text[len(sign) :])
+    size = old + amount if sign == "+" else old - amount if sign == "-" else amount
+    if size < 0:
+        raise InvalidArgument(f"the disk has {format_size(old)}, less than the {format_size(amount)} that are to go")
+    if size == old and sign:
+        raise InvalidArgument("the difference is zero")
+    return -(-size // SECTOR) * SECTOR
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Resize the disk."""
+    with cowhand.open(args.image, format=args.format, writable=not args.dry_run) as disk:
+        old = disk.size
+        size = new_size(args.size, old)
+        if size < old:
+            from cowhand.cli.guard import refuse_harm
+
+            refuse_harm(context, args.image, "cutting its end off", force=args.force)
+            if not args.shrink:
+                raise InvalidArgument(
+                    f"the last {format_size(old - size)} of the disk would be lost",
+                    path=args.image,
+                    hint="Shrink the file systems and partitions inside first, then insist with --shrink.",
+                )
+        if args.dry_run:
+            return _plan(args, context, old, size)
+        if size != old:
+            disk.resize(size, preallocation=args.preallocation, shrink=args.shrink)
+            disk.flush()
+    if context.out.json:
+        context.out.document({"filename": args.image, "virtual-size": size, "previous-size": old})
+    elif size == old:
+        context.out.line(f"{args.image} has {format_size(size)} already")
+    else:
+        context.out.line(f"resized {args.image} from {format_size(old)} to {format_size(size)}")
+    return 0
+
+
+def _plan(args: argparse.Namespace, context: Context, old: int, size: int) -> int:
+    from cowhand.cli.guard import dependents
+    from cowhand.cli.plan import Plan, Touch, show
+
+    lost = max(0, old - size)
+    plan = Plan(
+        action=f"resize {args.image} from {format_size(old)} to {format_size(size)}",
+        writes=[Touch(args.image, "its length and tables")],
+        dependents=dependents(args.image),
+        warnings=[f"the last {format_size(lost)} of the disk would be lost"] if lost else [],
+        undo="none: what is cut off is gone" if lost else f"cowhand resize --shrink {args.image} {old}",
+    )
+    return show(plan, context.out)
