@@ -158,6 +158,8 @@ class FileNode(DescriptorNode):
 
             block = probe(self.fd, self.path, device=self.is_device)
         self.limits = Limits(request_alignment=block, memory_alignment=block)
+        # Direct I/O wants aligned memory, which users of the descriptor do not promise.
+        self.lane_fd = -1 if self.direct else self.fd
         self.capabilities = Capabilities(
             writable=self.writable,
             zeroes=Zeroing.NATIVE if file_syscalls.LINUX else Zeroing.EMULATED,
@@ -230,7 +232,7 @@ class FileNode(DescriptorNode):
         set_size(self.fd, size, preallocation, self.path)
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
+        fd, self.fd, self.lane_fd = self.fd, -1, -1
         holder, self._holder = self._holder, None
         try:
             if fd >= 0:
