@@ -1,0 +1,285 @@
+"""Making images: what is the same for every format and protocol.
+
+A format's class declares ``create_options`` and formats an open, empty, writable protocol node in ``create``; a protocol's class makes the
+file. Here options are checked, the size is taken from the backing file, and an existing image is left alone unless the caller insists.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+
+from cowhand.block.createoptions import FILE_OPTIONS, CreateOption, merge, parse, with_defaults
+from cowhand.block.opening import combine, has_protocol
+from cowhand.core.errors import CowhandError, ImageExists, InvalidArgument, NotSupported
+from cowhand.core.units import MAX_SIZE, parse_size
+
+if TYPE_CHECKING:
+    from cowhand.block.node import BlockNode
+    from cowhand.block.policy import Policy
+    from cowhand.block.registry import DriverEntry, Registry
+
+SECTOR = 512
+#: Options that the file takes, never the format, when both declare them or only the file does.
+_FILE_ONLY = ("nocow", "extent_size_hint")
+
+
+class Creator(Protocol):
+    """What a format's class offers when it can make images."""
+
+    create_options: ClassVar[tuple[CreateOption, ...]]
+
+    @classmethod
+    def create(cls, file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
+        """Make the empty, writable *file* an image of *size* bytes; *options* hold values of the declared kinds, defaults filled in."""
+
+
+class Creation:
+    """An image that is about to be made: checked, nothing written yet. ``options`` are complete, in the order that the drivers declare.
+
+    Made by :func:`prepare`; :meth:`run` makes the image.
+    """
+
+    def __init__(
+        self,
+        filename: str,
+        format: DriverEntry,
+        protocol: DriverEntry,
+        size: int,
+        options: dict[str, Any],
+        registry: Registry,
+    ) -> None:
+        self.filename = filename
+        self.format = format
+        self.protocol = protocol
+        self.size = size
+        self.options = options
+        self._registry = registry
+
+    def line(self) -> str:
+        """Return the line that qemu-img prints of it: "Formatting 'x', fmt=qcow2 cluster_size=65536 ..."."""
+        parts = [f"Formatting '{self.filename}', fmt={self.format.name}"]
+        for name, value in self.options.items():
+            if isinstance(value, bool):
+                value = "on" if value else "off"
+            parts.append(f"{name}={str(value).replace(',', ',,')}")
+        return " ".join(parts)
+
+    def run(self, *, overwrite: bool = False) -> None:
+        """Make the image. Raises ImageExists when something has that name and *overwrite* is not set; then nothing was changed.
+
+        A new file appears under its name when it is complete. An existing one is emptied and formatted in place if nobody uses it.
+        """
+        path = local_path(self.filename)
+        if path is None:
+            self.write(self.filename, fresh=False)
+            return
+        if os.path.lexists(path):
+            if not overwrite:
+                raise ImageExists(
+                    f"'{path}' exists already", path=path, hint="Choose another name, or insist on overwriting it."
+                )
+            self.write(path, fresh=False)
+            return
+        from cowhand.block.newfile import NewFile
+
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            self.write(path, fresh=True)  # says in its own words that the folder is not there
+            return
+        with NewFile(path) as file:
+            self.write(file.temporary, fresh=True)
+            file.appear()
+
+    def write(self, path: str, *, fresh: bool) -> None:
+        """Make the image at *path*, which need not be its final name; with *fresh* the file must not exist, and is removed on an error."""
+        made = fresh or not os.path.lexists(path)
+        self._make_file(path, exclusive=fresh)
+        try:
+            self._format_file(path)
+        except BaseException:
+            if made and local_path(path) is not None:
+                os.unlink(path)
+            raise
+
+    def _make_file(self, path: str, *, exclusive: bool) -> None:
+        if self.protocol.name == "host_device":
+            return  # a device is there already
+        cls: Any = self.protocol.load()
+        settings = {name: self.options[name] for name in _FILE_ONLY if self.options.get(name) is not None}
+        if self.protocol.name == "file":
+            settings["exclusive"] = exclusive
+        cls.create(path, 0, **settings)
+
+    def _format_file(self, path: str) -> None:
+        from cowhand.block.disk import Disk
+        from cowhand.block.opening import Opening
+
+        opening = Opening(self._registry, backing=False)
+        node = opening.open({"driver": self.protocol.name, "filename": path, "read-only": False})
+        try:
+            disk = Disk(node, writable=True, name=f"new {self.format.name} image")
+        except BaseException:
+            opening.abandon()
+            raise
+        creator = cast("type[Creator]", self.format.load())
+        options = {name: value for name, value in self.options.items() if name not in _FILE_ONLY and name != "size"}
+        with disk:
+            creator.create(node, self.size, options)
+
+
+def prepare(
+    filename: str | os.PathLike[str],
+    format: str = "raw",
+    size: int | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    open_backing: bool = True,
+    registry: Registry | None = None,
+    policy: Policy | None = None,
+) -> Creation:
+    """Check what is to be made, and complete it; nothing is written. *size* comes from the backing file when it is not given.
+
+    *options* are the format's and the file's by QEMU's names, values as strings or already converted. *backing* is written into the image as
+    it is given, and looked up relative to the image; with ``open_backing=False`` it need not exist. Raises InvalidArgument, NotSupported,
+    ImageNotFound and what opening the backing file raises, with QEMU's words in ``qemu()``.
+    """
+    registry = registry or _built_in()
+    filename = os.fspath(filename)
+    entry = format_of(format, registry)
+    protocol = protocol_of(filename, registry)
+    known = merge(create_options_of(entry), FILE_OPTIONS)
+    chosen = parse(known, options or {})
+    if size is not None:
+        if "size" in chosen:
+            raise InvalidArgument("The image size must be specified only once")
+        chosen["size"] = parse_size(size)
+    for name, value, text in (
+        ("backing_file", backing, "Backing file not supported"),
+        ("backing_fmt", backing_format, "Backing file format not supported"),
+    ):
+        if value is not None:
+            if name not in known:
+                raise NotSupported(f"{text} for file format '{entry.name}'")
+            chosen[name] = value
+    if "backing_file" in chosen:
+        _check_backing(filename, chosen, open_backing, registry, policy)
+    if "size" not in chosen:
+        raise InvalidArgument("Image creation needs a size parameter", hint="Give the size, such as 10G.")
+    if chosen["size"] > MAX_SIZE:
+        raise InvalidArgument(f"The image size is too large for file format '{entry.name}'")
+    complete = with_defaults(known, chosen)
+    return Creation(filename, entry, protocol, -(-chosen["size"] // SECTOR) * SECTOR, complete, registry)
+
+
+def create(
+    filename: str | os.PathLike[str],
+    format: str = "raw",
+    size: int | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    open_backing: bool = True,
+    registry: Registry | None = None,
+    policy: Policy | None = None,
+) -> Creation:
+    """Make an image and return what was made; see :func:`prepare` for the arguments and :meth:`Creation.run` for *overwrite*."""
+    creation = prepare(
+        filename,
+        format,
+        size,
+        options,
+        backing=backing,
+        backing_format=backing_format,
+        open_backing=open_backing,
+        registry=registry,
+        policy=policy,
+    )
+    creation.run(overwrite=overwrite)
+    return creation
+
+
+def create_options_of(entry: DriverEntry) -> tuple[CreateOption, ...]:
+    """Return what the format takes at creation; raises NotSupported when it makes no images."""
+    if entry.kind != "format" or not entry.creatable:
+        raise NotSupported(f"Format driver '{entry.name}' does not support image creation")
+    return cast("type[Creator]", entry.load()).create_options
+
+
+def local_path(filename: str) -> str | None:
+    """Return the path of *filename* where it names a file of this system, None for everything else."""
+    if filename.startswith("file:"):
+        return filename[5:]
+    return None if has_protocol(filename) or filename.startswith("json:") else filename
+
+
+def protocol_of(filename: str, registry: Registry) -> DriverEntry:
+    """Return the protocol driver that makes *filename*; raises InvalidArgument and NotSupported."""
+    path = local_path(filename)
+    if path is None:
+        prefix = filename.split(":", 1)[0]
+        entry = registry.by_prefix(prefix)
+        if entry is None or entry.kind != "protocol":
+            raise InvalidArgument(f"Unknown protocol '{prefix}'", path=filename)
+        if not entry.creatable:
+            raise NotSupported(f"Protocol driver '{entry.name}' does not support image creation")
+        return entry
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        mode = 0
+    return registry.get("host_device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "file")
+
+
+def _built_in() -> Registry:
+    from cowhand.drivers import REGISTRY
+
+    return REGISTRY
+
+
+def format_of(name: str, registry: Registry) -> DriverEntry:
+    """Return the driver of that name; raises InvalidArgument in the words that creating uses."""
+    entry = registry.find(name)
+    if entry is None:
+        known = ", ".join(sorted(entry.name for entry in registry if entry.kind == "format"))
+        raise InvalidArgument(f"Unknown file format '{name}'", hint=f"Known formats: {known}")
+    return entry
+
+
+def _check_backing(
+    filename: str, chosen: dict[str, Any], open_backing: bool, registry: Registry, policy: Policy | None
+) -> None:
+    """Check the backing file of *chosen* and take the size from it where none is given."""
+    name, format = chosen["backing_file"], chosen.get("backing_fmt")
+    missing = "Backing file specified without backing format"
+    if name == filename:
+        raise InvalidArgument("Error: Trying to create an image with the same filename as the backing file")
+    if not name:
+        raise InvalidArgument("Expected backing file name, got empty string")
+    if not open_backing:
+        if format is None:
+            raise InvalidArgument(missing, hint="Name the backing file's format as well.")
+        return
+    from cowhand.block import graph
+    from cowhand.block.opening import Opening
+    from cowhand.block.policy import DEFAULT
+
+    options: dict[str, Any] = {"read-only": True, "force-share": True}
+    opening = Opening(registry, policy or DEFAULT)
+    try:
+        node = opening.open(combine(filename, name), format=format, options=options)
+    except CowhandError as error:
+        error.qemu_message += "\nCould not open backing image."
+        raise error.within(f"the backing file of '{filename}'") from None
+    try:
+        if format is None:
+            detected = f"Detected format of {node.driver}."
+            raise InvalidArgument(missing, qemu=f"{missing}\n{detected}", hint=f"{detected} Name it if that is right.")
+        chosen.setdefault("size", node.size)
+    finally:
+        graph.close_node(node)

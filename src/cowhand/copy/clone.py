@@ -1,0 +1,136 @@
+"""Copying without moving data: sharing blocks between files (ioctl_ficlonerange(2)), or copy_file_range(2) when it is asked for.
+
+Both ends must lie in files as they are: the source's bytes neither compressed nor encoded, the target a plain file or a format on the fast lane.
+A lease on the source keeps its offsets valid meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from cowhand.block.disk import Disk
+from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.block.protocols import file_syscalls
+from cowhand.copy.sink import LaneSink, Sink
+from cowhand.core.errors import from_os_error
+from cowhand.core.extents import COMPRESSED, DATA, ENCODED, IN_PLACE, OFFSET, ZERO, Extent
+
+if TYPE_CHECKING:
+    from cowhand.copy.source import Source
+
+_PLAIN = DATA | OFFSET
+_PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
+_NOT_HERE = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.ETXTBSY}
+)
+
+
+class _Refused(Exception):
+    """Blocks cannot be shared here."""
+
+
+class Cloner:
+    """Copies whole runs inside the kernel while that works; after the first refusal ``active`` is False and stays so.
+
+    *copying* uses copy_file_range(2), which moves data where blocks cannot be shared; otherwise only sharing counts.
+    """
+
+    #: bytes that are cloned at once
+    piece = 64 << 20
+
+    def __init__(self, source: Source, sink: Sink, *, copying: bool = False) -> None:
+        self.source = source
+        self.sink = sink
+        self.copying = copying
+        self.active = self._possible()
+
+    def _possible(self) -> bool:
+        # Where the target's offsets are not multiples of a block no file system can share anything.
+        if len(self.source.parts) != 1 or (isinstance(self.sink, LaneSink) and self.sink.unit < 4096):
+            return False
+        if isinstance(self.sink, LaneSink):
+            return True
+        return _plain_descriptor(self.sink.disk) >= 0
+
+    def clone(self, start: int, length: int) -> bool:
+        """Copy the data in ``[start, start + length)``; False when it has to be copied in another way (parts may have been copied)."""
+        part, at = self.source.locate(start)
+        disk = part.disk
+        inside = min(length, part.begin + part.length - at)
+        with disk.lease():
+            rows = [row for batch in disk.extents(at, inside, depth=self.source.depth) for row in batch]
+            if not all(self._shareable(row) for row in rows):
+                return False
+            try:
+                for row in rows:
+                    self._clone_row(row, start - at)
+            except _Refused:
+                self.active = False
+                return False
+        return True
+
+    def _shareable(self, row: Extent) -> bool:
+        lane = getattr(row.node, "lane_fd", -1)
+        return row.flags & _PLAIN_MASK == _PLAIN and lane >= 0 and (self.copying or not row.host % 4096)
+
+    def _clone_row(self, row: Extent, delta: int) -> None:
+        source = row.node.lane_fd
+        offset, end = row.start + delta, row.end + delta
+        if not isinstance(self.sink, LaneSink):
+            self._share(source, row.host, row.length, _plain_descriptor(self.sink.disk), offset)
+            return
+        node = self.sink.node
+        while offset < end:
+            host = row.host + (offset - delta - row.start)
+            offset += self._clone_reserved(node, source, host, offset, end - offset)
+
+    def _clone_reserved(self, node: FormatNode, source: int, host: int, offset: int, length: int) -> int:
+        count, flags, _, _ = node.map(offset, length)
+        if flags & IN_PLACE and flags & DATA:
+            raise _Refused  # over existing clusters the bytes have to be written
+        reservation = node.claim(offset, length, Kind.DATA)
+        if reservation is None:
+            raise _Refused
+        count = min(length, reservation.length)
+        try:
+            target = _reserved_descriptor(reservation)
+            if target < 0 or reservation.offset != offset or count != reservation.length:
+                raise _Refused
+            self._share(source, host, count, target, reservation.host)
+        except BaseException as error:
+            if isinstance(error, _Refused):
+                # An error of the system, not one that leaves the node's state unknown.
+                node.give_up(reservation, OSError(errno.EOPNOTSUPP, "not shared"))
+            else:
+                node.give_up(reservation, error)
+            raise
+        node.finish(reservation)
+        return count
+
+    def _share(self, source: int, source_offset: int, length: int, target: int, target_offset: int) -> None:
+        try:
+            if not self.copying:
+                file_syscalls.clone_range(source, source_offset, length, target, target_offset)
+                return
+            while length > 0:
+                done = file_syscalls.copy_range(source, source_offset, length, target, target_offset)
+                if done == 0:
+                    raise _Refused
+                source_offset += done
+                target_offset += done
+                length -= done
+        except OSError as error:
+            if error.errno in _NOT_HERE:
+                raise _Refused from error
+            raise from_os_error(error, doing="copying inside the kernel") from error
+
+
+def _plain_descriptor(disk: Disk) -> int:
+    """Return the descriptor whose offsets are the disk's own, or -1."""
+    return disk.edge.lane.lane_fd if disk.edge.lane is not None else -1
+
+
+def _reserved_descriptor(reservation: Reservation) -> int:
+    child = reservation.child
+    return child.lane.lane_fd if child is not None and child.lane is not None else -1

@@ -1,0 +1,364 @@
+"""Converting: the content of one or several disks into another image, new or existing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cowhand.block.disk import Disk
+from cowhand.copy import plan
+from cowhand.copy.engine import MAX_WORKERS, WORKERS, Engine
+from cowhand.copy.opening import Image, open_source
+from cowhand.copy.plan import Policy
+from cowhand.copy.source import SECTOR, SalvagingSource, Source
+from cowhand.copy.target import Target, check_room, create_target, existing_target
+from cowhand.core.errors import CowhandError, InvalidArgument, NoSpace, NotSupported
+from cowhand.core.progress import CancelToken, Progress
+from cowhand.core.units import parse_size
+
+if TYPE_CHECKING:
+    from cowhand.block.create import Creation
+    from cowhand.block.policy import Policy as OpenPolicy
+    from cowhand.block.registry import Registry
+    from cowhand.copy.sink import Sink
+
+#: Zeroes that are worth leaving out of a target, as in qemu-img.
+DEFAULT_SPARSE = 4096
+MAX_SPARSE = 16 << 20
+
+
+class ConvertResult(NamedTuple):
+    """What a conversion did. Bytes: ``size`` of the target's disk; ``copied`` read as data; ``zeroes`` known to be zero without reading;
+    ``skipped`` left to the target's backing file. ``unreadable``: offsets of sectors that salvaging replaced by zeroes."""
+
+    filename: str
+    format: str
+    size: int
+    copied: int
+    zeroes: int
+    skipped: int
+    unreadable: tuple[int, ...] = ()
+
+
+class Settings(NamedTuple):
+    """How bytes are moved; see :func:`convert`."""
+
+    compressed: bool = False
+    compression_level: int | None = None
+    sparse_size: int = DEFAULT_SPARSE
+    workers: int | None = None
+    in_order: bool = True
+    salvage: bool = False
+    copy_range: bool = False
+    reflink: bool = True
+    rate_limit: int = 0
+
+
+def convert(
+    sources: Image | Sequence[Image],
+    target: str | os.PathLike[str] | Mapping[str, Any] | Disk,
+    target_format: str | None = None,
+    *,
+    source_format: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    skip_create: bool = False,
+    target_is_zero: bool = False,
+    overwrite: bool = False,
+    snapshot: str | None = None,
+    compressed: bool = False,
+    compression_level: int | None = None,
+    sparse_size: int | str = DEFAULT_SPARSE,
+    workers: int | None = None,
+    in_order: bool = True,
+    salvage: bool = False,
+    copy_range: bool = False,
+    reflink: bool = True,
+    rate_limit: int | str = 0,
+    cache: str = "unsafe",
+    source_cache: str = "writeback",
+    force_share: bool = False,
+    policy: OpenPolicy | None = None,
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> ConvertResult:
+    """Copy the content of *sources*, one behind the other, into *target*.
+
+    A new target of *target_format* (default raw) is made with *options*; it appears under its name when it is complete, and never in place of
+    another file unless *overwrite* is set (that one is then written in place). With *skip_create* (-n) an existing image, or an open disk, is
+    written in place; *target_is_zero* promises that it reads as zeroes. *backing* and *backing_format* (-B, -F) leave to the backing file
+    what the source's own layer does not allocate. *snapshot* reads the (one) source at an internal snapshot.
+
+    *sparse_size* (-S): runs of zeroes of at least so many bytes are left out; 0 writes every byte. *compressed* stores compressed clusters,
+    with *compression_level* more densely than the fast default. *workers* threads (-m), *in_order* as -W's opposite: space is taken in the
+    order of the disk. *salvage* replaces unreadable sectors by zeroes. *reflink* shares blocks where the file system can, *copy_range* (-C)
+    uses copy_file_range(2) as well. *rate_limit* is in bytes a second. *cache* "unsafe" does not flush a target, as in qemu-img.
+
+    *progress* hears of bytes copied, *cancel* ends it with Cancelled, *warn* hears of what may go wrong. The sources are never changed; a
+    new target that fails is removed. Raises CowhandError; ``qemu()`` has qemu-img's words.
+    """
+    settings = Settings(
+        compressed,
+        compression_level,
+        _sparse(sparse_size),
+        workers,
+        in_order,
+        salvage,
+        copy_range,
+        reflink and sparse_size == DEFAULT_SPARSE,
+        parse_size(rate_limit),
+    )
+    inputs: Sequence[Image] = sources if isinstance(sources, (list, tuple)) else (sources,)
+    skip_create = skip_create or isinstance(target, Disk)
+    _check(settings, inputs, skip_create, target_is_zero, backing, options, snapshot)
+    with ExitStack() as stack:
+        disks = [
+            open_source(
+                what,
+                stack,
+                source_format,
+                snapshot=snapshot,
+                cache=source_cache,
+                force_share=force_share,
+                policy=policy,
+            )
+            for what in inputs
+        ]
+        size = sum(-(-disk.size // SECTOR) * SECTOR for disk in disks)
+        creation = None
+        has_backing = backing is not None
+        if not skip_create:
+            creation = _prepare(target, target_format, size, options, backing, backing_format, registry, policy)
+            has_backing = "backing_file" in creation.options
+            _check_creation(settings, creation, len(disks))
+        unreadable: list[int] = []
+        source = _source(disks, settings, has_backing, unreadable, warn)
+        if creation is not None:
+            from cowhand.copy.space import check_space
+
+            check_space(source, creation, settings, overwrite=overwrite, warn=warn)
+            destination = create_target(
+                creation, overwrite=overwrite, cache=cache, policy=policy, discard=settings.sparse_size > 0
+            )
+        else:
+            destination = existing_target(
+                target, target_format, cache=cache, policy=policy, discard=settings.sparse_size > 0
+            )
+        with destination:
+            check_room(destination.disk, source.size)
+            moved = transfer(
+                source,
+                destination,
+                settings,
+                has_backing=has_backing,
+                reads_zero=target_is_zero,
+                progress=progress,
+                cancel=cancel,
+            )
+            filename, format = destination.disk.filename, destination.disk.format
+    name = creation.filename if creation is not None else filename
+    return ConvertResult(name, format, size, moved.data, moved.zero, moved.skip, tuple(unreadable))
+
+
+def transfer(
+    source: Source,
+    target: Target,
+    settings: Settings,
+    *,
+    has_backing: bool = False,
+    reads_zero: bool = False,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> plan.Totals:
+    """Copy *source* into the open *target* as *settings* say; return the bytes that were planned of each kind.
+
+    *has_backing*: what the source's own layers do not allocate shows through from the target's backing file already. *reads_zero* promises that
+    the target reads as zeroes; a new one without a backing file does anyway.
+    """
+    progress = progress or Progress()
+    fresh = target.is_new and settings.sparse_size > 0 and not has_backing
+    sink = _sink(target.disk, settings, reads_zero=reads_zero or fresh)
+    below = target.disk.root.backing if has_backing and target.is_new else None
+    policy = Policy(
+        unit=sink.unit,
+        skip_unallocated=has_backing,
+        skip_zero_from=below.node.size if below is not None else None,
+        zeroes_are_data=settings.sparse_size == 0,
+    )
+    totals = plan.totals(source.runs(policy))
+    progress.total = totals.data + (0 if sink.reads_zero else totals.zero)
+    cloner = throttle = None
+    if (
+        (settings.reflink or settings.copy_range)
+        and not settings.compressed
+        and not settings.salvage
+        and settings.sparse_size
+    ):
+        from cowhand.copy.clone import Cloner
+
+        cloner = Cloner(source, sink, copying=settings.copy_range)
+    if settings.rate_limit:
+        from cowhand.copy.throttle import Throttle
+
+        throttle = Throttle(settings.rate_limit)
+    engine = Engine(
+        source,
+        sink,
+        workers=_workers(settings),
+        in_order=settings.in_order,
+        progress=progress,
+        cancel=cancel,
+        throttle=throttle,
+        cloner=cloner,
+    )
+    try:
+        engine.run(source.runs(policy))
+    except NoSpace as error:
+        if error.hint is None:
+            from cowhand.copy.space import explain
+
+            error.hint = explain(target.disk, progress)
+        raise
+    progress.finish()
+    return totals
+
+
+def _sparse(value: int | str) -> int:
+    size = parse_size(value)
+    if size % SECTOR or size > MAX_SPARSE:
+        raise InvalidArgument(
+            f"Invalid buffer size for sparse output specified. Valid sizes are multiples of {SECTOR} up to {MAX_SPARSE}. "
+            "Select 0 to disable sparse detection (fully allocates output)."
+        )
+    return size
+
+
+def _check(
+    settings: Settings,
+    inputs: Sequence[Image],
+    skip_create: bool,
+    target_is_zero: bool,
+    backing: str | None,
+    options: Mapping[str, Any] | None,
+    snapshot: str | None,
+) -> None:
+    """Refuse what contradicts itself, before anything is opened."""
+    if not inputs:
+        raise InvalidArgument("Must specify image file name")
+    if settings.workers is not None and not 1 <= settings.workers <= MAX_WORKERS:
+        raise InvalidArgument(
+            f"Invalid number of coroutines. Allowed number of coroutines is between 1 and {MAX_WORKERS}"
+        )
+    for wrong, message in (
+        (settings.compressed and settings.copy_range, "Cannot enable copy offloading when -c is used"),
+        (
+            settings.copy_range and settings.sparse_size != DEFAULT_SPARSE,
+            "Cannot enable copy offloading when -S is used",
+        ),
+        (settings.copy_range and settings.salvage, "Cannot use copy offloading in salvaging mode"),
+        (skip_create and options, "-o has no effect when skipping image creation"),
+        (target_is_zero and not skip_create, "--target-is-zero requires use of -n flag"),
+        (
+            target_is_zero and backing is not None,
+            "Cannot use --target-is-zero when the destination image has a backing file",
+        ),
+        (snapshot is not None and len(inputs) > 1, "No support for concatenating multiple snapshot"),
+        (
+            backing is not None and len(inputs) > 1,
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ),
+    ):
+        if wrong:
+            raise InvalidArgument(message)
+
+
+def _prepare(
+    target: Any,
+    format: str | None,
+    size: int,
+    options: Mapping[str, Any] | None,
+    backing: str | None,
+    backing_format: str | None,
+    registry: Registry | None,
+    policy: OpenPolicy | None,
+) -> Creation:
+    from cowhand.block.create import prepare
+
+    if isinstance(target, Mapping):
+        raise InvalidArgument(
+            "a description of the target needs one that exists", qemu="--target-image-opts requires use of -n flag"
+        )
+    chosen = {name: value for name, value in (options or {}).items() if name != "size"}
+    if chosen.get("backing_file") is not None and chosen.get("backing_fmt") is None and backing_format is None:
+        raise InvalidArgument("Use of backing file requires explicit backing format")
+    return prepare(
+        target,
+        format or "raw",
+        size,
+        chosen,
+        backing=backing,
+        backing_format=backing_format,
+        registry=registry,
+        policy=policy,
+    )
+
+
+def _check_creation(settings: Settings, creation: Creation, sources: int) -> None:
+    if "backing_file" in creation.options and sources > 1:
+        raise InvalidArgument(
+            "Having a backing file for the target makes no sense when concatenating multiple input images"
+        )
+    if settings.compressed:
+        if not can_compress(creation.format.load()):
+            raise NotSupported("Compression not supported for this file format")
+        if creation.options.get("preallocation", "off") != "off":
+            raise InvalidArgument("Compression and preallocation not supported at the same time")
+
+
+def can_compress(cls: type) -> bool:
+    """Tell whether a format's class stores compressed units."""
+    return hasattr(cls, "codec")
+
+
+def _source(
+    disks: Sequence[Disk],
+    settings: Settings,
+    has_backing: bool,
+    unreadable: list[int],
+    warn: Callable[[str], None] | None,
+) -> Source:
+    depth = 1 if has_backing else None
+    if not settings.salvage:
+        return Source(disks, depth=depth)
+
+    def report(offset: int, error: CowhandError) -> None:
+        unreadable.append(offset)
+        if warn is not None:
+            warn(f"error while reading offset {offset}: {error.qemu()}")
+
+    return SalvagingSource(disks, depth=depth, report=report)
+
+
+def _sink(disk: Disk, settings: Settings, *, reads_zero: bool) -> Sink:
+    if settings.compressed:
+        from cowhand.copy.compress import choose_compressed
+
+        return choose_compressed(
+            disk, sparse=settings.sparse_size, reads_zero=reads_zero, level=settings.compression_level
+        )
+    from cowhand.copy.sink import choose
+
+    return choose(disk, sparse=settings.sparse_size, reads_zero=reads_zero)
+
+
+def _workers(settings: Settings) -> int:
+    cores = os.cpu_count() or 1
+    if settings.compressed:
+        # Compression is bound by the processor: all of it, and one more to read meanwhile.
+        return min(settings.workers if settings.workers is not None else MAX_WORKERS, cores + 1)
+    return settings.workers if settings.workers is not None else WORKERS

@@ -1,0 +1,215 @@
+"""The copy engine: runs in, bytes moved by workers that each own their buffer; the first error stops all, and is the one that is raised.
+
+Workers take pieces of about a MiB from one iterator, so that nothing piles up. Each reads its piece and looks for zeroes by itself; taking
+space in the target is done in the order of the disk (unless that is not wanted), since this decides how the target is laid out; then the
+bytes are written by all workers at once. Threads help because system calls and compression release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from cowhand.copy.plan import DATA, SKIP, ZERO, Run
+from cowhand.core.errors import CowhandError
+from cowhand.core.progress import CancelToken, Progress
+
+if TYPE_CHECKING:
+    from cowhand.copy.clone import Cloner
+    from cowhand.copy.sink import Sink
+    from cowhand.copy.source import Source
+    from cowhand.copy.throttle import Throttle
+
+#: Bytes that are read and written at once: large enough to hide the interpreter, small enough to stay in the processor's cache.
+PIECE = 1 << 20
+#: Bytes that are made zero at once, so that cancelling does not wait long.
+ZERO_PIECE = 1 << 30
+#: Two threads keep the kernel busy on both ends of a plain copy; more gain nothing.
+WORKERS = 2
+MAX_WORKERS = 16
+
+
+class Engine:
+    """One copy from *source* to *sink*. Make it, call :meth:`run` once.
+
+    *in_order* takes space in the order of the disk. *progress* counts bytes of runs that are copied, and of zeroes where they have to be written.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sink: Sink,
+        *,
+        workers: int = WORKERS,
+        in_order: bool = True,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+        throttle: Throttle | None = None,
+        cloner: Cloner | None = None,
+    ) -> None:
+        self.source = source
+        self.sink = sink
+        self.workers = max(1, min(workers, MAX_WORKERS))
+        self.progress = progress or Progress()
+        self.cancel = cancel or CancelToken()
+        self.piece = max(PIECE, sink.unit)
+        self._throttle = throttle
+        self._cloner = cloner
+        self._turns = _Turns() if in_order and self.workers > 1 else None
+        self._lock = threading.Lock()  #: guards the iterator of pieces
+        self._pieces: Iterator[Run] = iter(())
+        self._numbers = 0
+        self._failure: BaseException | None = None
+
+    def run(self, runs: Iterable[Run]) -> None:
+        """Copy *runs*; return when the last byte is where it belongs. Raises the first error, or Cancelled."""
+        self._pieces = self._cut(runs)
+        threads = [threading.Thread(target=self._work, name=f"copy-{index}") for index in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:
+            # An interrupt of the caller's thread: the workers hold buffers and reservations, so they end by themselves.
+            self._fail(error)
+            for thread in threads:
+                thread.join()
+            raise
+        if self._failure is not None:
+            raise self._failure
+        self.sink.finish()
+
+    def _cut(self, runs: Iterable[Run]) -> Iterator[Run]:
+        """Yield *runs* cut into pieces that begin and end on multiples of the piece size."""
+        for start, length, kind in runs:
+            if kind == SKIP or (kind == ZERO and self.sink.reads_zero):
+                continue
+            end = start + length
+            while start < end:
+                size = self.piece
+                if kind == ZERO:
+                    size = ZERO_PIECE
+                elif self._cloner is not None and self._cloner.active:
+                    size = self._cloner.piece
+                stop = min(start - start % size + size, end)
+                yield Run(start, stop - start, kind)
+                start = stop
+
+    # -- a worker
+
+    def _work(self) -> None:
+        buffer = bytearray(self.piece)
+        try:
+            while True:
+                with self._lock:
+                    if self._failure is not None:
+                        return
+                    self.cancel.check()
+                    piece = next(self._pieces, None)
+                    number = self._numbers
+                    self._numbers += 1
+                if piece is None:
+                    return
+                start, length, kind = piece
+                if self._throttle is not None:
+                    self._throttle.take(length, self.cancel)
+                if kind == DATA:
+                    self._copy(buffer, start, length, number)
+                else:
+                    self._await_turn(number)
+                    self._writing(start, self.sink.zero, start, length)
+                    self._end_turn()
+                self.progress.advance(length)
+        except BaseException as error:  # noqa: BLE001 - raised by run() in the caller's thread
+            self._fail(error)
+
+    def _copy(self, buffer: bytearray, start: int, length: int, number: int) -> None:
+        cloner = self._cloner
+        if cloner is not None and cloner.active:
+            self._await_turn(number)
+            done = self._writing(start, cloner.clone, start, length)
+            if done:
+                self._end_turn()
+                return
+        elif length <= self.piece:
+            self._copy_piece(buffer, start, length, number)
+            return
+        # Sharing blocks has turned out not to work: this large piece goes the common way, and the next ones are smaller.
+        self._await_turn(number)
+        end = start + length
+        while start < end:
+            stop = min(start - start % self.piece + self.piece, end)
+            prepared = self._read(buffer, start, stop - start)
+            placed = self._writing(start, self.sink.place, start, buffer, stop - start, prepared)
+            self._writing(start, self.sink.store, start, buffer, placed)
+            start = stop
+        self._end_turn()
+
+    def _copy_piece(self, buffer: bytearray, start: int, length: int, number: int) -> None:
+        prepared = self._read(buffer, start, length)
+        self._await_turn(number)
+        placed = self._writing(start, self.sink.place, start, buffer, length, prepared)
+        self._end_turn()
+        self._writing(start, self.sink.store, start, buffer, placed)
+
+    def _read(self, buffer: bytearray, start: int, length: int) -> Any:
+        view = memoryview(buffer)
+        try:
+            self.source.read_into(start, view if length == len(view) else view[:length])
+        except CowhandError as error:
+            raise error.within(f"reading at {start:#x}", qemu=f"error while reading at byte {start}") from None
+        return self.sink.prepare(start, buffer, length)
+
+    def _writing(self, start: int, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except CowhandError as error:
+            raise error.within(f"writing at {start:#x}", qemu=f"error while writing at byte {start}") from None
+
+    # -- order, and the end
+
+    def _await_turn(self, number: int) -> None:
+        if self._turns is not None and not self._turns.wait(number):
+            raise _Stopped
+
+    def _end_turn(self) -> None:
+        if self._turns is not None:
+            self._turns.advance()
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is None and not isinstance(error, _Stopped):
+            self._failure = error
+        if self._turns is not None:
+            self._turns.stop()
+
+
+class _Stopped(Exception):
+    """Another worker failed while this one waited for its turn."""
+
+
+class _Turns:
+    """Lets pieces through in the order of their numbers."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._next = 0
+        self._stopped = False
+
+    def wait(self, number: int) -> bool:
+        """Wait until it is *number*'s turn; False when all is to end instead."""
+        with self._condition:
+            while self._next != number and not self._stopped:
+                self._condition.wait()
+            return not self._stopped
+
+    def advance(self) -> None:
+        with self._condition:
+            self._next += 1
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()

@@ -1,0 +1,226 @@
+"""Where a copy writes: through the gateway of any disk, or on the fast lane of a format.
+
+A piece goes through three steps. ``prepare``, in any order and by several threads at once, decides what is to be stored. ``place``, one
+piece at a time and in the order of the disk, takes the space. ``store``, by several threads again, moves the bytes and makes them visible.
+So a target is laid out in order although its pieces are written by several threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cowhand.block.disk import Disk
+from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.copy.zeroes import data_parts
+from cowhand.core.buffers import ZEROES, ZEROES_SIZE
+from cowhand.core.errors import IOFailed, from_os_error
+from cowhand.core.extents import COMPRESSED, DATA, ENCODED, IN_PLACE, OFFSET, ZERO
+
+_IN_PLACE = DATA | OFFSET | IN_PLACE
+_IN_PLACE_MASK = DATA | OFFSET | IN_PLACE | COMPRESSED | ENCODED | ZERO
+
+#: Positions in a piece's buffer: (begin, end) of what is to be written; the rest reads as zeroes.
+Parts = list[tuple[int, int]]
+
+
+class Sink:
+    """Writes through *disk*'s gateway: the way that every target has, with filters, hooks and other users.
+
+    *sparse* is how many bytes of zeroes are worth leaving out (0: none). *reads_zero* says that the target reads as zeroes where nothing was written.
+    """
+
+    #: data is written in multiples of it, aligned
+    unit = 1
+
+    def __init__(self, disk: Disk, *, sparse: int, reads_zero: bool) -> None:
+        self.disk = disk
+        self.sparse = sparse
+        self.reads_zero = reads_zero
+        self.grain = 1 << (sparse.bit_length() - 1) if sparse else 0
+        self.unit = disk.root.limits.request_alignment
+        if isinstance(disk.root, FormatNode):
+            self.unit = disk.root.allocation_unit
+        self.grain = max(self.grain, self.unit) if self.grain else 0
+
+    def prepare(self, offset: int, buffer: bytearray, length: int) -> Any:
+        """Look at the first *length* bytes of *buffer*, which belong to *offset*; return what ``place`` is to be given."""
+        if not self.grain:
+            return [(0, length)]
+        return data_parts(buffer, length, offset, self.grain, self.sparse)
+
+    def place(self, offset: int, buffer: bytearray, length: int, prepared: Any) -> Any:
+        """Take the space for a piece, and make those parts of it zero that have to be written so; return what ``store`` is to be given."""
+        parts: Parts = prepared
+        if not self.reads_zero:
+            self.zero_between(offset, length, parts)
+        if isinstance(self.disk.root, FormatNode):
+            # Here the order of writing is the layout.
+            self._write(offset, buffer, parts)
+            return []
+        return parts
+
+    def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
+        """Move the bytes of a piece that was placed, and make them visible."""
+        self._write(offset, buffer, placed)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a stretch read as zeroes, without storing them where that can be."""
+        self.disk.write_zeroes(offset, length, unmap=True)
+
+    def finish(self) -> None:
+        """Say that everything was stored."""
+
+    def zero_between(self, offset: int, length: int, parts: Parts) -> None:
+        """Make what lies between *parts* read as zeroes."""
+        position = 0
+        for begin, end in [*parts, (length, length)]:
+            if begin > position:
+                self.zero(offset + position, begin - position)
+            position = end
+
+    def _write(self, offset: int, buffer: bytearray, parts: Parts) -> None:
+        view = memoryview(buffer)
+        for begin, end in parts:
+            self.disk.write(offset + begin, view[begin:end])
+
+
+class _Move:
+    """Bytes on their way to where a format has them: a range of the piece, its place, and the reservation that is linked afterwards."""
+
+    __slots__ = ("begin", "child", "end", "host", "reservation")
+
+    def __init__(self, begin: int, end: int, child: Any, host: int, reservation: Reservation | None) -> None:
+        self.begin = begin
+        self.end = end
+        self.child = child
+        self.host = host
+        self.reservation = reservation
+
+
+class LaneSink(Sink):
+    """The fast lane: space comes from the format in long runs, and the bytes go straight to the file's descriptor.
+
+    Only for a disk whose root is a format with nothing in between (see :func:`lane_of`); its hooks hear of whole pieces.
+    """
+
+    def __init__(self, disk: Disk, node: FormatNode, *, sparse: int, reads_zero: bool) -> None:
+        super().__init__(disk, sparse=sparse, reads_zero=reads_zero)
+        self.node = node
+        node.check_writable()
+
+    def place(self, offset: int, buffer: bytearray, length: int, prepared: Any) -> list[_Move]:
+        parts: Parts = prepared
+        if not self.reads_zero:
+            self.zero_between(offset, length, parts)
+        return self.place_parts(offset, parts)
+
+    def place_parts(self, offset: int, parts: Parts) -> list[_Move]:
+        """Take the space for *parts* of the piece at *offset*; on an error nothing stays taken."""
+        moves: list[_Move] = []
+        try:
+            for begin, end in parts:
+                self._place_part(offset, begin, end, moves)
+        except BaseException as error:
+            self.give_up(moves, error)
+            raise
+        return moves
+
+    def _place_part(self, offset: int, begin: int, end: int, moves: list[_Move]) -> None:
+        node, unit = self.node, self.unit
+        while begin < end:
+            count, flags, child, host = node.map(offset + begin, end - begin)
+            if flags & _IN_PLACE_MASK == _IN_PLACE:
+                moves.append(_Move(begin, begin + count, child, host, None))
+                begin += count
+                continue
+            reservation = node.claim(offset + begin, end - begin, Kind.DATA)
+            if reservation is None:
+                continue  # somebody else allocated it meanwhile: look again
+            stop = min(end, reservation.offset + reservation.length - offset)
+            moves.append(_Move(begin, stop, reservation.child, reservation.host, reservation))
+            if reservation.offset != offset + begin or ((stop - begin) % unit and offset + stop != node.size):
+                raise AssertionError(f"a piece at {offset + begin:#x} does not begin and end on units of {unit} bytes")
+            begin = stop
+
+    def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
+        moves: list[_Move] = placed
+        view = memoryview(buffer)
+        done = 0
+        try:
+            for move in moves:
+                self._put(move, view)
+            self.node.changed = True
+            for move in moves:
+                done += 1
+                if move.reservation is not None:
+                    self.node.finish(move.reservation)
+        except BaseException as error:
+            self.give_up(moves[done:], error)
+            raise
+        finally:
+            for move in moves:
+                for hook in self.node.hooks:
+                    hook(offset + move.begin, move.end - move.begin)
+
+    def _put(self, move: _Move, view: memoryview) -> None:
+        reservation = move.reservation
+        data = [view[move.begin : move.end]]
+        if reservation is not None and not reservation.fresh:
+            # Behind the end of the disk the last unit has no guest bytes; what lay there must not come back when the disk grows.
+            padding = reservation.length - (move.end - move.begin)
+            data += [ZEROES[: min(ZEROES_SIZE, padding - at)] for at in range(0, padding, ZEROES_SIZE)]
+        child = move.child
+        descriptor = child.lane.lane_fd if child.lane is not None else -1
+        if descriptor < 0 or len(data) > 1:
+            child.write(move.host, data)
+        else:
+            write_fully(descriptor, data[0], move.host, child.node.filename)
+
+    def give_up(self, moves: Sequence[_Move], error: BaseException) -> None:
+        """Take back what was reserved for *moves*."""
+        for move in moves:
+            if move.reservation is not None:
+                self.node.give_up(move.reservation, error)
+
+
+def write_fully(descriptor: int, view: memoryview, offset: int, name: str) -> None:
+    """Write all of *view* at *offset*; raises IOFailed or NoSpace naming the file *name*."""
+    while True:
+        try:
+            count = os.pwritev(descriptor, (view,), offset)
+        except OSError as error:
+            raised = from_os_error(error, name, doing="writing")
+            raised.offset = offset
+            raise raised from error
+        if count == len(view):
+            return
+        if count == 0:
+            raise IOFailed("writing failed: no bytes were taken", path=name, offset=offset)
+        view = view[count:]
+        offset += count
+
+
+def lane_of(disk: Disk) -> FormatNode | None:
+    """Return the format that a copy may reserve space of by itself, or None where every write has to pass the gateway.
+
+    There is no lane where a filter or padding stands between, in write-through mode, or where the driver encodes what it stores.
+    """
+    node = disk.root
+    if disk.write_through or not isinstance(node, FormatNode) or type(node).encode is not FormatNode.encode:
+        return None
+    if node.event_sink is not None or node.limits.request_alignment > 1:
+        return None
+    primary = node.primary
+    if primary is None or primary.lane is None or primary.lane.lane_fd < 0:
+        return None
+    return node
+
+
+def choose(disk: Disk, *, sparse: int, reads_zero: bool) -> Sink:
+    """Return the fastest way to write to *disk*."""
+    node = lane_of(disk)
+    if node is None:
+        return Sink(disk, sparse=sparse, reads_zero=reads_zero)
+    return LaneSink(disk, node, sparse=sparse, reads_zero=reads_zero)

@@ -1,0 +1,111 @@
+"""Where a copy reads: one disk, several one behind the other, or a part of one."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from cowhand.copy import plan
+from cowhand.copy.plan import Policy, Run
+from cowhand.core.buffers import fill_zero
+from cowhand.core.errors import CowhandError
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+
+SECTOR = 512
+
+
+class Part(NamedTuple):
+    """Bytes ``[begin, begin + length)`` of a disk."""
+
+    disk: Disk
+    begin: int
+    length: int
+
+    @property
+    def span(self) -> int:
+        """The length in whole sectors, as QEMU counts disks."""
+        return -(-self.length // SECTOR) * SECTOR
+
+
+class Source:
+    """*parts* (disks, or :class:`Part`) one behind the other, each rounded up to whole sectors. Reading is thread-safe.
+
+    *depth* limits how many layers are asked what they allocate (1: each disk's own image, for a target that has a backing file).
+    """
+
+    def __init__(self, parts: Sequence[Disk | Part], *, depth: int | None = None) -> None:
+        self.parts = tuple(part if isinstance(part, Part) else Part(part, 0, part.size) for part in parts)
+        self.depth = depth
+        self.bases: list[int] = []
+        self.size = 0
+        for part in self.parts:
+            self.bases.append(self.size)
+            self.size += part.span
+
+    def runs(self, policy: Policy) -> Iterator[Run]:
+        """Yield what is to be done for the whole of it, in order; asks the disks while it goes."""
+        return plan.joined(plan.rounded(self._rows(policy), policy.unit, self.size))
+
+    def _rows(self, policy: Policy) -> Iterator[Run]:
+        for base, part in zip(self.bases, self.parts, strict=True):
+            if part.length:
+                batches = part.disk.extents(part.begin, part.length, depth=self.depth)
+                yield from plan.rows_of(batches, base - part.begin, policy)
+            padding = part.span - part.length
+            if padding:
+                yield Run(base + part.length, padding, plan.DATA if policy.zeroes_are_data else plan.ZERO)
+
+    def locate(self, offset: int) -> tuple[Part, int]:
+        """Return the part that *offset* lies in, and where in its disk."""
+        # An empty part has the same base as the one behind it, which bisect_right finds.
+        index = bisect_right(self.bases, offset) - 1
+        part = self.parts[index]
+        return part, offset - self.bases[index] + part.begin
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill *view* with the bytes at *offset*; the padding behind a part's end reads as zeroes."""
+        while True:
+            part, at = self.locate(offset)
+            inside = max(0, min(len(view), part.begin + part.length - at))
+            if inside == len(view):
+                part.disk.read_into(at, view)
+                return
+            if inside:
+                part.disk.read_into(at, view[:inside])
+            whole = min(len(view), part.begin + part.span - at)
+            fill_zero(view[inside:whole])
+            view = view[whole:]
+            offset += whole
+            if not view:
+                return
+
+
+class SalvagingSource(Source):
+    """A source whose unreadable sectors read as zeroes, and are told to *report* (their offset and the error)."""
+
+    def __init__(
+        self, parts: Sequence[Disk | Part], *, depth: int | None = None, report: Callable[[int, CowhandError], None]
+    ) -> None:
+        super().__init__(parts, depth=depth)
+        self._report = report
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        # Halved until the bad sectors stand alone: a medium's few bad ones cost a few reads each, not one for every sector around them.
+        waiting = [(offset, view)]
+        while waiting:
+            position, part = waiting.pop()
+            try:
+                super().read_into(position, part)
+            except CowhandError as error:
+                if len(part) <= SECTOR:
+                    fill_zero(part)
+                    self._report(position, error)
+                    continue
+                middle = len(part) // 2
+                middle += -(position + middle) % SECTOR
+                if middle >= len(part):
+                    middle = len(part) // 2
+                waiting += ((position + middle, part[middle:]), (position, part[:middle]))

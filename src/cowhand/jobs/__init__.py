@@ -1,0 +1,1 @@
+"""Long operations on the layers of a disk: commit, and what follows it."""
