@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """An internal snapshot. ``date`` in seconds since 1970, ``vm_clock`` in nanoseconds, sizes in bytes."""
+    """An internal snapshot. ``date_sec`` since 1970, ``vm_clock_nsec`` the guest's running time, sizes in bytes."""
 
     id: str
     name: str
-    date: float
-    vm_clock: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
     vm_state_size: int
     disk_size: int
 
     def document(self) -> dict[str, Any]:
         """Return it with the keys that JSON output has."""
-        seconds, rest = divmod(self.date, 1)
         return {
             "id": self.id,
             "name": self.name,
-            "date-sec": int(seconds),
-            "date-nsec": round(rest * 1e9),
-            "vm-clock-nsec": self.vm_clock,
+            "date-sec": self.date_sec,
+            "date-nsec": self.date_nsec,
+            "vm-clock-nsec": self.vm_clock_nsec,
             "vm-state-size": self.vm_state_size,
             "disk-size": self.disk_size,
         }
@@ -110,14 +110,17 @@ def describe(node: BlockNode, *, in_use: str = "") -> ImageInfo:
         backing_path=path,
         corrupt=bool(details.get("corrupt")),
         dirty=bool(getattr(header, "incompatible", 0) & 1),
-        snapshots=tuple(_snapshot(item) for item in getattr(node, "snapshots", ())),
+        snapshots=tuple(snapshot_info(item) for item in getattr(node, "snapshots", ())),
         details=details,
         in_use=in_use,
     )
 
 
-def _snapshot(item: Any) -> SnapshotInfo:
-    return SnapshotInfo(item.id, item.name, item.date, item.vm_clock, item.vm_state_size, item.disk_size)
+def snapshot_info(item: Any) -> SnapshotInfo:
+    """Return the facts of a format's own entry of its snapshot table."""
+    return SnapshotInfo(
+        item.id, item.name, item.date_sec, item.date_nsec, item.vm_clock_nsec, item.vm_state_size, item.disk_size
+    )
 
 
 def image_info(

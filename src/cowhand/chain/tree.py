@@ -189,16 +189,17 @@ def refuse_if_needed(
     folders: Sequence[str] = (),
     apart: Iterable[str] = (),
     insist: str = "--force",
-) -> None:
+) -> list[str]:
     """Raise OverlaysExist when images in the folder of *path*, or in *folders*, stand on it; those in *apart* do not count.
 
-    *doing* says what would harm them ("committing into it"); *insist* names the way to do it all the same.
+    *doing* says what would harm them ("committing into it"); *insist* names the way to do it all the same. Returns the images in these folders
+    that could not be asked.
     """
     tree = Tree([os.path.dirname(os.path.realpath(path)), *folders])
     known = {identify(name) for name in apart}
     others = [reference.path for reference in tree.overlays(path) if identify(reference.path) not in known]
     if not others:
-        return
+        return [name for name, _ in tree.unreadable]
     shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     raise OverlaysExist(
         f"other images stand on '{os.fspath(path)}', and {doing} would change what they read: {shown}",

@@ -28,7 +28,9 @@ def refuse_harm(
     if path is None:
         return
     try:
-        refuse_if_needed(path, doing, folders=tuple(folders), apart=apart, insist=insist)
+        unknown = refuse_if_needed(path, doing, folders=tuple(folders), apart=apart, insist=insist)
+        if unknown:
+            context.out.warn(f"could not find out whether these stand on {image}: {', '.join(unknown)}")
     except OverlaysExist as error:
         if not force:
             raise

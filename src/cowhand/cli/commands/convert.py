@@ -56,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _tuning(parser)
     arguments.add_talk(parser)
     arguments.add_share(parser)
+    parser.add_argument("--force", action="store_true", help="overwrite although other images stand on what is there")
     arguments.add_dry_run(parser)
     arguments.add_output(parser)
 
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from cowhand.cli.guard import refuse_harm
 
     if args.no_create or (args.overwrite and os.path.lexists(args.target)):
-        refuse_harm(context, args.target, "writing over it", force=False, insist="another target")
+        refuse_harm(context, args.target, "writing over it", force=args.force or args.dry_run)
     if args.dry_run:
         return _plan(args, context)
     from cowhand.copy.convert import convert

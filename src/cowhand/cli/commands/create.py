@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what has that name")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
+    parser.add_argument("--force", action="store_true", help="overwrite although other images stand on what is there")
     arguments.add_dry_run(parser)
     arguments.add_output(parser)
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.overwrite and os.path.lexists(args.image):
         from cowhand.cli.guard import refuse_harm
 
-        refuse_harm(context, args.image, "overwriting it", force=False)
+        refuse_harm(context, args.image, "overwriting it", force=args.force or args.dry_run)
     if args.dry_run:
         return _plan(args, context, creation)
     creation.run(overwrite=args.overwrite)

@@ -145,7 +145,7 @@ def snapshot_table(snapshots: tuple[SnapshotInfo, ...], context: Context) -> Non
         (
             one.id,
             one.name,
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.date)),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.date_sec)),
             format_size(one.disk_size),
             format_size(one.vm_state_size) if one.vm_state_size else "",
         )

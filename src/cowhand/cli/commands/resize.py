@@ -70,8 +70,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
         if size < old:
             from cowhand.cli.guard import refuse_harm
 
-            refuse_harm(context, args.image, "cutting its end off", force=args.force)
-            if not args.shrink:
+            refuse_harm(context, args.image, "cutting its end off", force=args.force or args.dry_run)
+            if not args.shrink and not args.dry_run:
                 raise InvalidArgument(
                     f"the last {format_size(old - size)} of the disk would be lost",
                     path=args.image,
