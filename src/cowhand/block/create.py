@@ -113,20 +113,18 @@ class Creation:
         cls.create(path, 0, **settings)
 
     def _format_file(self, path: str) -> None:
-        from cowhand.block.disk import Disk
+        from cowhand.block import graph
         from cowhand.block.opening import Opening
 
-        opening = Opening(self._registry, backing=False)
-        node = opening.open({"driver": self.protocol.name, "filename": path, "read-only": False})
+        node = Opening(self._registry, backing=False).open(
+            {"driver": self.protocol.name, "filename": path, "read-only": False, "discard": "unmap"}
+        )
         try:
-            disk = Disk(node, writable=True, name=f"new {self.format.name} image")
-        except BaseException:
-            opening.abandon()
-            raise
-        creator = cast("type[Creator]", self.format.load())
-        options = {name: value for name, value in self.options.items() if name not in _FILE_ONLY and name != "size"}
-        with disk:
+            creator = cast("type[Creator]", self.format.load())
+            options = {name: value for name, value in self.options.items() if name not in _FILE_ONLY and name != "size"}
             creator.create(node, self.size, options)
+        finally:
+            graph.close_node(node)
 
 
 def prepare(

@@ -133,6 +133,15 @@ def detach(edge: Edge) -> None:
         _detach(edge)
 
 
+def release(edge: Edge) -> None:
+    """Take *edge* away and leave its node open, for whoever made it."""
+    with _lock:
+        edge.node.parents.remove(edge)
+        if isinstance(edge, Child):
+            edge.parent.children.pop(edge.name, None)
+        refresh(edge.node)
+
+
 def _detach(edge: Edge) -> None:
     node = edge.node
     if edge in node.parents:

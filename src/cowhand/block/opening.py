@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cowhand.block import graph
+from cowhand.block.marks import looks_like_a_format
 from cowhand.block.node import BlockNode, Child, Role
 from cowhand.block.options import NodeOptions, declared, nest, parse
 from cowhand.block.policy import DEFAULT, Policy
@@ -22,23 +23,6 @@ _PROTOCOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.\-_]*:")
 
 #: Options that a child takes over from its parent unless its own description says otherwise.
 _INHERITED = ("cache_direct", "cache_no_flush", "force_share")
-
-#: Formats that are recognised, so that their files are not taken for raw, but that no driver here opens.
-_FOREIGN = (
-    (b"KDMV", 0, "vmdk"),
-    (b"COWD", 0, "vmdk"),
-    (b"# Disk DescriptorFile", 0, "vmdk"),
-    (b"vhdxfile", 0, "vhdx"),
-    (b"conectix", 0, "vpc"),
-    (b"\x7f\x10\xda\xbe", 0x40, "vdi"),
-    (b"QED\x00", 0, "qed"),
-    (b"QFI\xfb\x00\x00\x00\x01", 0, "qcow"),
-    (b"WithoutFreeSpace", 0, "parallels"),
-    (b"WithouFreSpacExt", 0, "parallels"),
-    (b"Bochs Virtual HD Image", 0, "bochs"),
-    (b"LUKS\xba\xbe", 0, "luks"),
-)
-
 
 def has_protocol(name: str) -> bool:
     """Tell whether *name* begins with a protocol ("nbd:"), as QEMU decides it: a colon before the first slash."""
@@ -284,13 +268,13 @@ class Opening:
             file.read_into(0, head)
         entry = self.registry.probe(bytes(head), str(given.get("filename", "")))
         if entry.name == "raw":
-            for magic, at, name in _FOREIGN:
-                if head[at : at + len(magic)] == magic and self.registry.find(name) is None:
-                    raise UnsupportedFeature(
-                        f"this is a {name} image, and there is no driver for that format",
-                        path=file.filename,
-                        hint="Give the format as raw to look at its bytes as they are.",
-                    )
+            name = looks_like_a_format(bytes(head))
+            if name is not None:
+                raise UnsupportedFeature(
+                    f"this is a {name} image, and there is no driver that reads it",
+                    path=file.filename,
+                    hint="Give the format as raw to look at its bytes as they are.",
+                )
         above = self._common_only(given, below=False)
         above["file"] = file
         node = self._make(entry, above, parent, role)

@@ -34,10 +34,10 @@ class NothingToDo:
 class EntryChange:
     """New L2 entries for ``count`` guest clusters from entry ``first`` of ``table`` on."""
 
-    __slots__ = ("count", "discard", "entries", "first", "table", "taken", "taken_count")
+    __slots__ = ("barrier", "count", "discard", "entries", "first", "table", "taken", "taken_count")
 
     def __init__(
-        self, table: Table, first: int, entries: bytes, *, taken: int = 0, taken_count: int = 0, discard: bool = False
+        self, table: Table, first: int, entries: bytes, *, taken: int = 0, taken_count: int = 0, discard: bool = False, barrier: bool = False
     ) -> None:
         self.table = table
         self.first = first
@@ -46,6 +46,7 @@ class EntryChange:
         self.taken = taken
         self.taken_count = taken_count
         self.discard = discard
+        self.barrier = barrier or taken_count > 0  #: the entries make bytes visible, which have to be stable first
         table.writing += 1  # stays in the cache until the reservation ends
 
     def link(self, node: Qcow2Node) -> None:
@@ -55,7 +56,7 @@ class EntryChange:
         old = bytes(data[start:end])
         data[start:end] = self.entries
         node.mapping.cache.touch(self.table, start, end)
-        if self.taken_count:
+        if self.barrier:
             node.write_back.barrier = True
         self.table.writing -= 1
         if old.count(0) != len(old):
@@ -176,17 +177,17 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
         return None
     entries = array("Q", range(host | L.COPIED, (host | L.COPIED) + run * size, size))
     entries.byteswap()
-    return Reservation(begin, run << bits, Kind.DATA, node.data_child, host, state=EntryChange(table, first, entries.tobytes()))
+    # What lies there is older than the zeroes that are seen now: it must not show again.
+    change = EntryChange(table, first, entries.tobytes(), barrier=True)
+    return Reservation(begin, run << bits, Kind.DATA, node.data_child, host, state=change)
 
 
 def _reserve_new(node: Qcow2Node, table: Table, first: int, count: int, begin: int) -> Reservation:
     size, bits = node.mapping.cluster_size, node.mapping.cluster_bits
-    # While a refcount block is made the lock is let go; the table may not leave the cache meanwhile, so it is looked up again then.
     node.fire("cluster_alloc")
     cluster = node.allocator.take(count)
     host = cluster << bits
-    fresh = host >= node.allocator.high_water
-    node.allocator.high_water = max(node.allocator.high_water, host + count * size)
+    fresh = node.allocator.fresh
     entries = array("Q", range(host | L.COPIED, (host | L.COPIED) + count * size, size))
     entries.byteswap()
     change = EntryChange(table, first, entries.tobytes(), taken=cluster, taken_count=count)
@@ -201,9 +202,9 @@ def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservatio
         return None
     host = node.allocator.take_bytes(nbytes)
     bits = mapping.cluster_bits
-    node.allocator.high_water = max(node.allocator.high_water, host + nbytes)
     entry = L.compressed_entry(host, nbytes, bits)
     low, high = host >> bits, (host + nbytes - 1) >> bits
+    node.allocator.use(low, high - low + 1)
     change = EntryChange(table, first, L.U64.pack(entry), taken=low, taken_count=high - low + 1)
     return Reservation(offset, mapping.cluster_size, Kind.COMPRESSED, node.file, host, state=change)
 
@@ -213,14 +214,14 @@ def _reserve_empty(node: Qcow2Node, offset: int, length: int, kind: Kind) -> Res
     mapping = node.mapping
     index, first, count = _place(node, offset, length)
     missing = not mapping.l1_entry(index) & L.L1_OFFSET_MASK
-    backed = node.backing is not None and offset < node.backing.node.size
+    backed = node.backing is not None
     zero_flag = node.header.version >= 3
     if not zero_flag and kind != Kind.EMPTY and node.backing is not None:
         if kind == Kind.DISCARD:
             return Reservation(offset, length, kind, state=NothingToDo())
         raise NotSupported("version 2 of qcow2 cannot say 'zero' over a backing file", path=node.filename)
     if missing and (kind == Kind.EMPTY or (kind == Kind.DISCARD and not backed) or not zero_flag):
-        end = mapping._skip_missing(index, offset + length)
+        end = mapping.skip_missing(index, offset + length)
         covered = -(-end >> mapping.cluster_bits) << mapping.cluster_bits
         return Reservation(offset, min(length, covered - offset), kind, state=NothingToDo())
     table = writable_table(node, index)

@@ -39,42 +39,63 @@ class Allocator:
         self.refcounts = node.refcounts
         self.cluster_size = node.cluster_size
         self.next_byte = 0  #: where the next compressed cluster goes, 0 for a new host cluster
-        self.high_water = 0  #: bytes: nothing was ever stored in the file from here on
+        #: Bytes: nothing was ever stored in the file from here on. What a crash left behind counted clusters is still in the file.
+        self.high_water = node.file.node.size
         self._unflushed: list[Freed] = []  #: freed, and the disk may still refer to it
         self._stamped: list[tuple[int, list[Freed]]] = []  #: (sequence number, freed): waits for the requests before that number
+        self.fresh = False  #: whether what :meth:`take` gave last reads as zeroes, having never been written
         self.held = 0  #: bytes in quarantine
+        self.unflushed_bytes = 0  #: of these, the bytes that a flush would move on
 
     # -- taking
 
-    def take(self, count: int, *, at: int | None = None) -> int:
-        """Return the first of *count* adjoining clusters, counted; with *at*, those there or else elsewhere.
+    def use(self, first: int, count: int) -> bool:
+        """Remember that the file holds something at *count* clusters from *first* on; tell whether it never did so before."""
+        begin, end = first * self.cluster_size, (first + count) * self.cluster_size
+        fresh = begin >= self.high_water
+        self.high_water = max(self.high_water, end)
+        return fresh
+
+    def take(self, count: int) -> int:
+        """Return the first of *count* adjoining clusters, counted.
 
         Raises :class:`cowhand.block.format.Unprepared` when a refcount block must be made first (with the write-back lock), NoSpace, and
         ImageCorrupt when what counts as free is metadata.
         """
         refcounts = self.refcounts
         while True:
-            first = refcounts.find_free(refcounts.free_index if at is None else at, count)
+            first = refcounts.find_free(refcounts.free_index, count)
             self.node.check_overlap(first * self.cluster_size, count * self.cluster_size)
+            refcounts.free_index = first + count
             try:
                 refcounts.change(first, count, 1)
             except MissingBlock as missing:
-                self._prepare(missing.cluster)
+                self._prepare(missing.cluster, first)
                 continue
-            if at is None:
-                refcounts.free_index = first + count
+            except CowhandError:
+                refcounts.free_index = min(refcounts.free_index, first)
+                raise
+            self.fresh = self.use(first, count)
             return first
 
-    def _prepare(self, cluster: int) -> None:
-        node = self.node
+    def _prepare(self, cluster: int, first: int) -> None:
+        """Have the block made that counts *cluster*, which a run from *first* on needs; it is put behind that run."""
+        node, refcounts = self.node, self.refcounts
+
+        def add_now() -> None:
+            try:
+                if not refcounts.block_offset(cluster // refcounts.per_block):
+                    refcounts.add_block(cluster)
+            finally:
+                refcounts.free_index = min(refcounts.free_index, first)
+
         if node.exclusive_held:
-            self.refcounts.add_block(cluster)
+            add_now()
             return
 
         def add() -> None:
             with node.exclusive():
-                if not self.refcounts.block_offset(cluster // self.refcounts.per_block):
-                    self.refcounts.add_block(cluster)
+                add_now()
 
         raise Unprepared(add)
 
@@ -103,7 +124,7 @@ class Allocator:
             refcounts.change(first, last - first + 1, 1)
         except MissingBlock as missing:
             self.next_byte = 0
-            self._prepare(missing.cluster)
+            self._prepare(missing.cluster, first)
             return self.take_bytes(nbytes)
         refcounts.free_index = max(refcounts.free_index, last + 1) if room < nbytes else refcounts.free_index
         end = offset + nbytes
@@ -116,15 +137,18 @@ class Allocator:
         """Put clusters that just lost a reference in memory into quarantine."""
         self._unflushed.append(Freed(cluster, count, discard))
         self.held += count * self.cluster_size
+        self.unflushed_bytes += count * self.cluster_size
 
     def collect(self) -> list[Freed]:
         """Return what was freed before the flush that begins now."""
         freed, self._unflushed = self._unflushed, []
+        self.unflushed_bytes = 0
         return freed
 
     def restore(self, freed: list[Freed]) -> None:
         """That flush failed."""
         self._unflushed[:0] = freed
+        self.unflushed_bytes += sum(part.count for part in freed) * self.cluster_size
 
     def stamp(self, freed: list[Freed]) -> None:
         """That flush has ended: the disk no longer refers to *freed*; requests in flight still may."""
@@ -132,9 +156,9 @@ class Allocator:
             self._stamped.append((next_number(), freed))
 
     @property
-    def waiting(self) -> bool:
-        """True when something in quarantine may be ready."""
-        return bool(self._stamped)
+    def ripe(self) -> bool:
+        """True when something in quarantine can be made free."""
+        return bool(self._stamped) and self._stamped[0][0] < oldest_in_flight(self.node)
 
     def ready(self, *, everything: bool = False) -> list[Freed]:
         """Take from quarantine what no request in flight can reach any more (*everything*: nobody is left)."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as Mapping_
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.block.format import FormatNode, Kind, Reservation, Unprepared
 from cowhand.block.formats.qcow2 import header as headers
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2 import overlap
-from cowhand.block.formats.qcow2.allocator import Allocator
+from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT, Allocator
+from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create
 from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.refcounts import Refcounts
 from cowhand.block.formats.qcow2.writeback import WriteBack
-from cowhand.block.node import Capabilities, Child, Limits, Role, Zeroing
+from cowhand.block.createoptions import CreateOption
+from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
 from cowhand.block.options import NodeOptions, option
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
@@ -52,6 +55,7 @@ class Qcow2Node(FormatNode):
     driver: ClassVar[str] = "qcow2"
     options_class: ClassVar[type[NodeOptions]] = Qcow2Options
     supports_backing: ClassVar[bool] = True
+    create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
     options: Qcow2Options
 
     header: headers.Header
@@ -76,7 +80,21 @@ class Qcow2Node(FormatNode):
         self._codec: Codec | None = None
         self._codec_lock = threading.Lock()
 
-    # -- opening
+    # -- opening and making
+
+    @classmethod
+    def create(cls, file: BlockNode, size: int, options: Mapping_[str, Any]) -> None:
+        """Make the open, writable, otherwise unused protocol node *file* an image of *size* bytes."""
+        create(file, size, options)
+
+    @classmethod
+    def measure(
+        cls, options: Mapping_[str, Any], size: int | None, source_size: int | None, data_in_units: Callable[[int], int] | None
+    ) -> tuple[int, int, int]:
+        """Return (required, fully allocated, cluster size) of a new image; see :func:`cowhand.block.formats.qcow2.measure.measure`."""
+        from cowhand.block.formats.qcow2.measure import measure
+
+        return measure(options, size, source_size, data_in_units)
 
     @classmethod
     def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> Qcow2Node:
@@ -354,8 +372,19 @@ class Qcow2Node(FormatNode):
     def reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
         from cowhand.block.formats.qcow2 import allocation
 
-        self.mapping.cache.trim()
+        self._make_room()
         return allocation.reserve(self, offset, length, kind, nbytes)
+
+    def _make_room(self) -> None:
+        """Keep caches and quarantine within their limits; what needs a flush for that is done without the lock, and then begun again."""
+        tables, allocator = self.mapping.cache, self.allocator
+        self.refcounts.cache.trim()
+        if tables.trim() and len(tables.dirty) * self.cluster_size > tables.limit // 2:
+            raise Unprepared(self.write_back.flush)
+        if allocator.unflushed_bytes > QUARANTINE_LIMIT:
+            raise Unprepared(self.write_back.flush)
+        if allocator.ripe:
+            raise Unprepared(self.release_quarantine)
 
     def link(self, reservation: Reservation) -> None:
         reservation.state.link(self)
@@ -364,15 +393,13 @@ class Qcow2Node(FormatNode):
         reservation.state.abandon(self)
 
     def flush(self) -> None:
-        if not self.changed:
+        if not self.changed and not self.write_back.lock.locked():
             return
         if self.poison is not None:
             raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno)
-        self.changed = False
         try:
             self.write_back.flush()
         except BaseException as error:
-            self.changed = True
             if not isinstance(error, CowhandError):
                 self.set_poison(error)
             raise

@@ -12,6 +12,10 @@ from cowhand.core.errors import InvalidArgument, InvalidFormat, UnsupportedFeatu
 from cowhand.core.units import MAX_SIZE
 
 
+#: QEMU leaves the table of feature names out of headers this small, to have room for the backing file's name.
+_SMALL_CLUSTER = 4096
+
+
 class Extension(NamedTuple):
     """One header extension, in the order of the file."""
 
@@ -108,7 +112,7 @@ class Header:
             data = self.find(kind)
             if data is not None:
                 out += _extension(kind, data)
-        if self.version >= 3:
+        if self.version >= 3 and self.cluster_size > _SMALL_CLUSTER:
             names = b"".join(bytes([kind, bit]) + name.encode().ljust(46, b"\0") for kind, bit, name in L.FEATURE_NAMES)
             out += _extension(L.EXT_FEATURE_NAMES, names)
         bitmaps = self.find(L.EXT_BITMAPS)

@@ -193,7 +193,7 @@ class Mapping:
             stop = min(end, (index + 1) << self.table_shift)
             table = self.find(index)
             if table is None:
-                stop = self._skip_missing(index, end)
+                stop = self.skip_missing(index, end)
                 out.add(offset, stop - offset, 0)
                 offset = stop
                 continue
@@ -205,7 +205,7 @@ class Mapping:
             offset = self._rows(out, entries, table, first, offset, stop, recurse)
         return out
 
-    def _skip_missing(self, index: int, end: int) -> int:
+    def skip_missing(self, index: int, end: int) -> int:
         """Return where the next L2 table begins, or *end*."""
         limit = min(len(self.l1.data) // 8, -(-end >> self.table_shift))
         tables = self.l1.data

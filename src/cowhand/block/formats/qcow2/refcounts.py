@@ -64,7 +64,7 @@ class Refcounts:
         data = bytearray(self.cluster_size)
         self.node.file.read_into(offset, data)
         table = Table(data, offset)
-        self.cache.trim()
+        # Not trimmed here: a caller may hold other blocks that it is about to change.
         self.cache.put(index, table)
         return table
 
@@ -106,14 +106,13 @@ class Refcounts:
         while left:
             index, at = divmod(position, self.per_block)
             step = min(left, self.per_block - at)
-            if delta > 0 and index not in self.cache.tables:
-                self.node.fire("refblock_load")
-            block = self.block(index)
-            if block is None:
+            if not self.block_offset(index):
                 if delta > 0:
                     raise MissingBlock(position)
                 raise ImageCorrupt(f"cluster {position} has no reference count to take away", path=self.node.filename)
             self.node.fire("refblock_load")
+            block = self.block(index)
+            assert block is not None
             parts.append((block, at, step, self._new_values(block, at, step, delta, position)))
             position += step
             left -= step
@@ -190,8 +189,8 @@ class Refcounts:
             raise
         node.write_back.barrier = True
         node.metadata.add(place, 1)
+        node.allocator.use(place, 1)
         self.cache.put(index, block)
-        self.free_index = min(self.free_index, cluster)
 
     def _grow_table(self, cluster: int, index: int, place: int) -> None:
         """Move to a larger table, in an area behind everything that exists which describes itself; one header field makes it valid."""
@@ -226,7 +225,7 @@ class Refcounts:
         for i, block in blocks:
             self.cache.put(i, block)
         node.metadata.add(start, len(blocks))
-        self.free_index = min(self.free_index, cluster)
+        node.allocator.use(start, end - start)
 
     def switch_table(self, cluster: int, table: bytearray) -> None:
         """Make *table*, stable at host *cluster*, the image's refcount table by one header field, and free the old one."""
@@ -246,12 +245,19 @@ class Refcounts:
 
     def _table_size(self, start: int) -> tuple[int, int]:
         """Return (blocks in all, entries of the new table) when the new area begins at cluster *start*."""
+        # As QEMU reckons: the blocks that exist are counted among the clusters and once more, so there are some to spare.
         per_table_cluster = self.cluster_size // 8
-        total = -(-start // self.per_block)
+        clusters, blocks, table, generous = start, 0, 0, True
+        last = -1
         while True:
-            entries = -(-(total + -(-total // 2)) // per_table_cluster) * per_table_cluster
-            end = start + (total - start // self.per_block) + entries // per_table_cluster
-            needed = -(-end // self.per_block)
-            if needed <= total:
-                return total, entries
-            total = needed
+            blocks = -(-(clusters + table + blocks) // self.per_block)
+            table = -(-blocks // per_table_cluster)
+            size = clusters + blocks + table
+            if size == last:
+                if not generous:
+                    break
+                clusters += -(-table // 2)
+                generous = False
+            last = size
+        entries = -(-(blocks + -(-blocks // 2)) // per_table_cluster) * per_table_cluster
+        return blocks, entries

@@ -42,7 +42,13 @@ class WriteBack:
             with self.node.lock:
                 self._ticket += 1
                 ticket = self._ticket
-            self.run()
+            # Under the lock: who finds nothing changed and the lock free may rely on a flush that has ended.
+            self.node.changed = False
+            try:
+                self.run()
+            except BaseException:
+                self.node.changed = True
+                raise
             self._done = ticket
 
     def run(self, *, locked: bool = False) -> None:

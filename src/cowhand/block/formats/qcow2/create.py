@@ -1,0 +1,142 @@
+"""Making a new qcow2 image (QEMU ``docs/interop/qcow2``). Everything lies where ``qemu-img create`` puts it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cowhand.block.createoptions import CreateOption
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.counts import Counts
+from cowhand.block.formats.qcow2.header import Header
+from cowhand.core.errors import InvalidArgument, NotSupported
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.node import BlockNode
+
+#: In the order in which QEMU prints them.
+CREATE_OPTIONS = (
+    CreateOption("encryption", "bool", help="Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"),
+    CreateOption("encrypt.format", "str", help="Encrypt the image, format choices: 'aes', 'luks'"),
+    CreateOption("encrypt.key-secret", "str", help="ID of secret providing qcow AES key or LUKS passphrase"),
+    CreateOption("encrypt.cipher-alg", "str", help="Name of encryption cipher algorithm"),
+    CreateOption("encrypt.cipher-mode", "str", help="Name of encryption cipher mode"),
+    CreateOption("encrypt.ivgen-alg", "str", help="Name of IV generator algorithm"),
+    CreateOption("encrypt.ivgen-hash-alg", "str", help="Name of IV generator hash algorithm"),
+    CreateOption("encrypt.hash-alg", "str", help="Name of encryption hash algorithm"),
+    CreateOption("encrypt.iter-time", "int", help="Time to spend in PBKDF in milliseconds"),
+    CreateOption("cluster_size", "size", "65536", help="qcow2 cluster size"),
+    CreateOption("extended_l2", "bool", "off", help="Extended L2 tables"),
+    CreateOption("preallocation", "str", help="Preallocation mode (allowed values: off, metadata, falloc, full)"),
+    CreateOption("compression_type", "str", "zlib", help="Compression method used for image cluster compression"),
+    CreateOption("size", "size", help="Virtual disk size"),
+    CreateOption("compat", "str", help="Compatibility level (v2 [0.10] or v3 [1.1])"),
+    CreateOption("backing_file", "str", help="File name of a base image"),
+    CreateOption("backing_fmt", "str", help="Image format of the base image"),
+    CreateOption("data_file", "str", help="File name of an external data file"),
+    CreateOption("data_file_raw", "bool", help="The external data file must stay valid as a raw image"),
+    CreateOption("lazy_refcounts", "bool", "off", help="Postpone refcount updates"),
+    CreateOption("refcount_bits", "int", "16", help="Width of a reference count entry in bits"),
+)
+
+_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+_COMPRESSIONS = {"zlib": L.COMPRESSION_DEFLATE, "zstd": L.COMPRESSION_ZSTD}
+
+
+def plan_header(size: int, options: Mapping[str, Any]) -> Header:
+    """Return the header of a new image of *size* bytes, tables still missing. Raises InvalidArgument and NotSupported in QEMU's words."""
+    header = Header()
+    version = _VERSIONS.get(options.get("compat") or "1.1")
+    if version is None:
+        raise InvalidArgument(f"Invalid parameter '{options['compat']}'", hint="compat is 0.10 (v2) or 1.1 (v3).")
+    header.version = version
+    cluster = options.get("cluster_size") or 65536
+    if cluster & (cluster - 1) or not 1 << L.CLUSTER_BITS_MIN <= cluster <= 1 << L.CLUSTER_BITS_MAX:
+        raise InvalidArgument("Cluster size must be a power of two between 512 and 2048k")
+    header.cluster_bits = cluster.bit_length() - 1
+    bits = options.get("refcount_bits") or 16
+    if bits & (bits - 1) or not 1 <= bits <= 64:
+        raise InvalidArgument("Refcount width must be a power of two and may not exceed 64 bits")
+    if version < 3 and bits != 16:
+        raise InvalidArgument("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)")
+    header.refcount_order = bits.bit_length() - 1
+    compression = options.get("compression_type") or "zlib"
+    if compression not in _COMPRESSIONS:
+        raise InvalidArgument(f"Invalid parameter '{compression}'", hint="compression_type is zlib or zstd.")
+    header.compression_type = _COMPRESSIONS[compression]
+    if header.compression_type:
+        if version < 3:
+            raise InvalidArgument("Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)")
+        header.incompatible |= L.INCOMPAT_COMPRESSION
+    if options.get("lazy_refcounts"):
+        if version < 3:
+            raise InvalidArgument("Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)")
+        header.compatible |= L.COMPAT_LAZY_REFCOUNTS
+    for name in ("data_file", "data_file_raw", "extended_l2", "encryption", "encrypt.format", "encrypt.key-secret"):
+        if options.get(name):
+            raise NotSupported(f"qcow2 option '{name}' is not supported yet")
+    header.size = size
+    tables = -(-size // (cluster * (cluster // 8)))
+    if tables * 8 > L.MAX_L1_BYTES:
+        raise InvalidArgument(
+            "the L1 table of so large an image would be larger than 32 MiB", qemu="The image size is too large (try using a larger cluster size)",
+            hint="Use a larger cluster size.",
+        )  # fmt: skip
+    header.backing_name = options.get("backing_file")
+    header.backing_format = options.get("backing_fmt")
+    return header
+
+
+def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
+    """Make the open, writable protocol node *file* a qcow2 image of *size* bytes; *options* are CREATE_OPTIONS by name, converted."""
+    header = plan_header(size, options)
+    preallocation = options.get("preallocation") or "off"
+    if preallocation not in ("off", "metadata", "falloc", "full"):
+        raise InvalidArgument(f"Invalid parameter '{preallocation}'", hint="preallocation is off, metadata, falloc or full.")
+    if header.backing_name is not None and preallocation != "off":
+        raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is enabled")
+    from cowhand.block import graph
+    from cowhand.block.formats.qcow2.driver import Qcow2Node, Qcow2Options
+    from cowhand.block.node import Role
+
+    node = Qcow2Node(Qcow2Options(read_only=False))
+    # The edge comes first: it takes the locks.
+    node.file = node.data_child = graph.attach(node, "file", file, Role.PRIMARY)
+    try:
+        file.resize(0, shrink=True)
+        _write_empty(file, header)
+        _grow(node, size, header, preallocation)
+    finally:
+        try:
+            node.close()
+        finally:
+            node.closed = True
+            graph.release(node.file)
+
+
+def _write_empty(file: BlockNode, header: Header) -> None:
+    """Write header, refcount table and first refcount block of an image without a disk: three clusters."""
+    cluster = header.cluster_size
+    wanted = header.size, header.backing_name, header.backing_format
+    header.size, header.backing_name, header.backing_format = 0, None, None
+    header.refcount_table_offset = cluster
+    header.refcount_table_clusters = 1
+    block = bytearray(cluster)
+    Counts(header.refcount_order).fill(block, 0, 3, 1)
+    table = L.U64.pack(2 * cluster).ljust(cluster, b"\0")
+    file.write(0, (header.encode(), table, block))
+    file.flush()
+    header.size, header.backing_name, header.backing_format = wanted
+
+
+def _grow(node: Qcow2Node, size: int, header: Header, preallocation: str) -> None:
+    from cowhand.block.formats.qcow2.resize import resize
+
+    node.load()
+    node.check_writable()
+    resize(node, size, preallocation=preallocation)
+    node.header.backing_name, node.header.backing_format = header.backing_name, header.backing_format
+    with node.exclusive():
+        node.update_header()
+    node.flush()

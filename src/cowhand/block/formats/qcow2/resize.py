@@ -1,0 +1,136 @@
+"""Changing the size of a qcow2 image: growing, shrinking, and preallocation of what is new.
+
+Safe order for growing: the L1 table becomes larger first (written, stable, switched by one header field), what a longer backing file would
+show becomes zero, and last the size changes in the header.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cowhand.block.cache import Table
+from cowhand.block.format import Kind
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+
+def grow_l1(node: Qcow2Node, entries: int, *, exact: bool) -> None:
+    """Make the L1 table at least *entries* long; not *exact*: with room for more. Takes the locks. On an error the old one stands."""
+    have = node.header.l1_size
+    if entries <= have:
+        return
+    if not exact:
+        # QEMU's rule: half as much again, until it is enough.
+        size = max(1, have)
+        while size < entries:
+            size = -(-size * 3 // 2)
+        entries = size
+    if entries * 8 > L.MAX_L1_BYTES:
+        raise InvalidArgument("the L1 table would be larger than 32 MiB", qemu="File too large", path=node.filename, errno=27)
+    with node.exclusive():
+        if entries > node.header.l1_size:
+            _replace_l1(node, entries)
+
+
+def _replace_l1(node: Qcow2Node, entries: int) -> None:
+    size = node.cluster_size
+    old = node.mapping.l1
+    # What the old table's entries name must be on disk before a new table names it.
+    node.write_back.run(locked=True)
+    data = bytearray(entries * 8)
+    data[: len(old.data)] = old.data
+    clusters = -(-len(data) // size)
+    node.fire("l1_grow_alloc_table")
+    first = node.allocator.take(clusters)
+    try:
+        node.write_back.flush_refcounts()
+        node.fire("l1_grow_write_table")
+        node.write_metadata(first * size, data)
+        node.flush_file()
+        node.fire("l1_grow_activate_table")
+        node.write_metadata(L.OFFSET_L1_SIZE, L.U32.pack(entries) + L.U64.pack(first * size), check=False)
+        node.flush_file()
+    except CowhandError:
+        node.allocator.untake(first, clusters)
+        raise
+    old_first, old_count = old.host // size, -(-len(old.data) // size)
+    node.header.l1_size, node.header.l1_offset = entries, first * size
+    node.mapping.l1 = Table(data, first * size)
+    node.metadata.add(first, clusters)
+    if old_count:
+        node.metadata.remove(old_first, old_count)
+        node.allocator.free(old_first, old_count)
+
+
+def set_size(node: Qcow2Node, size: int) -> None:
+    """Write the disk's size into the header, stably."""
+    with node.exclusive():
+        node.write_metadata(L.OFFSET_SIZE, L.U64.pack(size), check=False)
+        node.flush_file()
+        node.header.size = size
+
+
+def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+    """Make the disk *size* bytes long. Nobody else uses the node meanwhile."""
+    old = node.header.size
+    if preallocation not in ("off", "metadata", "falloc", "full"):
+        raise InvalidArgument(f"preallocation mode '{preallocation}' is not known", hint="One of: off, metadata, falloc, full.")
+    node.check_writable()
+    node.flush()
+    if size < old:
+        if not shrink:
+            raise InvalidArgument("shrinking was not asked for")
+        if preallocation != "off":
+            raise InvalidArgument("Preallocation can't be used for shrinking an image")
+        from cowhand.block.formats.qcow2.shrink import shrink_to
+
+        shrink_to(node, size)
+        return
+    if any(snapshot.disk_size is None for snapshot in node.snapshots) and size != old:
+        raise NotSupported("Can't resize a version 2 image which has snapshots", path=node.filename)
+    grow_l1(node, -(-size // (1 << node.mapping.table_shift)), exact=True)
+    if size == old:
+        return
+    _hide_backing(node, old, size)
+    if preallocation != "off":
+        from cowhand.block.formats.qcow2.preallocate import preallocate
+
+        preallocate(node, old, size, preallocation)
+    node.flush()
+    set_size(node, size)
+
+
+def _hide_backing(node: Qcow2Node, old: int, new: int) -> None:
+    """Make ``[old, new)`` read as zeroes where a longer backing file would show through."""
+    backing = node.backing
+    if backing is None or backing.node.size <= old:
+        return
+    unit = node.cluster_size
+    end = min(new, backing.node.size)
+    begin = -(-old // unit) * unit
+    if old < begin and node.map(old - old % unit, unit)[1] & 0x3 == 0:
+        # The last cluster of the old size is not allocated: what lies behind the old end must not show through with it.
+        _write_tail(node, old, min(begin, end))
+    if begin < end:
+        count = -(-(end - begin) // unit) * unit
+        try:
+            node.change(begin, count, Kind.ZERO)
+        except NotSupported:
+            _zero_by_bytes(node, begin, end)
+
+
+def _write_tail(node: Qcow2Node, begin: int, end: int) -> None:
+    node.header.size, before = end, node.header.size
+    try:
+        node.write(begin, (bytes(end - begin),))
+    finally:
+        node.header.size = before
+
+
+def _zero_by_bytes(node: Qcow2Node, begin: int, end: int) -> None:
+    step = 1 << 20
+    for position in range(begin, end, step):
+        node.write(position, (bytes(min(step, end - position)),))
