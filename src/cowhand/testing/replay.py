@@ -96,7 +96,9 @@ def torn(log: Log, sizes: Sequence[int] = TORN_SIZES, *, seed: int = 0) -> Itera
                 for block in chosen:
                     change.apply_part(partial, block * size, (block + 1) * size)
                 story = f"all before change {index}, and of it ({change}) the {name}: {len(chosen)} of {len(blocks)} x {size}"
-                yield CrashState(partial, history.moment_after(index), story)
+                # Power failed while the change was under way: nothing that waited for its end has happened.
+                moment = change.end if change.end is not None else history.moment_after(index)
+                yield CrashState(partial, moment, story)
         change.apply(image)
 
 
