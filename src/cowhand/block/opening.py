@@ -151,12 +151,15 @@ class Opening:
             return self.node({**inner, **given}, parent, role=role)
         wants_format = role in (None, Role.BACKING, Role.FILTERED)
         entry = self.registry.get(driver) if driver is not None else None
-        if entry is None:
-            protocol = self._protocol_of(given)
-            if not wants_format or protocol.kind == "filter":
-                return self._make(protocol, given, parent, role)
-            return self._probed(protocol, given, parent, role)
-        return self._make(entry, given, parent, role)
+        if entry is not None:
+            return self._make(entry, given, parent, role)
+        if wants_format and isinstance(given.get("file"), (dict, BlockNode)):
+            return self._probed_over(given, parent, role)
+        protocol = self._protocol_of(given)
+        if not wants_format:
+            return self._make(protocol, given, parent, role)
+        file = self._make(protocol, self._common_only(given, below=True), parent, Role.PRIMARY)
+        return self._probed(file, given, parent, role)
 
     def child(
         self, node: BlockNode, name: str, description: Mapping[str, Any] | str | BlockNode, role: Role, *, read_only: bool | None = None
@@ -254,10 +257,15 @@ class Opening:
                 return self.registry.get("host_device")
         return self.registry.get("file")
 
-    def _probed(
-        self, protocol: DriverEntry, given: dict[str, Any], parent: NodeOptions, role: Role | None
-    ) -> BlockNode:
-        file = self._make(protocol, self._common_only(given, below=True), parent, Role.PRIMARY)
+    def _probed_over(self, given: dict[str, Any], parent: NodeOptions, role: Role | None) -> BlockNode:
+        """Find the format of a description that tells of its file but names no driver; a file name beside it belongs to the file."""
+        file = given.pop("file")
+        if not isinstance(file, BlockNode):
+            below = self._common_only(given, below=True)
+            file = self.node({**below, **file}, parent, role=Role.PRIMARY)
+        return self._probed(file, given, parent, role)
+
+    def _probed(self, file: BlockNode, given: dict[str, Any], parent: NodeOptions, role: Role | None) -> BlockNode:
         head = bytearray(min(PROBE_SIZE, file.size))
         block = file.limits.request_alignment
         if len(head) % block:
@@ -294,7 +302,7 @@ class Opening:
         cls = entry.load()
         filename = given.get("filename")
         if entry.kind != "protocol" and filename is not None and "file" not in given and "image" not in given:
-            if entry.prefixes and has_protocol(str(filename)) and str(filename).split(":", 1)[0] in entry.prefixes:
+            if entry.prefixes:
                 given = {**nest(cls.parse_filename(str(given.pop("filename")))), **given}
             else:
                 given["file"] = self.describe(str(given.pop("filename")))

@@ -1,0 +1,148 @@
+"""Opening images for the tools: names, option strings, cache modes, and the words of failures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cowhand.cli.compat import program
+from cowhand.cli.compat.optionstrings import as_description
+from cowhand.cli.compat.program import Failure
+from cowhand.core.errors import CowhandError
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+    from cowhand.block.node import BlockNode
+
+#: Cache modes by QEMU's names, as arguments of :func:`cowhand.open`.
+CACHE_MODES = ("none", "off", "writethrough", "writeback", "directsync", "unsafe")
+
+
+def cache_mode(text: str, what: str = "cache") -> str:
+    """Return the cache mode *text*, or fail naming the *what* option ("source cache")."""
+    if text not in CACHE_MODES:
+        raise Failure(f"Invalid {what} option: {text}")
+    return text
+
+
+def describe(name: str, image_opts: bool) -> str | Mapping[str, Any]:
+    """Return what :func:`cowhand.open` takes for the argument *name*. Raises Failure for what is not a description."""
+    if image_opts:
+        given: dict[str, Any] = dict(as_description(name, "file"))
+        reference = given.get("file")
+        if isinstance(reference, str):
+            raise Failure(f"Cannot find device='{reference}' nor node-name='{reference}'")
+        if given.get("backing") == "":
+            program.warning('Use of "backing": "" is deprecated; use "backing": null instead')
+            given["backing"] = None
+        if "driver" not in given and not any(key.startswith("file.") for key in given):
+            raise Failure("Must specify either driver or file")
+        return given
+    if name.startswith("json:"):
+        return _parse_json(name[5:])
+    if not name:
+        raise Failure("The 'file' block driver requires a file name")
+    return name
+
+
+def _parse_json(text: str) -> Mapping[str, Any]:
+    try:
+        given = json.loads(text)
+    except RecursionError:
+        raise Failure("Could not parse the JSON options: JSON parse error, nesting too deep") from None
+    except ValueError as error:
+        reason = "premature EOI" if getattr(error, "pos", 0) >= len(text.rstrip()) else str(error)
+        raise Failure(f"Could not parse the JSON options: JSON parse error, {reason}") from None
+    if not isinstance(given, dict):
+        raise Failure("Invalid JSON object given")
+    if "driver" not in given and not any(key == "file" or key.startswith("file.") for key in given):
+        raise Failure("Must specify either driver or file")
+    return given
+
+
+def open_disk(
+    what: str | Mapping[str, Any],
+    *,
+    format: str | None = None,
+    writable: bool = False,
+    cache: str = "writeback",
+    force_share: bool = False,
+    backing: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> Disk:
+    """Open *what*, warning of a guessed raw image that is to be written. Raises CowhandError, Failure."""
+    import cowhand
+
+    if force_share and writable:
+        raise Failure("force-share=on can only be used with read-only images")
+    if isinstance(what, Mapping):
+        what = _without_filename(what)
+    settings = dict(options or {})
+    if writable and cache != "unsafe":
+        settings.setdefault("discard", "unmap")
+    disk = cowhand.open(
+        what,
+        writable=writable,
+        format=format,
+        backing=backing,
+        cache=cache,
+        force_share=force_share,
+        options=settings,
+    )
+    if writable:
+        warn_of_guess(disk)
+    return disk
+
+
+def _without_filename(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a description whose file has a driver's place: {"file.filename": X} alone means a format to be found."""
+    if "driver" in given or set(given) - {"file.filename", "file.driver"} or given.get("file.driver", "file") != "file":
+        return given
+    return {"filename": given["file.filename"]} if "file.filename" in given else given
+
+
+def warn_of_guess(disk: Disk) -> None:
+    """Warn when *disk*, which is to be written, is raw only because nothing else was recognised."""
+    root = disk.root
+    if root.probed and root.driver == "raw":
+        program.plain(
+            f"WARNING: Image format was not specified for '{root.filename}' and probing guessed raw.\n"
+            "         Automatically detecting the format is dangerous for raw images, "
+            "write operations on block 0 will be restricted.\n"
+            "         Specify the 'raw' format explicitly to remove the restrictions."
+        )
+
+
+def open_image(
+    name: str,
+    *,
+    format: str | None = None,
+    image_opts: bool = False,
+    writable: bool = False,
+    cache: str = "writeback",
+    force_share: bool = False,
+    backing: bool = True,
+    status: int = 1,
+) -> Disk:
+    """Open the image argument *name* of an image tool's command. Raises Failure with the exit *status*."""
+    if image_opts and format is not None:
+        raise Failure("--image-opts and --format are mutually exclusive", status=status)
+    try:
+        return open_disk(
+            describe(name, image_opts),
+            format=format,
+            writable=writable,
+            cache=cache,
+            force_share=force_share,
+            backing=backing,
+        )
+    except CowhandError as error:
+        raise Failure(f"Could not open '{name}': {error.qemu()}", status=status) from error
+    except Failure as failure:
+        raise Failure(f"Could not open '{name}': {failure.message}", status=status) from None
+
+
+def shown_name(node: BlockNode) -> str:
+    """Return the name that the tools print of *node*."""
+    return node.filename

@@ -1,0 +1,97 @@
+"""What many commands share: the common options, progress, and a pass of creation's errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cowhand.cli.compat.arguments import Grammar, options
+from cowhand.cli.compat.img import show_help
+from cowhand.cli.compat.objects import Objects
+from cowhand.cli.compat.program import Failure
+from cowhand.core.errors import CowhandError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from cowhand.core.progress import Progress
+
+
+class Command:
+    """The command line of one command: yields its own options, handles ``--help`` and ``--object``, then holds ``positional``."""
+
+    def __init__(self, words: Sequence[str], short: str, long: Mapping[str, str] | None = None) -> None:
+        self._words = words
+        self._grammar = Grammar(short, {"help": "h", "object": "object=", **(long or {})})
+        self.positional: list[str] = []
+        self.objects = Objects()
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for key, value in options(self._grammar, self._words, self.positional):
+            if key == "h":
+                show_help()
+                raise Failure(status=0)
+            if key == "object":
+                self.objects.add(value)
+            else:
+                yield key, value
+
+
+@contextmanager
+def failing_as(prefix: str) -> Iterator[None]:
+    """Turn errors inside into a Failure that begins with *prefix*."""
+    try:
+        yield
+    except CowhandError as error:
+        raise Failure(f"{prefix}{error.qemu()}") from error
+    except Failure as failure:
+        if failure.message is None:
+            raise
+        raise Failure(f"{prefix}{failure.message}", status=failure.status, hint=failure.hint) from None
+
+
+class ProgressLine:
+    """The line "    (12.50/100%)", printed over and over with ``-p``, and once for each SIGUSR1 without it."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self._last = -1.0
+        self._asked = False
+
+    def __enter__(self) -> ProgressLine:
+        if not self._shown:
+            self._answer_signals()
+        else:
+            self.show(0.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown:
+            print()
+
+    def _answer_signals(self) -> None:
+        import signal
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._asked = True
+
+        if hasattr(signal, "SIGUSR1"):
+            signal.signal(signal.SIGUSR1, ask)
+
+    def hear(self, progress: Progress) -> None:
+        """Take news from an operation; called from its threads."""
+        percent = progress.fraction * 100
+        if self._shown:
+            self.show(percent)
+        elif self._asked:
+            self._asked = False
+            sys.stderr.write(f"    ({percent:3.2f}/100%)\n")
+            sys.stderr.flush()
+
+    def show(self, percent: float) -> None:
+        if percent - self._last >= 1 or percent in (0.0, 100.0):
+            self._last = percent
+            sys.stdout.write(f"    ({percent:3.2f}/100%)\r")
+            sys.stdout.flush()

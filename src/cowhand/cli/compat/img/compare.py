@@ -1,0 +1,74 @@
+"""``compare``: tell whether two disks have the same content. Exit status 0 same, 1 different, more on errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cowhand.cli.compat.images import cache_mode, open_image
+from cowhand.cli.compat.img.common import Command, ProgressLine
+from cowhand.cli.compat.program import Failure, UsageFailure
+from cowhand.core.errors import CowhandError
+
+_CANNOT_OPEN = 2
+_CANNOT_READ = 4
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    formats: list[str | None] = [None, None]
+    cache = "writeback"
+    shown = quiet = strict = force_share = image_opts = False
+    command = Command(words, "hf:F:T:pqsU", {"image-opts": "image-opts", "force-share": "U"})
+    for key, value in command:
+        match key:
+            case "f":
+                formats[0] = value
+            case "F":
+                formats[1] = value
+            case "T":
+                cache = value
+            case "p":
+                shown = True
+            case "q":
+                quiet = True
+            case "s":
+                strict = True
+            case "U":
+                force_share = True
+            case "image-opts":
+                image_opts = True
+    if len(command.positional) != 2:
+        raise UsageFailure("Expecting two image file names")
+    try:
+        cache = cache_mode(cache, "source cache")
+    except Failure as failure:
+        raise Failure(failure.message, status=_CANNOT_OPEN) from None
+    from cowhand.copy.compare import compare
+    from cowhand.core.progress import Progress
+
+    with ProgressLine(shown and not quiet) as line:
+        disks = []
+        try:
+            for name, format in zip(command.positional, formats, strict=True):
+                disks.append(
+                    open_image(
+                        name,
+                        format=format,
+                        image_opts=image_opts,
+                        cache=cache,
+                        force_share=force_share,
+                        status=_CANNOT_OPEN,
+                    )
+                )
+            result = compare(disks[0], disks[1], strict=strict, progress=Progress(listener=line.hear))
+        except CowhandError as error:
+            where = f" offset {error.offset}" if error.offset is not None else ""
+            raise Failure(f"Error while reading{where}: {error.qemu()}", status=_CANNOT_READ) from error
+        finally:
+            for disk in disks:
+                disk.close()
+        if not quiet:
+            if result.size_mismatch and not strict:
+                print("Warning: Image size mismatch!")
+            print(result.message)
+    return 0 if result.identical else 1

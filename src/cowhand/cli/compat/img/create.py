@@ -1,0 +1,61 @@
+"""``create``: make a new image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cowhand.cli.compat.img.common import Command, failing_as
+from cowhand.cli.compat.optionstrings import CreateOptions, known_options, print_help
+from cowhand.cli.compat.program import UsageFailure
+from cowhand.cli.compat.sizes import size_argument
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    format = "raw"
+    backing = backing_format = None
+    quiet = unsafe = False
+    chosen = CreateOptions()
+    command = Command(words, "F:b:f:ho:qu")
+    for key, value in command:
+        match key:
+            case "F":
+                backing_format = value
+            case "b":
+                backing = value
+            case "f":
+                format = value
+            case "o":
+                chosen.add(value)
+            case "q":
+                quiet = True
+            case "u":
+                unsafe = True
+    positional = command.positional
+    filename = positional[0] if positional else None
+    if chosen.wants_help:
+        print_help(format, filename)
+        return 0
+    if filename is None:
+        raise UsageFailure("Expecting image file name")
+    size = size_argument("image size", positional[1]) if len(positional) > 1 else None
+    if len(positional) > 2:
+        raise UsageFailure(f"Unexpected argument: {positional[2]}")
+    from cowhand.block.create import format_of, prepare
+    from cowhand.drivers import REGISTRY
+
+    with failing_as(f"{filename}: "):
+        format_of(format, REGISTRY)
+        creation = prepare(
+            filename,
+            format,
+            size,
+            chosen.values(known_options(format, filename)),
+            backing=backing,
+            backing_format=backing_format,
+            open_backing=not unsafe,
+        )
+        if not quiet:
+            print(creation.line(), flush=True)
+        creation.run(overwrite=True)
+    return 0

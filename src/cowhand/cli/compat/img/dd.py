@@ -1,0 +1,81 @@
+"""``dd``: copy a range of blocks into a new image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cowhand.cli.compat import program
+from cowhand.cli.compat.images import open_image
+from cowhand.cli.compat.img.common import Command, failing_as
+from cowhand.cli.compat.program import Failure
+from cowhand.cli.compat.sizes import MAX_SIZE, size_argument
+
+_MAX_BLOCK = (1 << 31) - 1
+_OPERANDS = ("bs", "count", "if", "of", "skip")
+
+
+class _Operands:
+    """bs=, count=, skip=, if= and of=."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.block_size = 512
+        self.count: int | None = None
+        self.skip = 0
+        self.names: dict[str, str] = {}
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not equals or name not in _OPERANDS:
+                raise Failure(f"unrecognized operand {name}")
+            if name == "bs":
+                self.block_size = size_argument("bs", value, 1, _MAX_BLOCK)
+            elif name == "count":
+                self.count = size_argument("count", value, 0, MAX_SIZE)
+            elif name == "skip":
+                self.skip = size_argument("skip", value, 0, MAX_SIZE)
+            else:
+                self.names[name] = value
+        if len(self.names) != 2:
+            raise Failure("Must specify both input and output files")
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    format = None
+    target_format = "raw"
+    image_opts = force_share = False
+    command = Command(words, "hf:O:U", {"image-opts": "image-opts", "force-share": "U"})
+    for key, value in command:
+        match key:
+            case "O":
+                target_format = value
+            case "f":
+                format = value
+            case "U":
+                force_share = True
+            case "image-opts":
+                image_opts = True
+    operands = _Operands(command.positional)
+    target = operands.names["of"]
+    from cowhand.block.create import create_options_of
+    from cowhand.copy.dd import dd
+    from cowhand.drivers import REGISTRY
+
+    source = open_image(operands.names["if"], format=format, image_opts=image_opts, force_share=force_share)
+    with source:
+        entry = REGISTRY.find(target_format)
+        if entry is None:
+            raise Failure("Unknown file format")
+        if entry.kind != "protocol":
+            create_options_of(entry)
+        with failing_as(f"{target}: error while creating output image: "):
+            dd(
+                source,
+                target,
+                target_format,
+                block_size=operands.block_size,
+                count=operands.count,
+                skip=operands.skip,
+                overwrite=True,
+                warn=program.error,
+            )
+    return 0

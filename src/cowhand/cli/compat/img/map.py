@@ -1,0 +1,98 @@
+"""``map``: tell which parts of a disk are stored where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from cowhand.cli.compat.arguments import one_image, output_format
+from cowhand.cli.compat.images import open_image
+from cowhand.cli.compat.img.common import Command
+from cowhand.cli.compat.program import Failure
+from cowhand.cli.compat.sizes import size_argument
+from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, Extent, merged
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+
+_SHOWN = DATA | ZERO | ALLOCATED | OFFSET
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    format = None
+    json = image_opts = force_share = False
+    start, length = 0, None
+    command = Command(
+        words,
+        "hf:s:l:U",
+        {
+            "format": "f",
+            "output": "output=",
+            "image-opts": "image-opts",
+            "force-share": "U",
+            "start-offset": "s",
+            "max-length": "l",
+        },
+    )
+    output = None
+    for key, value in command:
+        match key:
+            case "f":
+                format = value
+            case "U":
+                force_share = True
+            case "output":
+                output = value
+            case "image-opts":
+                image_opts = True
+            case "s":
+                start = size_argument("start offset", value)
+            case "l":
+                length = size_argument("max length", value)
+    name = one_image(command.positional)
+    if output is not None:
+        json = output_format(output)
+    with open_image(name, format=format, image_opts=image_opts, force_share=force_share) as disk:
+        if json:
+            _print_json(disk, start, length)
+        else:
+            _print_table(disk, start, length)
+    return 0
+
+
+def _rows(disk: Disk, start: int, length: int | None) -> Iterator[Extent]:
+    end = disk.size if length is None else min(disk.size, start + length)
+    if start < end:
+        yield from merged(disk.extents(start, end - start), _SHOWN)
+
+
+def _print_table(disk: Disk, start: int, length: int | None) -> None:
+    print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    for row in _rows(disk, start, length):
+        if row.flags & (DATA | ZERO) != DATA:
+            continue
+        if not row.flags & OFFSET:
+            raise Failure("File contains external, encrypted or compressed clusters.")
+        # C's %#x writes no prefix before a zero.
+        fields = (f"{number:#x}" if number else "0" for number in (row.start, row.length, row.host))
+        print("".join(f"{field:<16}" for field in fields) + row.node.filename)
+
+
+def _print_json(disk: Disk, start: int, length: int | None) -> None:
+    separator = "["
+    for row in _rows(disk, start, length):
+        print(separator + _entry(row), end="")
+        separator = ",\n"
+    if separator == "[":
+        print("[" + _entry(Extent(start, 0, 0, 0, None, 0)), end="")
+    print("]")
+
+
+def _entry(row: Extent) -> str:
+    words = [
+        f"{name}: {'true' if row.flags & flag else 'false'}"
+        for name, flag in (('"present"', ALLOCATED), ('"zero"', ZERO), ('"data"', DATA))
+    ]
+    offset = f', "offset": {row.host}' if row.flags & OFFSET else ""
+    return f'{{ "start": {row.start}, "length": {row.length}, "depth": {row.depth}, {", ".join(words)}{offset}}}'

@@ -1,0 +1,147 @@
+"""What ``info`` tells of a node, as QEMU's ImageInfo and as text. Source: QEMU ``qapi/block-core.json`` for the names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cowhand.cli.compat.jsontext import ordered
+from cowhand.cli.compat.sizes import human
+
+if TYPE_CHECKING:
+    from cowhand.block.node import BlockNode
+
+#: The value of a snapshot's instruction count where none was recorded.
+_NO_ICOUNT = (1 << 64) - 1
+_DIRTY = 1
+
+
+def image_info(node: BlockNode) -> dict[str, Any]:
+    """Return the ImageInfo document of *node* alone."""
+    out: dict[str, Any] = {"filename": node.filename, "format": node.driver, "virtual-size": node.size}
+    allocated = node.allocated_size()
+    if allocated is not None:
+        out["actual-size"] = allocated
+    source = _informed(node)
+    if source is not None:
+        if getattr(source, "cluster_size", 0):
+            out["cluster-size"] = source.cluster_size
+        out["dirty-flag"] = bool(getattr(getattr(source, "header", None), "incompatible", 0) & _DIRTY)
+    if getattr(getattr(node, "header", None), "crypt_method", 0):
+        out["encrypted"] = True
+    out |= _backing(node)
+    snapshots = [snapshot_info(item) for item in getattr(node, "snapshots", ())]
+    if snapshots:
+        out["snapshots"] = snapshots
+    specific = node.format_specific()
+    if specific:
+        out["format-specific"] = {"type": node.driver, "data": dict(specific)}
+    return out
+
+
+def _informed(node: BlockNode) -> Any:
+    """Return the node that knows a cluster size and a dirty bit for *node*, or None."""
+    while node.driver not in ("qcow2", "file", "host_device"):
+        primary = node.primary
+        if primary is None or node.is_filter:
+            return None
+        node = primary.node
+    return node
+
+
+def _backing(node: BlockNode) -> dict[str, Any]:
+    header: Any = getattr(node, "header", None)
+    name = getattr(header, "backing_name", None)
+    if not name:
+        return {}
+    from cowhand.block.opening import combine
+    from cowhand.core.errors import CowhandError
+
+    out = {"backing-filename": name}
+    try:
+        out["full-backing-filename"] = combine(node.filename, name)
+    except CowhandError:
+        pass  # a relative name in an image that has no folder
+    if header.backing_format:
+        out["backing-filename-format"] = header.backing_format
+    return out
+
+
+def snapshot_info(record: Any) -> dict[str, Any]:
+    """Return the SnapshotInfo document of a snapshot *record* of a format driver."""
+    out = {
+        "id": record.id,
+        "name": record.name,
+        "vm-state-size": record.vm_state_size,
+        "date-sec": record.date_sec,
+        "date-nsec": record.date_nsec,
+        "vm-clock-sec": record.vm_clock_nsec // 1_000_000_000,
+        "vm-clock-nsec": record.vm_clock_nsec % 1_000_000_000,
+    }
+    if record.icount != _NO_ICOUNT:
+        out["icount"] = record.icount
+    return out
+
+
+def snapshot_table(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a list of SnapshotInfo documents."""
+    yield f"{'ID':<9} {'TAG':<16}{'VM SIZE':>9}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
+    for one in snapshots:
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["date-sec"]))
+        seconds = one["vm-clock-sec"]
+        milliseconds = one["vm-clock-nsec"] // 1_000_000
+        clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
+        size = human(one["vm-state-size"])
+        yield f"{one['id']:<9} {one['name']:<16}{size:>9}{date:>20}{clock:>13}{one.get('icount', ''):>11}"
+
+
+def as_text(info: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines that describe an ImageInfo document."""
+    size = info["virtual-size"]
+    yield f"image: {info['filename']}"
+    yield f"file format: {info['format']}"
+    yield f"virtual size: {human(size)} ({size} bytes)"
+    yield f"disk size: {human(info['actual-size']) if 'actual-size' in info else 'unavailable'}"
+    if info.get("encrypted"):
+        yield "encrypted: yes"
+    if "cluster-size" in info:
+        yield f"cluster_size: {info['cluster-size']}"
+    if info.get("dirty-flag"):
+        yield "cleanly shut down: no"
+    if "backing-filename" in info:
+        yield "backing file: " + _backing_words(info)
+        if "backing-filename-format" in info:
+            yield f"backing file format: {info['backing-filename-format']}"
+    if "snapshots" in info:
+        yield "Snapshot list:"
+        yield from snapshot_table(info["snapshots"])
+    if "format-specific" in info:
+        yield "Format specific information:"
+        yield from tree(info["format-specific"]["data"], 1)
+
+
+def _backing_words(info: Mapping[str, Any]) -> str:
+    name: str = info["backing-filename"]
+    full = info.get("full-backing-filename")
+    if full is None:
+        return f"{name} (cannot determine actual path)"
+    return name if full == name else f"{name} (actual path: {full})"
+
+
+def tree(value: Mapping[str, Any] | Sequence[Any], depth: int) -> Iterator[str]:
+    """Yield the lines of nested driver information: dashes of names become blanks, members in the hash table's order."""
+    if isinstance(value, Mapping):
+        items = [(key.replace("-", " "), item) for key, item in ordered(value).items()]
+    else:
+        items = [(f"[{index}]", item) for index, item in enumerate(value)]
+    for name, item in items:
+        if isinstance(item, (Mapping, list, tuple)):
+            yield f"{'    ' * depth}{name}:"
+            yield from tree(item, depth + 1)
+        else:
+            yield f"{'    ' * depth}{name}: {_scalar(item)}"
+
+
+def _scalar(value: Any) -> str:
+    return ("true" if value else "false") if isinstance(value, bool) else str(value)

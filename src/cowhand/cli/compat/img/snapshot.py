@@ -1,0 +1,100 @@
+"""``snapshot``: list, create, apply and delete snapshots inside an image."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cowhand.cli.compat.arguments import one_image
+from cowhand.cli.compat.images import open_image
+from cowhand.cli.compat.img.common import Command
+from cowhand.cli.compat.img.records import snapshot_info, snapshot_table
+from cowhand.cli.compat.program import Failure, UsageFailure
+from cowhand.core.errors import CowhandError, SnapshotNotFound
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    action = name = ""
+    image_opts = force_share = False
+    command = Command(words, "la:c:d:hqU", {"image-opts": "image-opts", "force-share": "U"})
+    for key, value in command:
+        match key:
+            case "l" | "a" | "c" | "d":
+                if action:
+                    raise UsageFailure("Cannot mix '-l', '-a', '-c', '-d'")
+                action, name = key, value
+            case "U":
+                force_share = True
+            case "image-opts":
+                image_opts = True
+    image = one_image(command.positional)
+    with open_image(image, image_opts=image_opts, writable=action != "l", force_share=force_share) as disk:
+        match action:
+            case "l":
+                _list(disk)
+            case "c":
+                _create(disk, name)
+            case "a":
+                _apply(disk, name)
+            case "d":
+                _delete(disk, name)
+    return 0
+
+
+def _list(disk: Disk) -> None:
+    snapshots = [snapshot_info(record) for record in getattr(disk.root, "snapshots", ())]
+    if snapshots:
+        print("Snapshot list:")
+        for line in snapshot_table(snapshots):
+            print(line)
+
+
+def _has_snapshots(disk: Disk) -> bool:
+    return hasattr(disk.root, "snapshots")
+
+
+def _create(disk: Disk, name: str) -> None:
+    from cowhand.block.snapshots import create_snapshot
+
+    number = errno.EOPNOTSUPP
+    try:
+        if _has_snapshots(disk):
+            create_snapshot(disk, name)
+            return
+    except CowhandError as error:
+        number = error.errno
+    raise Failure(f"Could not create snapshot '{name}': -{number} ({os.strerror(number)})")
+
+
+def _apply(disk: Disk, name: str) -> None:
+    from cowhand.block.snapshots import apply_snapshot
+
+    reason = "Block driver does not support snapshots"
+    try:
+        if _has_snapshots(disk):
+            apply_snapshot(disk, name)
+            return
+    except SnapshotNotFound:
+        reason = f"Failed to load snapshot: {os.strerror(errno.ENOENT)}"
+    except CowhandError as error:
+        reason = error.qemu()
+    raise Failure(f"Could not apply snapshot '{name}': {reason}")
+
+
+def _delete(disk: Disk, name: str) -> None:
+    from cowhand.block.snapshots import delete_snapshot
+
+    for record in getattr(disk.root, "snapshots", ()):
+        if record.name == name:
+            try:
+                delete_snapshot(disk, record.id)
+            except CowhandError as error:
+                raise Failure(f"Could not delete snapshot '{name}': {error.qemu()}") from error
+            return
+    raise Failure(f"Could not delete snapshot '{name}': snapshot not found")

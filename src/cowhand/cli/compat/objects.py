@@ -1,0 +1,77 @@
+"""``--object``: the objects that images can name. Secrets are kept for encrypted images, throttle groups for the throttle filter."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from cowhand.cli.compat.optionstrings import parse, warn_of_short_form
+from cowhand.cli.compat.program import Failure
+
+#: Properties of each type that has a meaning here.
+TYPES = {
+    "secret": ("data", "file", "format", "iv", "keyid"),
+    "throttle-group": (),
+}
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
+
+
+class Objects:
+    """The objects of one command line, by id. Raises Failure in QEMU's words."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[str, Any]] = {}
+
+    def add(self, text: str) -> None:
+        """Make the object that *text* describes, an option string or JSON."""
+        given = _parse(text)
+        kind = given.pop("qom-type", None)
+        if kind is None:
+            raise Failure("Parameter 'qom-type' is missing")
+        if kind not in TYPES:
+            raise Failure(f"Parameter 'qom-type' does not accept value '{kind}'")
+        name = given.pop("id", None)
+        if name is None:
+            raise Failure("Parameter 'id' is missing")
+        if kind == "secret":
+            _check_secret(given)
+        if not _IDENTIFIER.match(name):
+            hint = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
+            raise Failure("Parameter 'id' expects an identifier", hint=hint)
+        if name in self.known:
+            raise Failure(f"attempt to add duplicate property '{name}' to object (type 'container')")
+        self.known[name] = {"qom-type": kind, **given}
+
+
+def _parse(text: str) -> dict[str, Any]:
+    if text.startswith("{"):
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError):
+            raise Failure("JSON parse error") from None
+        return dict(given)
+    out = {}
+    for pair in parse(text, "qom-type") if text else []:
+        warn_of_short_form(pair)
+        out[pair.name] = pair.value
+    return out
+
+
+def _check_secret(given: dict[str, Any]) -> None:
+    for name in given:
+        if name not in TYPES["secret"]:
+            raise Failure(f"Parameter '{name}' is unexpected")
+    if given.get("format", "raw") not in ("raw", "base64"):
+        raise Failure(f"Parameter 'format' does not accept value '{given['format']}'")
+    if "data" in given and "file" in given:
+        raise Failure("'file' and 'data' are mutually exclusive")
+    if "file" in given:
+        try:
+            with open(given["file"], "rb") as file:
+                given["data"] = file.read()
+        except OSError as error:
+            reason = f"Failed to open file “{given['file']}”: {error.strerror}"
+            raise Failure(f"Unable to read {given['file']}: {reason}") from None
+    elif "data" not in given:
+        raise Failure("Either 'file' or 'data' must be provided")

@@ -1,0 +1,111 @@
+"""What every drop-in tool does around its command: its name, its messages, how it ends.
+
+Messages go to standard error and begin with the tool's name; standard output is flushed when it is full, and at the end, as C's is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+#: The version whose text and JSON are printed.
+COMPAT_VERSION = "7.2.22"
+
+_name = "cowhand"
+
+
+class Failure(Exception):
+    """The tool ends with *status* after saying *message* (None: it was said already) and *hint* lines below it."""
+
+    def __init__(self, message: str | None = None, *, status: int = 1, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.hint = hint
+
+
+class UsageFailure(Failure):
+    """A failure that points to the help."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint=f"Try '{name()} --help' for more information")
+
+
+def name() -> str:
+    """Return the name that the tool was started by."""
+    return _name
+
+
+def error(message: str, hint: str = "") -> None:
+    """Print an error; *hint* goes below it as it is."""
+    tail = f"\n{hint}" if hint else ""
+    sys.stderr.write(f"{_name}: {message}{tail}\n")
+    sys.stderr.flush()
+
+
+def warning(message: str) -> None:
+    """Print a warning."""
+    error(f"warning: {message}")
+
+
+def plain(message: str) -> None:
+    """Print lines to standard error without the tool's name."""
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+
+
+def _diagnostic(message: str) -> None:
+    # QEMU's qcow2 driver writes its own notes without the tool's name.
+    if message.startswith("qcow2"):
+        plain(message)
+    else:
+        error(message)
+
+
+def version_lines() -> str:
+    """Return what ``--version`` prints: scripts look for the number."""
+    from cowhand.__about__ import __version__
+
+    return (
+        f"{_name} version {COMPAT_VERSION} (cowhand {__version__})\nCopyright (c) the cowhand developers; MIT licence"
+    )
+
+
+def start(argument: str, fallback: str) -> None:
+    """Take the tool's name from ``argv[0]`` and prepare the standard streams; *fallback* is for ``python -m``."""
+    global _name
+    _name = os.path.basename(argument) or fallback
+    if _name.startswith("__"):
+        _name = fallback
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is not None:  # a process may be started without them
+            stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    from cowhand.core import diagnostics
+
+    diagnostics.set_sink(_diagnostic)
+
+
+def run(tool: Callable[[Sequence[str]], int], arguments: Sequence[str], fallback: str) -> int:
+    """Start *tool* with *arguments* (``argv[0]`` first) and return the exit status; errors are printed here."""
+    start(arguments[0] if arguments else "", fallback)
+    from cowhand.core.errors import CowhandError
+
+    try:
+        try:
+            status = tool(arguments)
+        except Failure as failure:
+            status = failure.status
+            if failure.message is not None:
+                error(failure.message, failure.hint)
+        except CowhandError as problem:
+            error(problem.qemu())
+            status = 1
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has left. Nothing more can be said to it, not even by the interpreter at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status

@@ -1,0 +1,36 @@
+"""``-T``: QEMU's trace events. There are none here, so each that is named is warned of and the rest accepted."""
+
+from __future__ import annotations
+
+import os
+
+from cowhand.cli.compat import program
+from cowhand.cli.compat.optionstrings import parse
+from cowhand.cli.compat.program import Failure
+
+
+def accept(text: str) -> None:
+    """Check the argument of ``-T`` and warn of events that it enables. Raises Failure."""
+    for pair in parse(text, "enable"):
+        if pair.name == "enable":
+            _enable(pair.value)
+        elif pair.name == "events":
+            _enable_listed(pair.value)
+        elif pair.name != "file":
+            raise Failure(f"Invalid parameter '{pair.name}'")
+
+
+def _enable(pattern: str) -> None:
+    if not pattern.startswith("-") and "*" not in pattern and "?" not in pattern:
+        program.warning(f"trace event '{pattern}' does not exist")
+
+
+def _enable_listed(path: str) -> None:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.strip() and not line.startswith("#"):
+                    _enable(line.strip())
+    except OSError as error:
+        program.plain(f"{program.name()}:{path}: {os.strerror(error.errno or 0)}")
+        raise Failure from None
