@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cowhand
 from cowhand.block.opening import combine
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from cowhand.block.node import BlockNode
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
+class SnapshotInfo(NamedTuple):
     """An internal snapshot. ``date_sec`` since 1970, ``vm_clock_nsec`` the guest's running time, sizes in bytes."""
 
     id: str
@@ -42,8 +40,7 @@ class SnapshotInfo:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """Facts about one image, without what lies under it.
 
     ``disk_size``: bytes that it takes on its medium. ``backing``: the base's name as the header has it, ``backing_path``: the name to open it by.

@@ -110,13 +110,20 @@ def identify(path: str | os.PathLike[str]) -> Identity | None:
     return stat.st_dev, stat.st_ino
 
 
+def folder_of(path: str | os.PathLike[str]) -> str:
+    """Return the folder that the file *path* lies in, links of the file itself followed; written as *path* is."""
+    name = os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
+    return os.path.dirname(name) or os.curdir
+
+
 def _files(folder: str) -> Iterator[str]:
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.path for entry in entries if entry.is_file())
+            names = sorted(entry.name for entry in entries if entry.is_file())
     except OSError:
         return
-    yield from names
+    for name in names:
+        yield name if folder == os.curdir else os.path.join(folder, name)
 
 
 def read_reference(path: str) -> Reference | None:
@@ -195,7 +202,7 @@ def refuse_if_needed(
     *doing* says what would harm them ("committing into it"); *insist* names the way to do it all the same. Returns the images in these folders
     that could not be asked.
     """
-    tree = Tree([os.path.dirname(os.path.realpath(path)), *folders])
+    tree = Tree([folder_of(path), *folders])
     known = {identify(name) for name in apart}
     others = [reference.path for reference in tree.overlays(path) if identify(reference.path) not in known]
     if not others:

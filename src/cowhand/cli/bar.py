@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -54,9 +55,9 @@ def draw(raster: Raster, layers: Sequence[str], out: Output) -> None:
             continue
         from rich.text import Text
 
-        row = Text(f"{label:>9} ", style="dim")
-        for text, kind in pairs:
-            row.append(text, style=f"not dim {colour_of(kind)}")
+        row = Text.assemble((f"{label:>9} ", "dim"))
+        for colour, group in itertools.groupby(pairs, key=lambda pair: colour_of(pair[1])):
+            row.append("".join(text for text, _ in group), style=colour)
         out.console.print(row, no_wrap=True, crop=True)
     out.line()
     for kind in in_order(raster.totals):

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cowhand.block.create import local_path
-from cowhand.chain.tree import OverlaysExist, Tree, identify, refuse_if_needed
+from cowhand.chain.tree import OverlaysExist, Tree, folder_of, identify, refuse_if_needed
+from cowhand.core.errors import ImageExists
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context
@@ -43,5 +44,16 @@ def dependents(image: str, apart: Iterable[str] = ()) -> list[str]:
     if path is None:
         return []
     known = {identify(name) for name in apart}
-    tree = Tree([os.path.dirname(os.path.realpath(path))])
+    tree = Tree([folder_of(path)])
     return [reference.path for reference in tree.descendants(path) if identify(reference.path) not in known]
+
+
+def refuse_existing(path: str, overwrite: bool) -> bool:
+    """Tell whether something has the name *path*; raise ImageExists when it may not be overwritten."""
+    local = local_path(path)
+    there = local is not None and os.path.lexists(local)
+    if there and not overwrite:
+        raise ImageExists(
+            f"'{path}' exists already", path=path, hint="Choose another name, or insist with --overwrite."
+        )
+    return there

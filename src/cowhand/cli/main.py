@@ -47,6 +47,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n  See: {self.prog} --help\n")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Formats help as wide as the terminal. Finding that out by itself, argparse would import shutil, bz2 and lzma at every start."""
+
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        try:
+            width = int(columns) if columns.isdigit() else os.get_terminal_size(sys.stdout.fileno()).columns
+        except (AttributeError, OSError, ValueError):
+            width = 80
+        super().__init__(prog, max_help_position=28, width=max(40, min(width, 120)) - 2)
+
+
 def overview() -> str:
     """Return the text of ``cowhand --help``."""
     width = max(map(len, COMMANDS)) + 2
@@ -66,7 +78,7 @@ def build_parser(name: str, module: ModuleType) -> Parser:
         prog=f"cowhand {name}",
         description=module.__doc__,
         epilog=f"Examples:\n{module.EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     module.configure(parser)
     return parser

@@ -7,14 +7,13 @@ The second one leaves at once; images are then as after a crash, which may cost 
 from __future__ import annotations
 
 import os
-import queue
+import select
 import signal
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from cowhand.cli.output import Output
 from cowhand.core.errors import CowhandError, from_os_error
@@ -58,7 +57,7 @@ class Context:
 def run(command: ModuleType, name: str, args: Namespace) -> int:
     """Run *command* with *args* to its end, or to where a signal stopped it; return the exit code."""
     context = Context(name, args)
-    mailbox: queue.SimpleQueue[int] = queue.SimpleQueue()
+    mailbox = Mailbox()
     outcome: list[int | BaseException] = []
 
     def work() -> None:
@@ -70,14 +69,11 @@ def run(command: ModuleType, name: str, args: Namespace) -> int:
             context.close()
             mailbox.put(0)
 
-    restore = _catch_signals(mailbox)
     worker = threading.Thread(target=work, name="command")
-    try:
+    with mailbox:
         worker.start()
         number = _wait(mailbox, context, patient=command.WRITES)
         worker.join()
-    finally:
-        restore()
     result = outcome[0]
     if isinstance(result, int):
         context.out.flush()
@@ -87,30 +83,54 @@ def run(command: ModuleType, name: str, args: Namespace) -> int:
     return report(result, context, number)
 
 
-def _catch_signals(mailbox: queue.SimpleQueue[int]) -> Callable[[], None]:
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
+class Mailbox:
+    """A pipe into which signals and the worker's end fall, one byte each; a context manager that catches signals inside.
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        # SimpleQueue.put may be called from a handler that interrupts get; the other queues and events may not.
-        mailbox.put(number)
+    The interpreter's own C handler writes the byte (``signal.set_wakeup_fd``). Waiting on a lock or a queue instead would lose a signal
+    that comes between the last look at pending signals and the wait.
+    """
 
-    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    def __enter__(self) -> Mailbox:
+        self._out, self._in = os.pipe()
+        os.set_blocking(self._in, False)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, _noticed) for number in _SIGNALS}
+            self._wakeup = signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
+        return self
 
-    def restore() -> None:
-        for number, old in before.items():
-            signal.signal(number, old)
+    def __exit__(self, *ignored: object) -> None:
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
+            for number, old in self._before.items():
+                signal.signal(number, old)
+        os.close(self._in)
+        os.close(self._out)
 
-    return restore
+    def put(self, number: int) -> None:
+        """Drop *number* (0: the worker has ended)."""
+        os.write(self._in, bytes([number]))
+
+    def get(self, timeout: float | None) -> int | None:
+        """Wait for the next number that is 0 or one of the signals; None when *timeout* seconds have passed."""
+        while True:
+            if not select.select([self._out], [], [], timeout)[0]:
+                return None
+            number = os.read(self._out, 1)[0]
+            if not number or number in _SIGNALS:
+                return number
 
 
-def _wait(mailbox: queue.SimpleQueue[int], context: Context, *, patient: bool) -> int:
+def _noticed(number: int, frame: FrameType | None) -> None:
+    """Be there, so that the signal neither ends the process nor is ignored."""
+
+
+def _wait(mailbox: Mailbox, context: Context, *, patient: bool) -> int:
     """Wait for the worker's end; return the number of the signal that came, or 0."""
     interrupted = 0
     while True:
-        try:
-            number = mailbox.get(timeout=GRACE_SECONDS if interrupted and not patient else None)
-        except queue.Empty:
+        number = mailbox.get(GRACE_SECONDS if interrupted and not patient else None)
+        if number is None:
             _leave(interrupted)
         if not number:
             return interrupted
@@ -122,7 +142,7 @@ def _wait(mailbox: queue.SimpleQueue[int], context: Context, *, patient: bool) -
             context.out.note("stopping at the next safe point; once more leaves at once")
 
 
-def _leave(number: int) -> None:
+def _leave(number: int) -> NoReturn:
     """End the process without waiting for anything."""
     sys.stderr.write("\n")
     sys.stderr.flush()

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
-from cowhand.core.errors import CowhandError, ImageExists, InvalidArgument
+from cowhand.core.errors import CowhandError, InvalidArgument
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -92,12 +92,13 @@ def _tuning(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Convert."""
-    from cowhand.cli.guard import refuse_harm
+    from cowhand.cli.guard import refuse_existing, refuse_harm
 
-    if args.no_create or (args.overwrite and os.path.lexists(args.target)):
+    there = refuse_existing(args.target, args.overwrite or args.no_create)
+    if there:
         refuse_harm(context, args.target, "writing over it", force=args.force or args.dry_run)
     if args.dry_run:
-        return _plan(args, context)
+        return _plan(args, context, there)
     from cowhand.copy.convert import convert
 
     label = f"{os.path.basename(args.source[0])} → {os.path.basename(args.target)}"
@@ -204,15 +205,10 @@ def _tell(args: argparse.Namespace, result: ConvertResult, context: Context) -> 
     return 3 if result.unreadable else 0
 
 
-def _plan(args: argparse.Namespace, context: Context) -> int:
+def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
     from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
 
-    there = os.path.lexists(args.target)
-    if there and not (args.overwrite or args.no_create):
-        raise ImageExists(
-            f"'{args.target}' exists already", path=args.target, hint="Choose another name, or insist with --overwrite."
-        )
     format = arguments.format_for(args.target, args.target_format)
     amounts = [_amount(name, args, format) for name in args.source]
     reads = [Touch(name, "data", data) for name, (data, _) in zip(args.source, amounts, strict=True)]

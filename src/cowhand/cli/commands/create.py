@@ -7,11 +7,10 @@ The size may be left out when there is a base: it is the base's then. Without -f
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
-from cowhand.core.errors import ImageExists, InvalidArgument
+from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.image is None:
         raise InvalidArgument("the new image needs a name", hint="See: cowhand create --help")
     from cowhand.block.create import prepare
+    from cowhand.cli.guard import refuse_existing, refuse_harm
 
     creation = prepare(
         args.image,
@@ -69,12 +69,11 @@ def run(args: argparse.Namespace, context: Context) -> int:
         backing_format=args.backing_format,
         open_backing=not args.unsafe,
     )
-    if args.overwrite and os.path.lexists(args.image):
-        from cowhand.cli.guard import refuse_harm
-
+    there = refuse_existing(args.image, args.overwrite)
+    if there:
         refuse_harm(context, args.image, "overwriting it", force=args.force or args.dry_run)
     if args.dry_run:
-        return _plan(args, context, creation)
+        return _plan(args, context, creation, there)
     creation.run(overwrite=args.overwrite)
     if context.out.json:
         context.out.document(_document(creation))
@@ -95,14 +94,9 @@ def _document(creation: Creation) -> dict[str, Any]:
     }
 
 
-def _plan(args: argparse.Namespace, context: Context, creation: Creation) -> int:
+def _plan(args: argparse.Namespace, context: Context, creation: Creation, there: bool) -> int:
     from cowhand.cli.plan import Plan, Touch, show
 
-    there = os.path.lexists(args.image)
-    if there and not args.overwrite:
-        raise ImageExists(
-            f"'{args.image}' exists already", path=args.image, hint="Choose another name, or insist with --overwrite."
-        )
     plan = Plan(
         action=f"create {creation.filename}, {creation.format.name}, {format_size(creation.size)}",
         reads=[Touch(args.backing, "header of the base")] if args.backing and not args.unsafe else [],

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
-from cowhand.core.errors import ImageExists, InvalidArgument
+from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -59,14 +59,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
     given = operands(args.operand)
     source, target = given["if"], given["of"]
     format = arguments.format_for(target, args.target_format)
-    there = os.path.lexists(target)
-    if there and not args.overwrite:
-        raise ImageExists(
-            f"'{target}' exists already", path=target, hint="Choose another name, or insist with --overwrite."
-        )
-    if there:
-        from cowhand.cli.guard import refuse_harm
+    from cowhand.cli.guard import refuse_existing, refuse_harm
 
+    there = refuse_existing(target, args.overwrite)
+    if there:
         refuse_harm(context, target, "writing over it", force=args.force or args.dry_run)
     if args.dry_run:
         return _plan(args, context, given, format, there)

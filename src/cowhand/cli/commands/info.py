@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from typing import TYPE_CHECKING
 
 from cowhand.chain.info import ImageInfo, SnapshotInfo, chain_info, image_info
@@ -73,17 +72,17 @@ def _end(chain: list[ImageInfo]) -> int:
 
 def other_overlays(chain: list[ImageInfo]) -> list[list[str]]:
     """Return for each image of *chain* the images in its folder that stand on it, but for the one above it in the chain."""
-    from cowhand.chain.tree import Tree, identify
+    from cowhand.chain.tree import Tree, folder_of, identify
 
     found: list[list[str]] = [[]]
     for above, info in itertools.pairwise(chain):
         if info.problem:
             found.append([])
             continue
-        tree = Tree([os.path.dirname(os.path.realpath(info.filename))])
+        tree = Tree([folder_of(info.filename)])
         own = identify(above.filename)
         found.append([one.path for one in tree.overlays(info.filename) if identify(one.path) != own])
-    top = Tree([os.path.dirname(os.path.realpath(chain[0].filename))])
+    top = Tree([folder_of(chain[0].filename)])
     found[0] = [one.path for one in top.overlays(chain[0].filename)]
     return found
 
