@@ -75,12 +75,15 @@ def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> N
     allocator = node.allocator
     begin = count = 0
     for (was,), (now,) in zip(L.U64.iter_unpack(old), L.U64.iter_unpack(new), strict=True):
-        if not was & _ENTRY_HOST or (was ^ now) & _ENTRY_HOST == 0:
+        if not was & _ENTRY_HOST:
             continue
         if was & L.ENTRY_COMPRESSED:
+            # Always another place than before, if perhaps in the same sector.
             host, nbytes = L.compressed_location(was, bits)
             first, last = host >> bits, (host + nbytes - 1) >> bits
             allocator.free(first, last - first + 1)
+            continue
+        if (was ^ now) & _ENTRY_HOST == 0:
             continue
         offset = was & L.L2_OFFSET_MASK
         if offset & (node.cluster_size - 1):
