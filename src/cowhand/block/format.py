@@ -9,7 +9,6 @@ in-flight table from reserve to link; who wants one of these units meanwhile wai
 
 from __future__ import annotations
 
-import os
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,11 +16,6 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 from cowhand.block.node import (
-    DISCARD,
-    READ,
-    WRITE_REQUEST,
-    ZERO_REQUEST,
-    ZERO_UNMAP,
     BlockNode,
     Child,
     Request,
@@ -43,10 +37,10 @@ from cowhand.core.extents import (
 from cowhand.core.locks import RANK_ALLOCATION, ranked_lock
 
 #: flags of a run whose bytes can be read where they lie, and those that forbid it
-_PLAIN = DATA | OFFSET
-_PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
-_IN_PLACE = DATA | OFFSET | IN_PLACE
-_IN_PLACE_MASK = _PLAIN_MASK | IN_PLACE
+PLAIN_RUN = DATA | OFFSET
+PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
+IN_PLACE_RUN = DATA | OFFSET | IN_PLACE
+IN_PLACE_MASK = PLAIN_MASK | IN_PLACE
 
 
 class Kind(IntEnum):
@@ -94,6 +88,9 @@ class FormatNode(BlockNode):
     """A format. Drivers set ``allocation_unit`` and ``copy_unit`` (bytes) before any I/O."""
 
     is_format: ClassVar[bool] = True
+    #: (mask, flags) of a run that can be read, or written, where it lies
+    DIRECT_READ: ClassVar[tuple[int, int]] = (PLAIN_MASK, PLAIN_RUN)
+    DIRECT_WRITE: ClassVar[tuple[int, int]] = (IN_PLACE_MASK, IN_PLACE_RUN)
     allocation_unit: int
     copy_unit: int
 
@@ -150,7 +147,7 @@ class FormatNode(BlockNode):
         view = memoryview(buffer)
         length = len(view)
         run = self.map(offset, length) if length else (0, 0, None, 0)
-        if run[0] == length and run[1] & _PLAIN_MASK == _PLAIN and run[2] is not None:
+        if run[0] == length and run[1] & PLAIN_MASK == PLAIN_RUN and run[2] is not None:
             if self.event_sink is not None:
                 self.event_sink("read_aio")
             run[2].read_into(run[3], buffer)
@@ -235,6 +232,11 @@ class FormatNode(BlockNode):
                     self.begin_writing()
                     self._writing = True
 
+    @property
+    def may_write_directly(self) -> bool:
+        """True when a write in place needs no more than the write itself."""
+        return self._writing and self.poison is None and self.options.detect_zeroes == "off"
+
     def set_poison(self, error: BaseException) -> None:
         """Stop all writing, data and metadata, until the image is opened again: its state in memory can no longer be trusted."""
         if self.poison is None:
@@ -248,7 +250,7 @@ class FormatNode(BlockNode):
             run = self.map(offset, len(buffers[0])) if len(buffers[0]) else None
             if run is None:
                 return
-            if run[1] & _IN_PLACE_MASK == _IN_PLACE and run[0] == len(buffers[0]) and run[2] is not None:
+            if run[1] & IN_PLACE_MASK == IN_PLACE_RUN and run[0] == len(buffers[0]) and run[2] is not None:
                 if self.event_sink is not None:
                     self.event_sink("write_aio")
                 run[2].write(run[3], buffers)
@@ -273,7 +275,7 @@ class FormatNode(BlockNode):
                 return done
         while True:
             count, flags, child, host = self.map(offset, length)
-            if flags & _IN_PLACE_MASK == _IN_PLACE and child is not None:
+            if flags & IN_PLACE_MASK == IN_PLACE_RUN and child is not None:
                 if self.event_sink is not None:
                     self.event_sink("write_aio")
                 child.write(host, _slice(views, skip, count))
@@ -507,7 +509,7 @@ class FormatNode(BlockNode):
     def _write_raw_piece(self, offset: int, length: int) -> int:
         # Not through _write_piece: zero detection would come back here.
         count, flags, child, host = self.map(offset, length)
-        if flags & _IN_PLACE_MASK == _IN_PLACE and child is not None:
+        if flags & IN_PLACE_MASK == IN_PLACE_RUN and child is not None:
             child.write(host, (ZEROES[:count],))
             self.changed = True
             return count
@@ -550,62 +552,9 @@ class FormatNode(BlockNode):
     # -- many requests at once
 
     def submit(self, batch: Sequence[Request]) -> None:
-        failure: Exception | None = None
-        quiet = self.event_sink is None
-        index, count = 0, len(batch)
-        while index < count:
-            kind, offset, what = batch[index]
-            index += 1
-            try:
-                if kind == READ and quiet:
-                    index = self._submit_read(batch, index, offset, what)
-                elif kind == READ:
-                    self.read_into(offset, what)
-                elif kind == WRITE_REQUEST:
-                    self.write(offset, (what,))
-                elif kind == ZERO_REQUEST:
-                    self.write_zeroes(offset, what)
-                elif kind == ZERO_UNMAP:
-                    self.write_zeroes(offset, what, unmap=True)
-                elif kind == DISCARD:
-                    self.discard(offset, what)
-                else:
-                    self.flush()
-            except Exception as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+        from cowhand.block.batch import submit
 
-    def _submit_read(self, batch: Sequence[Request], index: int, offset: int, what: Buffer) -> int:
-        """Read one request, and with it those that follow it both in *batch* and on the medium; return the next index."""
-        length = len(what)
-        found, flags, child, host = self.map(offset, length)
-        if found != length or flags & _PLAIN_MASK != _PLAIN or child is None or child.lane is None:
-            self.read_into(offset, what)
-            return index
-        descriptor = child.lane.lane_fd
-        if descriptor < 0:
-            child.read_into(host, what)
-            return index
-        buffers = [what]
-        total = length
-        while index < len(batch) and len(buffers) < 64:
-            kind, next_offset, next_buffer = batch[index]
-            if kind != READ or next_offset != offset + total:
-                break
-            size = len(next_buffer)
-            found, flags, next_child, next_host = self.map(next_offset, size)
-            if found != size or flags & _PLAIN_MASK != _PLAIN or next_child is not child or next_host != host + total:
-                break
-            buffers.append(next_buffer)
-            total += size
-            index += 1
-        if os.preadv(descriptor, buffers, host) != total:
-            # The end of the file, or an interruption: the long way knows what to do.
-            for buffer in buffers:
-                self.read_into(offset, buffer)
-                offset += len(buffer)
-        return index
+        submit(self, batch)
 
 
 def _slice(views: Sequence[memoryview], skip: int, length: int) -> list[memoryview]:

@@ -27,17 +27,24 @@ QUIESCE_DEADLINE = 30.0
 def bind(edge: Edge) -> None:
     """Set the methods of *edge* to the shortest way to its node: padded only where alignments differ, hooked only where hooks are."""
     node = edge.node
-    access: BlockNode | HookedAccess | AlignedAccess = node
+    access: BlockNode | HookedAccess = node
     if node.hooks:
         access = HookedAccess(node)
     if node.limits.request_alignment > edge.granularity:
-        access = AlignedAccess(node, access)
-    edge.lane = node if access is node else None
+        padded = AlignedAccess(node, access)
+        edge.lane = None
+        _set_methods(edge, padded)
+    else:
+        edge.lane = node if access is node else None
+        _set_methods(edge, access)
+
+
+def _set_methods(edge: Edge, access: BlockNode | HookedAccess | AlignedAccess) -> None:
     edge.read_into = access.read_into
     edge.write = access.write
     edge.write_zeroes = access.write_zeroes
     edge.discard = access.discard
-    edge.flush = node.flush
+    edge.flush = edge.node.flush
     edge.submit = access.submit
 
 

@@ -177,7 +177,7 @@ class BlockNode(ABC):
             need |= WRITE | RESIZE
         return need, shared & ~(WRITE | RESIZE)
 
-    def update_permissions(self, perm: int, shared: int) -> None:  # noqa: B027 - an optional hook, not abstract
+    def update_permissions(self, perm: int, shared: int) -> None:
         """Learn the union of what this node's users need and share. Protocols take or give back image locks; may raise ImageInUse."""
 
     # -- data

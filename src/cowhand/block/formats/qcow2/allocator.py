@@ -27,7 +27,7 @@ class Freed(NamedTuple):
     """Host clusters that lost a reference. ``discard``: hand the space back to the file system when nothing refers to them any more."""
 
     cluster: int
-    count: int
+    clusters: int
     discard: bool
 
 
@@ -148,7 +148,7 @@ class Allocator:
     def restore(self, freed: list[Freed]) -> None:
         """That flush failed."""
         self._unflushed[:0] = freed
-        self.unflushed_bytes += sum(part.count for part in freed) * self.cluster_size
+        self.unflushed_bytes += sum(part.clusters for part in freed) * self.cluster_size
 
     def stamp(self, freed: list[Freed]) -> None:
         """That flush has ended: the disk no longer refers to *freed*; requests in flight still may."""
@@ -173,19 +173,19 @@ class Allocator:
     def release(self, freed: list[Freed]) -> None:
         """Count *freed* down. Never raises: on a damaged image the clusters leak, and the user hears of it."""
         for part in freed:
-            self.held -= part.count * self.cluster_size
+            self.held -= part.clusters * self.cluster_size
             try:
-                self.refcounts.change(part.cluster, part.count, -1)
+                self.refcounts.change(part.cluster, part.clusters, -1)
             except CowhandError as error:
                 self._release_singly(part, error)
-            end = (part.cluster + part.count) * self.cluster_size
+            end = (part.cluster + part.clusters) * self.cluster_size
             if part.cluster * self.cluster_size <= self.next_byte < end and not self.refcounts.get(part.cluster):
                 self.next_byte = 0
 
     def _release_singly(self, part: Freed, error: CowhandError) -> None:
-        failed = part.count == 1
+        failed = part.clusters == 1
         if not failed:
-            for cluster in range(part.cluster, part.cluster + part.count):
+            for cluster in range(part.cluster, part.cluster + part.clusters):
                 try:
                     self.refcounts.change(cluster, 1, -1)
                 except CowhandError:

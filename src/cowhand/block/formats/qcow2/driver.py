@@ -139,6 +139,7 @@ class Qcow2Node(FormatNode):
             raise InvalidFormat("Image does not contain a reference count table", path=path, offset=L.OFFSET_REFCOUNT_TABLE + 8)
         self.refcounts = Refcounts(self, self._read_table(header.refcount_table_offset, header.refcount_table_clusters * self.cluster_size))
         self.mapping = Mapping(self, self._read_table(header.l1_offset, header.l1_size * 8))
+        self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
         options = self.options
         if options.l2_cache_size is not None or options.cache_size is not None:
             self.mapping.cache.limit = options.l2_cache_size or options.cache_size or self.mapping.cache.limit
@@ -225,7 +226,7 @@ class Qcow2Node(FormatNode):
             from cowhand.block.formats.qcow2.compression import codec
 
             with self._codec_lock:
-                self._codec = self._codec or codec(self.header.compression_type)
+                self._codec = codec(self.header.compression_type)
         return self._codec
 
     def set_compression_level(self, level: int | None) -> None:
@@ -252,11 +253,26 @@ class Qcow2Node(FormatNode):
         if self.poison is not None:
             raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno)
         self.changed = True
+        # Also when it is given up later: what a failed operation left there is not fresh.
+        self.allocator.high_water = max(self.allocator.high_water, offset + len(data))
         self.file.write(offset, (data,))
 
     def flush_file(self) -> None:
         """Make everything stable that was written to the file."""
         self.file.flush()
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Switch to a new table in the ``with`` block: one field that makes it valid is written.
+
+        After an error nobody knows whether the file names the old table or the new one, so nothing that either uses may be taken for
+        something else: the node is poisoned.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.set_poison(error)
+            raise
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -413,7 +429,7 @@ class Qcow2Node(FormatNode):
             return
         for part in ready:
             if part.discard:
-                self._discard_host(part.cluster, part.count)
+                self._discard_host(part.cluster, part.clusters)
         with self.lock:
             self.allocator.release(ready)
             self.changed = True

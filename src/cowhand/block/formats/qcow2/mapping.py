@@ -18,7 +18,7 @@ from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, IN_PLACE, MAX_ROWS
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
-    from cowhand.block.node import Child
+    from cowhand.block.node import BlockNode, Child
 
 #: Bytes of L2 tables kept in memory, as QEMU's default: at 64 KiB clusters this covers 256 GiB.
 CACHE_LIMIT = 32 << 20
@@ -219,6 +219,7 @@ class Mapping:
     ) -> int:
         size, bits = self.cluster_size, self.cluster_bits
         node = self.node
+        owner: BlockNode = node
         position, count = 0, len(entries)
         while position < count:
             entry = entries[position]

@@ -178,7 +178,8 @@ class Refcounts:
             if index * 8 < len(self.table):
                 node.fire("refblock_alloc_hookup")
                 entry = L.U64.pack(offset)
-                node.write_metadata(node.header.refcount_table_offset + index * 8, entry)
+                with node.publishing():
+                    node.write_metadata(node.header.refcount_table_offset + index * 8, entry)
                 self.table[index * 8 : index * 8 + 8] = entry
             else:
                 self._grow_table(cluster, index, place)
@@ -233,8 +234,9 @@ class Refcounts:
         old, old_count = node.header.refcount_table_offset // self.cluster_size, node.header.refcount_table_clusters
         clusters = len(table) // self.cluster_size
         field = L.U64.pack(cluster * self.cluster_size) + L.U32.pack(clusters)
-        node.write_metadata(L.OFFSET_REFCOUNT_TABLE, field, check=False)
-        node.flush_file()
+        with node.publishing():
+            node.write_metadata(L.OFFSET_REFCOUNT_TABLE, field, check=False)
+            node.flush_file()
         node.header.refcount_table_offset = cluster * self.cluster_size
         node.header.refcount_table_clusters = clusters
         self.table = table

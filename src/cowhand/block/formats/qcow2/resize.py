@@ -51,8 +51,9 @@ def _replace_l1(node: Qcow2Node, entries: int) -> None:
         node.write_metadata(first * size, data)
         node.flush_file()
         node.fire("l1_grow_activate_table")
-        node.write_metadata(L.OFFSET_L1_SIZE, L.U32.pack(entries) + L.U64.pack(first * size), check=False)
-        node.flush_file()
+        with node.publishing():
+            node.write_metadata(L.OFFSET_L1_SIZE, L.U32.pack(entries) + L.U64.pack(first * size), check=False)
+            node.flush_file()
     except CowhandError:
         node.allocator.untake(first, clusters)
         raise

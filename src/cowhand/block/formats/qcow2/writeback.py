@@ -81,7 +81,7 @@ class WriteBack:
     def _collect(self) -> tuple[list[Piece], list[Piece], list[Freed], bool]:
         node = self.node
         first = node.refcounts.cache.collect()
-        second = []
+        second: list[Piece] = []
         for piece in node.mapping.cache.collect():
             (first if piece.fresh else second).append(piece)
         l1 = node.mapping.l1

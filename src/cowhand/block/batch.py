@@ -1,0 +1,92 @@
+"""Many requests at once on a format: what can be done in place goes straight to the descriptor, neighbours together; the rest singly.
+
+A loop over plain tuples with as few calls as possible: at 4 KiB a request costs 2 µs, of which the system call takes three quarters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cowhand.block.node import DISCARD, READ, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, Request
+
+if TYPE_CHECKING:
+    from cowhand.block.format import FormatNode
+
+#: Neighbours that are done by one system call, at most.
+_MAX_TOGETHER = 64
+_preadv = getattr(os, "preadv", None)
+_pwritev = getattr(os, "pwritev", None)
+
+
+def submit(node: FormatNode, batch: Sequence[Request]) -> None:
+    """Do *batch* on *node*; the first error is raised after the rest has ended."""
+    failure: Exception | None = None
+    fast = node.event_sink is None and _preadv is not None
+    index, count = 0, len(batch)
+    while index < count:
+        kind, offset, what = batch[index]
+        try:
+            if fast and kind <= WRITE_REQUEST:
+                done = _together(node, batch, index, kind, offset, what)
+                if done:
+                    index += done
+                    continue
+            index += 1
+            _single(node, kind, offset, what)
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _single(node: FormatNode, kind: int, offset: int, what: Any) -> None:
+    if kind == READ:
+        node.read_into(offset, what)
+    elif kind == WRITE_REQUEST:
+        node.write(offset, (what,))
+    elif kind == ZERO_REQUEST:
+        node.write_zeroes(offset, what)
+    elif kind == ZERO_UNMAP:
+        node.write_zeroes(offset, what, unmap=True)
+    elif kind == DISCARD:
+        node.discard(offset, what)
+    else:
+        node.flush()
+
+
+def _together(node: FormatNode, batch: Sequence[Request], index: int, kind: int, offset: int, what: Any) -> int:
+    """Do the request at *index*, and those behind it that adjoin it on disk and medium; return how many, 0 if it needs the long way."""
+    length = len(what)
+    found, flags, child, host = node.map(offset, length)
+    mask, wanted = node.DIRECT_READ if kind == READ else node.DIRECT_WRITE
+    if found != length or flags & mask != wanted or child is None or child.lane is None or not length:
+        return 0
+    descriptor = child.lane.lane_fd
+    if descriptor < 0 or (kind == WRITE_REQUEST and not node.may_write_directly):
+        return 0
+    done = 1
+    if index + 1 < len(batch) and batch[index + 1][1] == offset + length:
+        buffers = [what]
+        total = length
+        for next_kind, next_offset, buffer in batch[index + 1 : index + _MAX_TOGETHER]:
+            if next_kind != kind or next_offset != offset + total:
+                break
+            size = len(buffer)
+            found, flags, next_child, next_host = node.map(next_offset, size)
+            if found != size or flags & mask != wanted or next_child is not child or next_host != host + total:
+                break
+            buffers.append(buffer)
+            total += size
+        done = len(buffers)
+    else:
+        buffers, total = (what,), length  # type: ignore[assignment]
+    try:
+        moved = _preadv(descriptor, buffers, host) if kind == READ else _pwritev(descriptor, buffers, host)  # type: ignore[misc]
+    except OSError:
+        return 0  # the long way meets the same error, and says what it is
+    if kind == WRITE_REQUEST:
+        node.changed = True
+    # Short at the end of the file, or interrupted: the long way knows what to do.
+    return done if moved == total else 0
