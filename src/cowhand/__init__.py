@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from cowhand.__about__ import __version__
 
 if TYPE_CHECKING:
     import os
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cowhand.block.policy import Policy
 
 
-def open(  # noqa: A001 - the name users expect
+def open(
     what: str | os.PathLike[str] | Mapping[str, Any],
     *,
     writable: bool = False,

@@ -35,7 +35,7 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
                     continue
             index += 1
             _single(node, kind, offset, what)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
             failure = failure or error
     if failure is not None:
         raise failure

@@ -414,11 +414,11 @@ class Disk:
             if not self.read_only:
                 try:
                     node.flush()
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - kept, and raised at the end
                     failure = error
             try:
                 graph.detach(self.edge)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - kept, and raised at the end
                 failure = failure or error
             else:
                 if failure is not None and node.closed and getattr(node, "changed", True) is False:
@@ -435,7 +435,7 @@ class Disk:
             return
         try:
             self.close()
-        except Exception as second:
+        except Exception as second:  # noqa: BLE001 - kept, and raised at the end
             error.add_note(f"closing '{self.name}' failed too: {second}")
 
     def __repr__(self) -> str:

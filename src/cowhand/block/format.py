@@ -76,7 +76,7 @@ class Reservation:
         self.waiters: list[Any] = []
 
 
-class Unprepared(Exception):  # noqa: N818 - a signal between reserve and claim, never seen outside
+class Unprepared(Exception):
     """Raised by ``reserve`` when something must be done without the lock first; :meth:`FormatNode.claim` does it and begins again."""
 
     def __init__(self, prepare: Callable[[], None]) -> None:

@@ -169,12 +169,12 @@ def close_node(node: BlockNode) -> None:
     node.closed = True
     try:
         node.close()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - kept, and raised at the end
         failure = error
     for child in list(node.children.values()):
         try:
             _detach(child)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - kept, and raised at the end
             failure = failure or error
     if failure is not None:
         raise failure

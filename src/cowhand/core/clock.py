@@ -6,7 +6,6 @@ import os
 import time
 
 
-
 def now() -> float:
     """Return seconds since 1970 (UTC). ``COWHAND_CLOCK`` fixes it, for tests and reproducible images."""
     fixed = os.environ.get("COWHAND_CLOCK")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Mapping as Mapping_
+from collections.abc import Callable, Iterator, Mapping as Mapping_, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cowhand.block.createoptions import CreateOption
 from cowhand.block.format import FormatNode, Kind, Reservation, Unprepared
-from cowhand.block.formats.qcow2 import header as headers
-from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2 import overlap
+from cowhand.block.formats.qcow2 import header as headers, layout as L, overlap
 from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT, Allocator
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create
 from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.refcounts import Refcounts
 from cowhand.block.formats.qcow2.writeback import WriteBack
-from cowhand.block.createoptions import CreateOption
 from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
 from cowhand.block.options import NodeOptions, option
 from cowhand.core import diagnostics
@@ -131,12 +128,15 @@ class Qcow2Node(FormatNode):
         self.header = header = headers.parse(bytes(first), path)
         self._refuse_unsupported(for_repair=for_repair)
         self.cluster_size = self.allocation_unit = self.copy_unit = header.cluster_size
-        self.limits = Limits(preferred_io=max(1 << 20, header.cluster_size), zero_alignment=header.cluster_size, discard_alignment=header.cluster_size)
+        unit = header.cluster_size
+        self.limits = Limits(preferred_io=max(1 << 20, unit), zero_alignment=unit, discard_alignment=unit)
         self.capabilities = Capabilities(
             writable=self.writable, zeroes=Zeroing.NATIVE, discard=True, fua=True, resizable=True
         )
         if not header.refcount_table_clusters and not for_repair:
-            raise InvalidFormat("Image does not contain a reference count table", path=path, offset=L.OFFSET_REFCOUNT_TABLE + 8)
+            raise InvalidFormat(
+                "Image does not contain a reference count table", path=path, offset=L.OFFSET_REFCOUNT_TABLE + 8
+            )
         self.refcounts = Refcounts(self, self._read_table(header.refcount_table_offset, header.refcount_table_clusters * self.cluster_size))
         self.mapping = Mapping(self, self._read_table(header.l1_offset, header.l1_size * 8))
         self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request

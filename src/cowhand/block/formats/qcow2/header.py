@@ -11,7 +11,6 @@ from cowhand.block.formats.qcow2 import layout as L
 from cowhand.core.errors import InvalidArgument, InvalidFormat, UnsupportedFeature
 from cowhand.core.units import MAX_SIZE
 
-
 #: QEMU leaves the table of feature names out of headers this small, to have room for the backing file's name.
 _SMALL_CLUSTER = 4096
 

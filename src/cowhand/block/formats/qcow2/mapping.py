@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING
 from cowhand.block.cache import Table, TableCache
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.core.errors import CowhandError
-from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, IN_PLACE, MAX_ROWS, NO_HOST, OFFSET, RECURSE, ZERO, ExtentBatch
+from cowhand.core.extents import (
+    ALLOCATED,
+    COMPRESSED,
+    DATA,
+    IN_PLACE,
+    MAX_ROWS,
+    NO_HOST,
+    OFFSET,
+    RECURSE,
+    ZERO,
+    ExtentBatch,
+)
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node

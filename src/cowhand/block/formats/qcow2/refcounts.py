@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CACHE_LIMIT = 16 << 20
 
 
-class MissingBlock(Exception):  # noqa: N818 - a signal to the allocator, never seen outside
+class MissingBlock(Exception):
     """There is no refcount block for ``cluster``; it has to be made first."""
 
     def __init__(self, cluster: int) -> None:

@@ -93,7 +93,7 @@ class WriteBack:
 
     def _restore(self, first: list[Piece], second: list[Piece], freed: list[Freed], barrier: bool) -> None:
         node = self.node
-        tables = [piece for piece in (*first, *second)]
+        tables = [*first, *second]
         counts = {id(table) for table in node.refcounts.cache.tables.values()}
         node.refcounts.cache.restore([piece for piece in tables if id(piece.table) in counts])
         node.mapping.cache.restore([piece for piece in tables if id(piece.table) not in counts])
