@@ -72,7 +72,7 @@ def run(command: ModuleType, name: str, args: Namespace) -> int:
     worker = threading.Thread(target=work, name="command")
     with mailbox:
         worker.start()
-        number = _wait(mailbox, context, patient=command.WRITES)
+        number = _wait(mailbox, context, patient=command.writes(args) if hasattr(command, "writes") else command.WRITES)
         worker.join()
     result = outcome[0]
     if isinstance(result, int):

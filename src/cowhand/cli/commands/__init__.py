@@ -1,5 +1,6 @@
 """The sub-commands of ``cowhand``, one a file.
 
 Each file has ``EXAMPLES`` (text), ``WRITES`` (whether it changes something, and so must be let end at a safe point), ``configure(parser)``
-and ``run(args, context)``, which returns the exit code and raises CowhandError. ``arrange(arguments)``, where it exists, sees them first.
+and ``run(args, context)``, which returns the exit code and raises CowhandError. Where they exist, ``arrange(arguments)`` sees
+the arguments first, and ``writes(args)`` takes the place of ``WRITES``.
 """

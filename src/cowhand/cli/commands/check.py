@@ -1,0 +1,156 @@
+"""Look for damage and lost space in an image, and repair it if asked to.
+
+Damage endangers data; lost space does not. Without --repair nothing is written. Make a copy before you repair damage: what
+contradicts itself has no one right answer. The exit code is 0 for a sound image, 7 for lost space, 8 for damage.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from cowhand.cli import arguments
+from cowhand.core.units import format_size
+
+if TYPE_CHECKING:
+    from cowhand.block.check import CheckResult
+    from cowhand.cli.running import Context
+
+EXAMPLES = """\
+  cowhand check disk.qcow2
+  cowhand check -r leaks disk.qcow2    give lost space back
+  cowhand check -r all disk.qcow2      repair damage, too
+"""
+WRITES = True
+EXIT_INCOMPLETE = 3
+EXIT_LEAKS = 7
+EXIT_DAMAGE = 8
+#: Lines shown without --verbose.
+SHOWN = 20
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="image to look at")
+    arguments.add_format(parser)
+    parser.add_argument(
+        "-r", "--repair", choices=("leaks", "all"), help="give lost space back, or repair all that can be"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help=f"print every finding, not the first {SHOWN} alone"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
+    arguments.add_share(parser)
+    arguments.add_dry_run(parser)
+    arguments.add_output(parser)
+
+
+def writes(args: argparse.Namespace) -> bool:
+    """Tell whether anything is going to be changed."""
+    return args.repair is not None and not args.dry_run
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Check, and repair."""
+    from cowhand.block.check import check
+
+    repair = None if args.dry_run else args.repair
+    options = {"force-share": True} if args.force_share and repair is None else None
+    result = check(args.image, repair=repair, format=args.format, options=options)
+    if result.failure is not None:
+        raise result.failure.within("the check could not come to its end")
+    if args.dry_run and args.repair:
+        _plan(args, context, result)
+    elif context.out.json:
+        context.out.document(document(result))
+    else:
+        _tell(args, context, result)
+    return exit_code(result)
+
+
+def exit_code(result: CheckResult) -> int:
+    """Return what the command ends with."""
+    if result.check_errors:
+        return EXIT_INCOMPLETE
+    return EXIT_DAMAGE if result.corruptions else EXIT_LEAKS if result.leaks else 0
+
+
+def document(result: CheckResult) -> dict[str, Any]:
+    """Return the result for JSON: all counts, also those that are zero, and the findings."""
+    return {
+        "filename": result.filename,
+        "format": result.format,
+        "corruptions": result.corruptions,
+        "leaks": result.leaks,
+        "check-errors": result.check_errors,
+        "corruptions-fixed": result.corruptions_fixed,
+        "leaks-fixed": result.leaks_fixed,
+        "image-end-offset": result.image_end_offset,
+        "total-clusters": result.total_clusters,
+        "allocated-clusters": result.allocated_clusters,
+        "fragmented-clusters": result.fragmented_clusters,
+        "compressed-clusters": result.compressed_clusters,
+        "findings": [line.rstrip("\n") for line in result.messages],
+    }
+
+
+def _tell(args: argparse.Namespace, context: Context, result: CheckResult) -> None:
+    out = context.out
+    shown = result.messages if args.verbose else result.messages[:SHOWN]
+    for line in shown:
+        out.line(line.rstrip("\n"))
+    if len(result.messages) > len(shown):
+        out.line(f"and {len(result.messages) - len(shown)} more (--verbose prints them)")
+    if result.messages:
+        out.line()
+    if result.corruptions_fixed or result.leaks_fixed:
+        out.line(f"repaired: {result.corruptions_fixed} damaged, {result.leaks_fixed} lost")
+    out.line(f"{args.image}: {verdict(result)}")
+    if result.total_clusters:
+        percent = 100 * result.allocated_clusters / result.total_clusters
+        words = f"{result.allocated_clusters} of {result.total_clusters} clusters in use ({percent:.1f} %)"
+        if result.compressed_clusters:
+            words += f", {result.compressed_clusters} of them compressed"
+        out.line(f"{words}; the image ends at {format_size(result.image_end_offset)}")
+    hint = advice(args, result)
+    if hint:
+        out.line(f"  {hint}")
+
+
+def verdict(result: CheckResult) -> str:
+    """Return the result in words."""
+    parts = []
+    if result.corruptions:
+        parts.append(f"damaged in {_count(result.corruptions, 'place')}")
+    if result.leaks:
+        parts.append(f"{_count(result.leaks, 'cluster')} lost, which harms no data")
+    if result.check_errors:
+        parts.append(f"{_count(result.check_errors, 'part')} could not be looked at")
+    return "; ".join(parts) or "sound"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def advice(args: argparse.Namespace, result: CheckResult) -> str:
+    """Return what to do next, or nothing."""
+    if args.repair is not None or result.check_errors:
+        return ""
+    if result.corruptions:
+        return f"Copy the image, then: cowhand check -r all {args.image}"
+    return f"To get the space back: cowhand check -r leaks {args.image}" if result.leaks else ""
+
+
+def _plan(args: argparse.Namespace, context: Context, result: CheckResult) -> None:
+    from cowhand.cli.plan import Plan, Touch, show
+
+    what = "reference counts" if args.repair == "leaks" else "reference counts and damaged entries"
+    damaged = result.corruptions if args.repair == "all" else 0
+    plan = Plan(
+        action=f"repair {args.image}: {verdict(result)}",
+        reads=[Touch(args.image, "all tables")],
+        writes=[Touch(args.image, what)] if damaged or result.leaks else [],
+        warnings=["entries that contradict themselves are cleared: what they named reads as zeroes"] if damaged else [],
+        undo="copy the image first" if damaged else "not needed: no data is touched",
+    )
+    show(plan, context.out)

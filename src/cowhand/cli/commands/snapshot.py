@@ -1,0 +1,167 @@
+"""Create, list, apply or delete snapshots inside an image.
+
+A snapshot keeps the disk as it is at one moment; what is written later goes elsewhere in the same file. Applying one brings that
+moment back: what the disk holds now is lost unless it is in a snapshot itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import cowhand
+from cowhand.chain.info import SnapshotInfo, image_info, snapshot_info
+from cowhand.cli import arguments
+from cowhand.core.errors import InvalidArgument, NotSupported, SnapshotNotFound
+from cowhand.core.units import format_size
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+    from cowhand.cli.running import Context
+
+EXAMPLES = """\
+  cowhand snapshot create disk.qcow2 before-upgrade
+  cowhand snapshot list disk.qcow2
+  cowhand snapshot apply disk.qcow2 before-upgrade
+  cowhand snapshot delete disk.qcow2 before-upgrade
+"""
+WRITES = True
+ACTIONS = ("create", "list", "apply", "delete")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=ACTIONS, help="what to do")
+    parser.add_argument("image", help="image that holds the snapshots")
+    parser.add_argument("name", nargs="?", help="name of the snapshot; or its id, where no name matches")
+    arguments.add_format(parser)
+    parser.add_argument("--force", action="store_true", help="apply although other images stand on this one")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
+    arguments.add_share(parser)
+    arguments.add_dry_run(parser)
+    arguments.add_output(parser)
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Do the action."""
+    if args.action == "list":
+        return _list(args, context)
+    if not args.name:
+        raise InvalidArgument("the snapshot needs a name", hint=f"cowhand snapshot {args.action} IMAGE NAME")
+    if args.dry_run:
+        return _plan(args, context)
+    if args.action == "apply":
+        from cowhand.cli.guard import refuse_harm
+
+        refuse_harm(context, args.image, "applying a snapshot to it", force=args.force)
+    with cowhand.open(args.image, format=args.format, writable=True) as disk:
+        _refuse_without_snapshots(disk)
+        done = {"create": _create, "apply": _apply, "delete": _delete}[args.action](disk, args.name)
+    if context.out.json:
+        context.out.document({"action": args.action, "filename": args.image, "snapshot": done.document()})
+    else:
+        words = {"create": "created snapshot", "apply": "went back to snapshot", "delete": "deleted snapshot"}
+        context.out.line(f"{words[args.action]} {done.name or done.id} of {args.image}")
+    return 0
+
+
+def _refuse_without_snapshots(disk: Disk) -> None:
+    if not hasattr(disk.root, "snapshots"):
+        raise NotSupported(
+            f"format '{disk.format}' has no internal snapshots",
+            path=disk.filename,
+            hint=f"Put an overlay on it instead: cowhand create -f qcow2 -b {disk.filename} -F {disk.format} OVERLAY",
+        )
+
+
+def _known(disk: Disk) -> tuple[SnapshotInfo, ...]:
+    nodes: Any = disk.root
+    return tuple(snapshot_info(item) for item in nodes.snapshots)
+
+
+def find(snapshots: tuple[SnapshotInfo, ...], name: str, image: str) -> SnapshotInfo:
+    """Return the snapshot of that *name*, or else of that id; raises SnapshotNotFound naming those that exist."""
+    for one in snapshots:
+        if one.name == name:
+            return one
+    for one in snapshots:
+        if one.id == name:
+            return one
+    known = ", ".join(one.name or one.id for one in snapshots)
+    raise SnapshotNotFound(
+        f"there is no snapshot '{name}'", path=image, hint=f"There are: {known}" if known else "There are none."
+    )
+
+
+def _create(disk: Disk, name: str) -> SnapshotInfo:
+    from cowhand.block.snapshots import create_snapshot
+
+    if any(one.name == name for one in _known(disk)):
+        raise InvalidArgument(
+            f"a snapshot '{name}' exists already",
+            path=disk.filename,
+            hint="Choose another name, or delete that one first.",
+        )
+    create_snapshot(disk, name)
+    return find(_known(disk), name, disk.filename)
+
+
+def _apply(disk: Disk, name: str) -> SnapshotInfo:
+    from cowhand.block.snapshots import apply_snapshot
+
+    chosen = find(_known(disk), name, disk.filename)
+    apply_snapshot(disk, chosen.id)
+    return chosen
+
+
+def _delete(disk: Disk, name: str) -> SnapshotInfo:
+    from cowhand.block.snapshots import delete_snapshot
+
+    chosen = find(_known(disk), name, disk.filename)
+    delete_snapshot(disk, chosen.id)
+    return chosen
+
+
+def _list(args: argparse.Namespace, context: Context) -> int:
+    from cowhand.cli.commands.info import snapshot_table
+
+    info = image_info(args.image, format=args.format, force_share=args.force_share)
+    if context.out.json:
+        context.out.document([one.document() for one in info.snapshots])
+    elif info.snapshots:
+        snapshot_table(info.snapshots, context)
+    else:
+        context.out.line(f"{args.image} has no snapshots")
+    return 0
+
+
+def _plan(args: argparse.Namespace, context: Context) -> int:
+    from cowhand.cli.guard import dependents
+    from cowhand.cli.plan import Plan, Touch, show
+
+    info = image_info(args.image, format=args.format)
+    image = shlex.quote(args.image)
+    name = shlex.quote(args.name)
+    warnings = []
+    if args.action == "create":
+        action, what = f"create snapshot {args.name} of {args.image}", "tables; no data is copied"
+        undo = f"cowhand snapshot delete {image} {name}"
+    else:
+        chosen = find(info.snapshots, args.name, args.image)
+        action = f"{args.action} snapshot {chosen.name or chosen.id} of {args.image}"
+        what = "tables; data is neither copied nor erased" if args.action == "apply" else "tables; space is given back"
+        undo = "none: the snapshot is gone then"
+        if args.action == "apply":
+            undo = f"none, unless you keep today's state first: cowhand snapshot create {image} NAME"
+            warnings.append("what the disk holds now would be lost, but for what snapshots hold")
+            if chosen.disk_size and chosen.disk_size != info.virtual_size:
+                warnings.append(f"the disk would have {format_size(chosen.disk_size)} again")
+    plan = Plan(
+        action=action,
+        reads=[Touch(args.image, "tables")],
+        writes=[Touch(args.image, what)],
+        dependents=dependents(args.image) if args.action == "apply" else [],
+        warnings=warnings,
+        undo=undo,
+    )
+    return show(plan, context.out)
