@@ -157,10 +157,14 @@ class Refcounts:
         if self.block_offset(index):
             return
         place = self.find_free(self.free_index, 1)
-        if place // self.per_block != index and not self.block_offset(place // self.per_block):
-            self.add_block(place)
-            return
         self.free_index = place + 1
+        if place // self.per_block != index and not self.block_offset(place // self.per_block):
+            # As in QEMU the block that counts this place comes behind it, and the place is looked at again.
+            try:
+                self.add_block(place)
+            finally:
+                self.free_index = min(self.free_index, place)
+            return
         offset = place * self.cluster_size
         node.check_overlap(offset, self.cluster_size)
         block = Table(bytearray(self.cluster_size), offset)
@@ -196,7 +200,7 @@ class Refcounts:
     def _grow_table(self, cluster: int, index: int, place: int) -> None:
         """Move to a larger table, in an area behind everything that exists which describes itself; one header field makes it valid."""
         node = self.node
-        used = -(-max(cluster + 1, place) // self.per_block)
+        used = -(-(max(cluster, place) + 1) // self.per_block)
         start = used * self.per_block
         total, entries = self._table_size(start)
         if entries * 8 > L.MAX_REFCOUNT_TABLE_BYTES:
