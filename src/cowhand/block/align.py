@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from cowhand.block.node import DISCARD, READ, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, BlockNode, Request
+from cowhand.block.node import BlockNode, Request, one_by_one
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, aligned
 from cowhand.core.locks import RANK_SECTOR, Lock, ranked_lock
 
@@ -108,17 +108,8 @@ class AlignedAccess:
             with self.lock:
                 self.access.discard(begin, end - begin)
 
+    def flush(self) -> None:
+        self.node.flush()
+
     def submit(self, batch: Sequence[Request]) -> None:
-        for kind, offset, what in batch:
-            if kind == READ:
-                self.read_into(offset, what)
-            elif kind == WRITE_REQUEST:
-                self.write(offset, (what,))
-            elif kind == ZERO_REQUEST:
-                self.write_zeroes(offset, what)
-            elif kind == ZERO_UNMAP:
-                self.write_zeroes(offset, what, unmap=True)
-            elif kind == DISCARD:
-                self.discard(offset, what)
-            else:
-                self.node.flush()
+        one_by_one(self, batch)

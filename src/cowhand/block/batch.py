@@ -27,16 +27,15 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
     index, count = 0, len(batch)
     while index < count:
         kind, offset, what = batch[index]
+        done = 0
         try:
             if fast and kind <= WRITE_REQUEST:
                 done = _together(node, batch, index, kind, offset, what)
-                if done:
-                    index += done
-                    continue
-            index += 1
-            _single(node, kind, offset, what)
+            if not done:
+                _single(node, kind, offset, what)
         except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
             failure = failure or error
+        index += done or 1
     if failure is not None:
         raise failure
 

@@ -59,33 +59,37 @@ class DiskEdge(Edge):
 
 
 class Gate:
-    """Lets requests in, or holds them back until it opens. One for each disk."""
+    """Lets requests in, or holds them back while one thread holds it shut. One for each disk."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._condition = threading.Condition()
+        self._holder: int | None = None
         self._depth = 0
-        self._holders: list[int] = []
         self.closed = False  #: read without a lock by every request
         self.drained: threading.Event | None = None
 
     def shut(self, deadline: float) -> None:
-        """Hold new requests back and wait for those in flight; raises DeadlineExceeded, with the gate open again, when some stay."""
-        with self._condition:
-            self._depth += 1
-            self._holders.append(threading.get_ident())
-            if self.drained is None:
-                self.drained = threading.Event()
-            self.closed = True
+        """Hold new requests back and wait for those in flight. A thread may shut it again; others wait until it has opened it as often.
+
+        Raises DeadlineExceeded, with the gate as it was, when some requests, or the thread that holds it, stay longer than *deadline* seconds.
+        """
         mine = threading.get_ident()
         last = clock.monotonic() + deadline
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._holder in (None, mine), deadline):
+                raise DeadlineExceeded(f"disk '{self._disk.name}' is being changed by another thread for more than {deadline:g} s")
+            self._holder = mine
+            self._depth += 1
+            drained = self.drained = self.drained or threading.Event()
+            self.closed = True
         while True:
             # An event that was set between the test and the wait is seen at once; one that is lost costs 50 ms.
             others = [entry for entry in list(self._disk.in_flight.values()) if entry[3] != mine]
             if not others:
                 return
-            self.drained.wait(0.05)
-            self.drained.clear()
+            drained.wait(0.05)
+            drained.clear()
             if clock.monotonic() > last:
                 self.open()
                 names = ", ".join(f"{entry[0]} at {entry[1]:#x}+{entry[2]:#x}" for entry in others[:5])
@@ -98,22 +102,26 @@ class Gate:
         """Take back one :meth:`shut`."""
         with self._condition:
             self._depth -= 1
-            self._holders.remove(threading.get_ident())
             if self._depth == 0:
+                self._holder = None
                 self.closed = False
                 self.drained = None
                 self._condition.notify_all()
 
     def wait_open(self) -> None:
-        """Wait until the gate is open; at once for a thread that shut it itself."""
+        """Wait until the gate is open."""
         with self._condition:
-            mine = threading.get_ident()
-            while self.closed and mine not in self._holders:
-                self._condition.wait()
+            self._condition.wait_for(lambda: not self.closed)
 
-    def passes(self) -> bool:
-        """Tell whether the calling thread shut the gate itself, so that its own requests pass."""
-        return threading.get_ident() in self._holders
+    def passes(self, number: int) -> bool:
+        """Tell whether request *number* of the calling thread may enter a shut gate.
+
+        It may when the thread holds the gate itself, or when it is nested in a request or lease that the holder is waiting for.
+        """
+        mine = threading.get_ident()
+        if self._holder == mine:
+            return True
+        return any(entry[3] == mine for known, entry in list(self._disk.in_flight.items()) if known != number)
 
 
 class Disk:
@@ -157,6 +165,11 @@ class Disk:
         return self.edge.node
 
     @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    @property
     def size(self) -> int:
         """Length in bytes."""
         return self._size
@@ -188,7 +201,7 @@ class Disk:
         in_flight = self.in_flight
         while True:
             in_flight[number] = (_KIND_NAMES[kind], offset, length, threading.get_ident())
-            if not self.gate.closed or self.gate.passes():
+            if not self.gate.closed or self.gate.passes(number):
                 break
             self._leave(number)
             self.gate.wait_open()
@@ -209,11 +222,10 @@ class Disk:
             f"bytes {offset} to {offset + length} are not inside the disk of {self._size} bytes", path=self.filename, offset=offset
         )
 
-    def _check_write(self, offset: int, length: int) -> None:
-        if self.read_only:
-            raise ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename, hint="Open it with writable=True.")
-        if offset < 0 or length < 0 or offset + length > self._size:
-            raise self._refuse_range(offset, length)
+    def _refuse_writing(self) -> ReadOnly:
+        return ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename, hint="Open it with writable=True.")
+
+    # Every request checks its range inside the gate: the size does not change while it is in flight.
 
     def read(self, offset: int, length: int) -> bytes:
         """Return *length* bytes at *offset*. Raises OutOfRange, IOFailed and other CowhandErrors."""
@@ -224,10 +236,10 @@ class Disk:
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill the writable, contiguous *buffer* from *offset*; on an error its content is undefined."""
         length = len(buffer)
-        if offset < 0 or offset + length > self._size:
-            raise self._refuse_range(offset, length)
         number = self._enter(READ, offset, length)
         try:
+            if offset < 0 or offset + length > self._size:
+                raise self._refuse_range(offset, length)
             self.edge.read_into(offset, buffer)
         finally:
             self._leave(number)
@@ -237,9 +249,12 @@ class Disk:
     def write(self, offset: int, *buffers: Buffer, fua: bool = False) -> None:
         """Write *buffers*, one behind the other, at *offset*. With *fua*, or in write-through mode, they are stable on return."""
         length = sum([len(buffer) for buffer in buffers])
-        self._check_write(offset, length)
+        if self.read_only:
+            raise self._refuse_writing()
         number = self._enter(WRITE_REQUEST, offset, length)
         try:
+            if offset < 0 or offset + length > self._size:
+                raise self._refuse_range(offset, length)
             self.edge.write(offset, buffers, fua or self.write_through)
         finally:
             self._leave(number)
@@ -253,10 +268,13 @@ class Disk:
 
         *unmap* allows giving their space back. Without *fallback*, NotSupported is raised where only writing bytes would do it.
         """
-        self._check_write(offset, length)
+        if self.read_only:
+            raise self._refuse_writing()
         number = self._enter(ZERO_UNMAP if unmap else ZERO_REQUEST, offset, length)
         fua = fua or self.write_through
         try:
+            if offset < 0 or length < 0 or offset + length > self._size:
+                raise self._refuse_range(offset, length)
             if self.edge.node.capabilities.zeroes is not Zeroing.NONE:
                 self.edge.write_zeroes(offset, length, unmap=unmap, fallback=fallback, fua=fua)
             elif not fallback:
@@ -271,12 +289,14 @@ class Disk:
 
     def discard(self, offset: int, length: int) -> None:
         """Say that *length* bytes at *offset* are no longer needed. Advisory; they may keep their content, and never show a backing file's."""
-        self._check_write(offset, length)
-        if not self.edge.node.capabilities.discard:
-            return
+        if self.read_only:
+            raise self._refuse_writing()
         number = self._enter(DISCARD, offset, length)
         try:
-            self.edge.discard(offset, length)
+            if offset < 0 or length < 0 or offset + length > self._size:
+                raise self._refuse_range(offset, length)
+            if self.edge.node.capabilities.discard:
+                self.edge.discard(offset, length)
         finally:
             self._leave(number)
         self.statistics[DISCARD] += 1
@@ -298,20 +318,25 @@ class Disk:
 
         They may run in any order and together; when one fails the error is raised after the rest has ended.
         """
-        size = self._size
         total = [0] * 6
-        writes = False
+        writes = changes = False
+        end = 0
         for kind, offset, what in batch:
             length = what if kind >= ZERO_REQUEST else len(what)
-            if offset < 0 or length < 0 or offset + length > size:
+            if offset < 0 or length < 0:
                 raise self._refuse_range(offset, length)
+            if offset + length > end:
+                end = offset + length
             total[kind] += length
             writes |= kind != READ
+            changes |= kind >= ZERO_REQUEST
         if writes and self.read_only:
-            raise ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename)
+            raise self._refuse_writing()
         number = self._enter(batch[0][0] if batch else FLUSH, batch[0][1] if batch else 0, sum(total))
         try:
-            self.edge.submit(batch)
+            if end > self._size:
+                raise self._refuse_range(*next((o, e - o) for o, e in _spans(batch) if e > self._size))
+            self.edge.submit(self._possible(batch) if changes else batch)
             if writes and self.write_through:
                 self.edge.flush()
         finally:
@@ -321,6 +346,22 @@ class Disk:
             statistics[kind] += 1
         for kind in range(6):
             statistics[6 + kind] += total[kind]
+
+    def _possible(self, batch: Sequence[Request]) -> Sequence[Request]:
+        """Return *batch* without what the root cannot do: discards left out, zeroes written as bytes, as the single calls have it."""
+        capabilities = self.edge.node.capabilities
+        if capabilities.discard and capabilities.zeroes is not Zeroing.NONE:
+            return batch
+        out: list[Request] = []
+        for kind, offset, what in batch:
+            if kind == DISCARD and not capabilities.discard:
+                continue
+            if kind in (ZERO_REQUEST, ZERO_UNMAP) and capabilities.zeroes is Zeroing.NONE:
+                ends = range(offset, offset + what, ZEROES_SIZE)
+                out.extend((WRITE_REQUEST, at, ZEROES[: min(ZEROES_SIZE, offset + what - at)]) for at in ends)
+                continue
+            out.append((kind, offset, what))
+        return out
 
     def read_vmstate(self, offset: int, length: int) -> bytes:
         """Return *length* bytes of the VM state at *offset*; it lies outside of ``size``. Raises NotSupported where there is none."""
@@ -335,7 +376,7 @@ class Disk:
     def write_vmstate(self, offset: int, *buffers: Buffer) -> None:
         """Write *buffers* to the VM state at *offset*."""
         if self.read_only:
-            raise ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename)
+            raise self._refuse_writing()
         number = self._enter(WRITE_REQUEST, offset, sum(len(buffer) for buffer in buffers))
         try:
             self.edge.node.write_vmstate(offset, buffers)
@@ -377,17 +418,27 @@ class Disk:
 
     # -- shape
 
+    @contextmanager
+    def still(self) -> Iterator[BlockNode]:
+        """Hold all requests to the root back, and give the root, for the length of the ``with`` block; see :func:`graph.quiesce`."""
+        while True:
+            node = self.edge.node
+            with graph.quiesce(node):
+                # Somebody may have replaced it before the gate was ours.
+                if self.edge.node is node:
+                    yield node
+                    return
+
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         """Make the disk *size* bytes long; new bytes read as zeroes, also over a longer backing file. Cutting data off needs *shrink*."""
         if self.read_only:
-            raise ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename)
-        if size < self._size and not shrink:
-            raise InvalidArgument(
-                f"'{self.filename}' would lose its last {self._size - size} bytes",
-                hint="Shrink the file systems and partitions inside first, then insist with shrink.",
-            )
-        node = self.edge.node
-        with graph.quiesce(node):
+            raise self._refuse_writing()
+        with self.still() as node:
+            if size < self._size and not shrink:
+                raise InvalidArgument(
+                    f"'{self.filename}' would lose its last {self._size - size} bytes",
+                    hint="Shrink the file systems and partitions inside first, then insist with shrink.",
+                )
             node.resize(size, preallocation=preallocation, shrink=shrink)
             for disk in graph.disks_above((node,)):
                 disk.root_changed()
@@ -407,8 +458,9 @@ class Disk:
         """Flush what is cached and give the image back. Calling it twice is allowed. Raises the error of the last write-back."""
         if self._closed:
             return
-        node = self.edge.node
-        with graph.quiesce(node):
+        with self.still() as node:
+            if self._closed:
+                return
             self._closed = True
             failure: Exception | None = None
             if not self.read_only:
@@ -441,3 +493,9 @@ class Disk:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "read-only" if self.read_only else "writable"
         return f"<Disk {self.name} {self.root!r} {state}>"
+
+
+def _spans(batch: Sequence[Request]) -> Iterator[tuple[int, int]]:
+    """Yield (offset, end) of each request."""
+    for kind, offset, what in batch:
+        yield offset, offset + (what if kind >= ZERO_REQUEST else len(what))

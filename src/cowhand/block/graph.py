@@ -203,7 +203,8 @@ def disks_above(nodes: Iterable[BlockNode]) -> list[Disk]:
                 found[id(edge.disk)] = edge.disk
             elif isinstance(edge, Child):
                 stack.append(edge.parent)
-    return list(found.values())
+    # Always in the same order: two threads that quiesce the same disks do not wait for one another.
+    return [found[key] for key in sorted(found)]
 
 
 @contextlib.contextmanager
@@ -229,31 +230,39 @@ def replace_root(disk: Disk, node: BlockNode) -> BlockNode:
     Requests that began before have ended in the old root; those that come after see only the new one.
     """
     edge = disk.edge
-    old = edge.node
-    if old is node:
-        return old
-    with quiesce(old, node):
-        if not disk.read_only:
-            old.flush()
-        with _lock:
-            perm, shared = edge.perm, edge.shared
-            node.parents.append(edge)
-            edge.node = node
-            try:
-                set_permissions(edge, perm, shared)
-            except BaseException:
-                node.parents.remove(edge)
-                edge.node = old
-                raise
-            bind(edge)
-            disk.root_changed()
-            # While the disk hung on both, it could not conflict with itself: only now does the old root learn that a user left.
-            old.parents.remove(edge)
-            if old.parents:
-                refresh(old)
-            elif not old.closed:
-                close_node(old)
-    return old
+    while True:
+        old = edge.node
+        if old is node:
+            return old
+        with quiesce(old, node):
+            # Somebody else may have replaced it before the gate was ours.
+            if edge.node is old:
+                _swap_root(disk, old, node)
+                return old
+
+
+def _swap_root(disk: Disk, old: BlockNode, node: BlockNode) -> None:
+    edge = disk.edge
+    if not disk.read_only:
+        old.settle()
+    with _lock:
+        perm, shared = edge.perm, edge.shared
+        node.parents.append(edge)
+        edge.node = node
+        try:
+            set_permissions(edge, perm, shared)
+        except BaseException:
+            node.parents.remove(edge)
+            edge.node = old
+            raise
+        bind(edge)
+        disk.root_changed()
+        # While the disk hung on both, it could not conflict with itself: only now does the old root learn that a user left.
+        old.parents.remove(edge)
+        if old.parents:
+            refresh(old)
+        elif not old.closed:
+            close_node(old)
 
 
 def insert_above(node: BlockNode, edges: Iterable[Edge], upper: BlockNode) -> None:

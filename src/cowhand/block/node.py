@@ -117,7 +117,7 @@ class BlockNode(ABC):
         self.probed = False  #: the driver was chosen by looking at the bytes, not by the user
         #: A descriptor through which this node's bytes may be read and written at their own offsets, or -1 (see host_file).
         self.lane_fd = -1
-        #: Where a format tells what it is about to do ("l2_load", QEMU's names); a blkdebug node sets it, None costs nothing.
+        #: Where a format tells what it is about to do ("l2_load", QEMU's names); a blkdebug node below sets it, None costs nothing.
         self.event_sink: Callable[[str], None] | None = None
 
     @classmethod
@@ -202,21 +202,13 @@ class BlockNode(ABC):
         """Make everything stable that was acknowledged before the call. A failed flush fails the node until it is opened again."""
         raise NotSupported(f"driver '{self.driver}' cannot flush")
 
+    def settle(self) -> None:
+        """Flush, and bring to an end what was put off until no request is in flight. Called with all users held back."""
+        self.flush()
+
     def submit(self, batch: Sequence[Request]) -> None:
         """Do many requests, in any order and overlap that separate threads could have; the first error is raised after the rest has ended."""
-        for kind, offset, what in batch:
-            if kind == READ:
-                self.read_into(offset, what)
-            elif kind == WRITE_REQUEST:
-                self.write(offset, (what,))
-            elif kind == ZERO_REQUEST:
-                self.write_zeroes(offset, what)
-            elif kind == ZERO_UNMAP:
-                self.write_zeroes(offset, what, unmap=True)
-            elif kind == DISCARD:
-                self.discard(offset, what)
-            else:
-                self.flush()
+        one_by_one(self, batch)
 
     # -- what is where
 
@@ -261,6 +253,29 @@ class BlockNode(ABC):
 
     def __repr__(self) -> str:
         return f"<{self.driver} {self.name} {self.filename!r}>"
+
+
+def one_by_one(access: Any, batch: Sequence[Request]) -> None:
+    """Do the requests of *batch* through *access* (a node, or a way to one) singly; the first error is raised after the rest has ended."""
+    failure: Exception | None = None
+    for kind, offset, what in batch:
+        try:
+            if kind == READ:
+                access.read_into(offset, what)
+            elif kind == WRITE_REQUEST:
+                access.write(offset, (what,))
+            elif kind == ZERO_REQUEST:
+                access.write_zeroes(offset, what)
+            elif kind == ZERO_UNMAP:
+                access.write_zeroes(offset, what, unmap=True)
+            elif kind == DISCARD:
+                access.discard(offset, what)
+            else:
+                access.flush()
+        except Exception as error:  # noqa: BLE001 - raised below
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 class Edge:

@@ -94,7 +94,6 @@ class RawNode(BlockNode):
         self.capabilities = lower.capabilities._replace(
             writable=self.writable, resizable=lower.capabilities.resizable and size is None and not offset
         )
-        self.event_sink = lower.event_sink
         if not offset:
             self.lane_fd = lower.lane_fd if self.file.lane is not None else -1
 

@@ -104,7 +104,6 @@ class Qcow2Node(FormatNode):
         opening.track(node)
         node.file = opening.child(node, "file", file, Role.PRIMARY)
         node.data_child = node.file
-        node.event_sink = node.file.node.event_sink
         node.load(for_repair=opening.for_repair)
         if backing is None or not opening.with_backing:
             return node

@@ -5,6 +5,7 @@ What is done with snapshots (create, apply, delete, read) is in ``snapshotting``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import layout as L
@@ -134,18 +135,22 @@ class _Window:
         return self._data[begin : begin + length]
 
 
-def read_table(node: Qcow2Node, reading: Reading, *, repair: bool) -> list[Snapshot]:
+def read_table(
+    node: Qcow2Node, reading: Reading, *, repair: bool, say: Callable[[str], None] = diagnostics.report
+) -> list[Snapshot]:
     """Read the table that the header names. With *repair*, what is too much is left out and counted in *reading*, else InvalidFormat."""
     header, path = node.header, node.filename
     count, begin = header.snapshot_count, header.snapshots_offset
     window = _Window(node)
     snapshots: list[Snapshot] = []
     offset, length = begin, 0
-    for index in range(count):
+    for index in range(min(count, L.MAX_SNAPSHOTS)):
         before = offset
         offset += -offset % 8
         length += -length % 8
-        snapshot, offset, size = _read_entry(window, offset, index, node.header.size, reading, repair=repair, path=path)
+        snapshot, offset, size = _read_entry(
+            window, offset, index, node.header.size, reading, repair=repair, path=path, say=say
+        )
         length += size
         if length > L.MAX_SNAPSHOT_TABLE_BYTES or offset - begin > _MAX_TABLE_SPAN:
             left = count - index
@@ -154,7 +159,7 @@ def read_table(node: Qcow2Node, reading: Reading, *, repair: bool) -> list[Snaps
                     f"the snapshot table is larger than {L.MAX_SNAPSHOT_TABLE_BYTES} bytes", qemu="Snapshot table is too big",
                     path=path, offset=begin, hint=f"A repair of everything removes the {left} snapshots that are too many.", errno=27,
                 )  # fmt: skip
-            diagnostics.report(f"Discarding {left} overhanging snapshots (snapshot table is too big)")
+            say(f"Discarding {left} overhanging snapshots (snapshot table is too big)")
             reading.overhanging += left
             offset = before
             break
@@ -164,7 +169,15 @@ def read_table(node: Qcow2Node, reading: Reading, *, repair: bool) -> list[Snaps
 
 
 def _read_entry(
-    window: _Window, offset: int, index: int, disk_size: int, reading: Reading, *, repair: bool, path: str
+    window: _Window,
+    offset: int,
+    index: int,
+    disk_size: int,
+    reading: Reading,
+    *,
+    repair: bool,
+    path: str,
+    say: Callable[[str], None],
 ) -> tuple[Snapshot, int, int]:
     """Return (snapshot, offset behind its entry, size that the entry has when it is written again)."""
     (l1_offset, l1_size, id_length, name_length, date_sec, date_nsec, clock, state_size, extra_size) = L.SNAPSHOT_HEADER.unpack(
@@ -180,9 +193,7 @@ def _read_entry(
                 qemu=f"Too much extra metadata in snapshot table entry {index}", path=path, offset=at,
                 hint="A repair of everything cuts it.", errno=27,
             )  # fmt: skip
-        diagnostics.report(
-            f"Discarding too much extra metadata in snapshot table entry {index} ({extra_size} > {L.MAX_SNAPSHOT_EXTRA})"
-        )
+        say(f"Discarding too much extra metadata in snapshot table entry {index} ({extra_size} > {L.MAX_SNAPSHOT_EXTRA})")
         reading.extra_dropped += 1
         kept = L.MAX_SNAPSHOT_EXTRA
     extra = window.read(offset, kept)
