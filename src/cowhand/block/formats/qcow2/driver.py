@@ -420,6 +420,11 @@ class Qcow2Node(FormatNode):
             raise
         self.release_quarantine()
 
+    def settle(self) -> None:
+        # The flush frees what no request can reach any more; the second one makes that stable, so that nothing is left to be written.
+        self.flush()
+        self.flush()
+
     def release_quarantine(self, *, everything: bool = False) -> None:
         """Make clusters free whose last reference is gone from the disk and from every request; takes the lock."""
         with self.lock:
