@@ -52,7 +52,7 @@ def arrange(given: list[str]) -> list[str]:
 
 def new_size(text: str, old: int) -> int:
     """Return the length that *text* asks for, up to whole sectors; raises InvalidArgument."""
-    sign = text[0] if text[:1] in "+-" else ""
+    sign = text[0] if text.startswith(("+", "-")) else ""
     amount = parse_size(text[len(sign) :])
     size = old + amount if sign == "+" else old - amount if sign == "-" else amount
     if size < 0:
