@@ -42,18 +42,6 @@ def add_share(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_cache(parser: argparse.ArgumentParser) -> None:
-    """Add ``-t, --cache``: how the target's cache is used."""
-    parser.add_argument(
-        "-t",
-        "--cache",
-        metavar="MODE",
-        choices=CACHE_NAMES,
-        default="writeback",
-        help="one of " + ", ".join(CACHE_NAMES),
-    )
-
-
 def add_talk(parser: argparse.ArgumentParser) -> None:
     """Add ``-p, --progress`` and ``-q, --quiet``."""
     talk = parser.add_mutually_exclusive_group()

@@ -44,7 +44,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-r", "--rate-limit", type=arguments.size, default=0, metavar="SIZE", help="bytes a second, at most"
     )
     parser.add_argument(
-        "-t", "--cache", choices=arguments.CACHE_NAMES, default="writeback", help="how both images are written"
+        "-t",
+        "--cache",
+        choices=arguments.CACHE_NAMES,
+        metavar="MODE",
+        default="writeback",
+        help="how both images are written",
     )
     arguments.add_talk(parser)
     arguments.add_dry_run(parser)

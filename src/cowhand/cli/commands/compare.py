@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-F", "--second-format", metavar="FMT", help="format of the second image")
     parser.add_argument("-s", "--strict", action="store_true", help="sizes and allocation have to be the same, too")
     parser.add_argument(
-        "-T", "--cache", choices=arguments.CACHE_NAMES, default="writeback", help="cache of both images"
+        "-T", "--cache", choices=arguments.CACHE_NAMES, metavar="MODE", default="writeback", help="cache of both images"
     )
     arguments.add_talk(parser)
     arguments.add_share(parser)

@@ -81,11 +81,17 @@ def _tuning(parser: argparse.ArgumentParser) -> None:
         "-t",
         "--cache",
         choices=arguments.CACHE_NAMES,
+        metavar="MODE",
         default="unsafe",
         help="the target's cache; unsafe does not wait for the medium",
     )
     tuning.add_argument(
-        "-T", "--source-cache", choices=arguments.CACHE_NAMES, default="writeback", help="the sources' cache"
+        "-T",
+        "--source-cache",
+        choices=arguments.CACHE_NAMES,
+        metavar="MODE",
+        default="writeback",
+        help="the sources' cache",
     )
     tuning.add_argument("--salvage", action="store_true", help="put zeroes where a source cannot be read, and go on")
 

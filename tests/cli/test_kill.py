@@ -1,0 +1,146 @@
+"""``kill -9`` at random moments of every command loses nothing that existed before the command was started.
+
+What is looked at afterwards: every file that the command only reads is the same to the byte; every image that it writes opens, checks
+without damage (lost clusters are allowed), and reads as before or as after the command, never as anything else; a target that was to be made
+is either not there or complete.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import cowhand as library
+from cowhand.block.check import check
+from cowhand.block.newfile import is_unfinished
+from tests.cli.command import cowhand, start
+from tests.cli.images import MiB, content, fill, image
+
+SIZE = 24 * MiB
+#: Kills of each command; the seed is the test's name, COWHAND_SEED gives others.
+KILLS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A command, the images that it may write, and the target that it makes."""
+
+    arguments: tuple[str, ...]
+    writes: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    prepare: Callable[[Path], None] = field(default=lambda folder: None)
+
+
+def _snapshot_before(folder: Path) -> None:
+    cowhand("snapshot", "create", "top.qcow2", "before", cwd=folder)
+    fill(folder / "top.qcow2", 3 * MiB, 6 * MiB, 9)
+
+
+CASES = {
+    "create": Case(("create", "-f", "qcow2", "-o", "preallocation=metadata", "new.qcow2", "40G"), makes=("new.qcow2",)),
+    "create over a base": Case(
+        ("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "new.qcow2"), makes=("new.qcow2",)
+    ),
+    "info": Case(("info", "--chain", "top.qcow2")),
+    "map": Case(("map", "top.qcow2")),
+    "check": Case(("check", "top.qcow2")),
+    "compare": Case(("compare", "top.qcow2", "disk.raw")),
+    "measure": Case(("measure", "-O", "qcow2", "top.qcow2")),
+    "convert": Case(("convert", "-O", "qcow2", "disk.raw", "new.qcow2"), makes=("new.qcow2",)),
+    "convert compressed": Case(("convert", "-c", "-O", "qcow2", "top.qcow2", "new.qcow2"), makes=("new.qcow2",)),
+    "convert to raw": Case(("convert", "-O", "raw", "top.qcow2", "new.raw"), makes=("new.raw",)),
+    "dd": Case(("dd", "-O", "qcow2", "if=disk.raw", "of=new.qcow2", "bs=1M", "count=20"), makes=("new.qcow2",)),
+    "resize": Case(("resize", "top.qcow2", "900G"), writes=("top.qcow2",)),
+    "snapshot create": Case(
+        ("snapshot", "create", "top.qcow2", "now"), writes=("top.qcow2",), prepare=_snapshot_before
+    ),
+    "snapshot apply": Case(
+        ("snapshot", "apply", "top.qcow2", "before"), writes=("top.qcow2",), prepare=_snapshot_before
+    ),
+    "snapshot delete": Case(
+        ("snapshot", "delete", "top.qcow2", "before"), writes=("top.qcow2",), prepare=_snapshot_before
+    ),
+    "check and repair": Case(("check", "-r", "all", "top.qcow2"), writes=("top.qcow2",)),
+    "commit": Case(("commit", "top.qcow2"), writes=("top.qcow2",)),
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with base ← top and a raw disk, which tests copy."""
+    folder = tmp_path_factory.mktemp("original")
+    generator = random.Random(5)
+    base = image(folder / "base.qcow2", SIZE)
+    top = image(folder / "top.qcow2", backing=base)
+    for path, stretches in ((base, 30), (top, 40)):
+        with library.open(path, writable=True) as disk:
+            for _ in range(stretches):
+                length = generator.randrange(1, 600_000)
+                disk.write(generator.randrange(SIZE - length), generator.randbytes(length))
+    (folder / "disk.raw").write_bytes(content(top))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_lost(name: str, original: Path, tmp_path: Path, rng: random.Random) -> None:
+    case = CASES[name]
+    ready = tmp_path / "ready"
+    shutil.copytree(original, ready)
+    case.prepare(ready)
+    done = tmp_path / "done"
+    shutil.copytree(ready, done)
+    begin = time.monotonic()
+    with start(*case.arguments, cwd=done) as process:
+        process.communicate(timeout=60)
+    took = time.monotonic() - begin
+    killed = 0
+    for attempt in range(KILLS):
+        folder = tmp_path / f"attempt{attempt}"
+        shutil.copytree(ready, folder)
+        with start(*case.arguments, cwd=folder) as process:
+            time.sleep(rng.uniform(0.2, 1.05) * took)
+            process.kill()
+            process.communicate(timeout=60)
+            killed += process.returncode == -9
+        _judge(case, folder, ready, done)
+        shutil.rmtree(folder)
+    assert killed, "no attempt was killed before its end"
+
+
+def _judge(case: Case, folder: Path, ready: Path, done: Path) -> None:
+    for old in ready.iterdir():
+        if old.name in case.writes or (case.arguments[0] == "commit" and old.name == "base.qcow2"):
+            continue
+        assert (folder / old.name).read_bytes() == old.read_bytes(), f"{old.name} was only to be read"
+    for name in case.writes:
+        _judge_written(name, folder, ready, done)
+    if case.arguments[0] == "commit":
+        found = check(folder / "base.qcow2")
+        assert not found.corruptions and not found.check_errors, found.messages
+    for name in case.makes:
+        if (folder / name).exists():
+            assert content_or_size(folder / name) == content_or_size(done / name), (
+                "a target is there that is not complete"
+            )
+    left = {path.name for path in folder.iterdir()} - {path.name for path in ready.iterdir()} - set(case.makes)
+    assert all(is_unfinished(name) for name in left), f"left behind: {left}"
+
+
+def _judge_written(name: str, folder: Path, ready: Path, done: Path) -> None:
+    found = check(folder / name)
+    assert not found.corruptions and not found.check_errors, found.messages
+    before, after = content_or_size(ready / name), content_or_size(done / name)
+    assert content_or_size(folder / name) in (before, after), f"{name} reads as neither before nor after the command"
+
+
+def content_or_size(path: Path) -> bytes:
+    """Return what a disk holds: all bytes of a small one; the beginning and the length of one that was made huge."""
+    with library.open(path, format="raw" if path.suffix == ".raw" else "qcow2") as disk:
+        return disk.read(0, min(disk.size, SIZE)) + disk.size.to_bytes(8, "big")
