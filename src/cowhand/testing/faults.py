@@ -60,12 +60,16 @@ class _Rule:
 
 
 class FaultNode(WrapperNode):
-    """Passes everything on, but for what was arranged. Thread-safe; arrangements count requests from the moment they are made."""
+    """Passes everything on, but for what was arranged. Thread-safe; arrangements count requests from the moment they are made.
+
+    *sector* is what the medium writes wholly or not at all, also when a request is done by half.
+    """
 
     driver: ClassVar[str] = "fault"
 
-    def __init__(self, inner: BlockNode, *, node_name: str | None = None) -> None:
+    def __init__(self, inner: BlockNode, *, sector: int = 1, node_name: str | None = None) -> None:
         super().__init__(inner, node_name=node_name)
+        self.limits = inner.limits._replace(request_alignment=max(sector, inner.limits.request_alignment))
         self.counts: Counter[str] = Counter()  #: requests by kind since the last :meth:`reset`
         self.kinds: list[str] = []  #: their kinds in order
         self.failed = 0  #: requests that were made to fail since then

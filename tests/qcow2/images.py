@@ -1,0 +1,98 @@
+"""Small qcow2 images for tests: their shapes, how they are made, and how they are opened over any node."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from cowhand.block.disk import Disk
+from cowhand.block.formats.qcow2.create import create as create_image
+from cowhand.block.formats.qcow2.driver import Qcow2Node
+from cowhand.block.node import BlockNode
+from cowhand.block.opening import Opening
+from cowhand.block.protocols.memory import MemoryNode
+from cowhand.drivers import REGISTRY
+
+SNAPSHOTS = hasattr(Qcow2Node, "create_snapshot")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What an image is made with."""
+
+    version: int = 3
+    cluster: int = 512
+    refcount_bits: int = 16
+    size: int = 128 << 10
+    backed: bool = False
+    filled: int = 0  #: bytes of the disk that hold data when the test begins
+
+    @property
+    def snapshots(self) -> bool:
+        """Whether counts are wide enough for the tests' snapshots."""
+        return self.refcount_bits >= 4 and SNAPSHOTS
+
+    def base(self, rng: random.Random) -> bytes:
+        """Return a backing file's content: three quarters of the disk, with a hole; or longer than the disk, at random."""
+        if not self.backed:
+            return b""
+        data = bytearray(rng.randbytes(self.size * rng.choice((3, 5)) // 4 // 512 * 512))
+        data[self.size // 4 : self.size // 2] = bytes(self.size // 4)
+        return bytes(data)
+
+    def __str__(self) -> str:
+        return (
+            f"v{self.version}-{self.cluster}-{self.refcount_bits}"
+            + "-backed" * self.backed
+            + "-filled" * bool(self.filled)
+        )
+
+
+def create(shape: Shape, content: bytes = b"") -> MemoryNode:
+    """Return an image of *shape* that holds *content*, made by the driver (without a backing file's name: tests give the node)."""
+    node = MemoryNode()
+    options: dict[str, Any] = {"compat": "0.10" if shape.version == 2 else "1.1", "cluster_size": shape.cluster}
+    if shape.version > 2:
+        options["refcount_bits"] = shape.refcount_bits
+    keeper = Disk(node)  # holds the memory while the driver opens and closes it
+    create_image(node, shape.size, options)
+    if content:
+        with open_over(node, writable=True) as disk:
+            disk.write(0, content)
+    keeper.close()
+    return node.copy()
+
+
+def open_over(file: BlockNode, backing: BlockNode | None = None, *, writable: bool = False) -> Disk:
+    """Open the qcow2 image that *file* holds; *backing* lies under it."""
+    description: dict[str, Any] = {"driver": "qcow2", "file": file, "backing": backing, "read-only": not writable}
+    root = Opening(REGISTRY).open(description)
+    return Disk(root, writable=writable)
+
+
+def snapshot_create(disk: Disk, name: str) -> None:
+    """Take an internal snapshot."""
+    from cowhand.block.snapshots import create_snapshot
+
+    create_snapshot(disk, name)
+
+
+def _ident(disk: Disk, name: str) -> str:
+    node = disk.root
+    assert isinstance(node, Qcow2Node)
+    return next(snapshot.id for snapshot in node.snapshots if snapshot.name == name)
+
+
+def snapshot_apply(disk: Disk, name: str) -> None:
+    """Go back to a snapshot."""
+    from cowhand.block.snapshots import apply_snapshot
+
+    apply_snapshot(disk, _ident(disk, name))
+
+
+def snapshot_delete(disk: Disk, name: str) -> None:
+    """Delete a snapshot."""
+    from cowhand.block.snapshots import delete_snapshot
+
+    delete_snapshot(disk, _ident(disk, name))

@@ -1,0 +1,258 @@
+"""A random life of a small qcow2 image over a recorder, and the judgement of what a power failure left of it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from cowhand.block.disk import Disk
+from cowhand.block.node import WRITE_REQUEST, BlockNode, Request
+from cowhand.block.protocols.memory import MemoryNode
+from cowhand.testing.expected import ContentLost, ExpectedContent
+from cowhand.testing.model import compare
+from cowhand.testing.recorder import RecorderNode
+from cowhand.testing.replay import CrashState
+from tests.qcow2 import images, oracle
+from tests.qcow2.images import Shape
+
+
+@dataclass(slots=True)
+class _SnapshotLife:
+    """When a snapshot was made and deleted, and what it holds."""
+
+    name: str
+    content: bytes
+    made: tuple[int, int | None]
+    deleted: tuple[int, int | None] | None = None
+
+    def must_exist(self, moment: int) -> bool:
+        return (
+            self.made[1] is not None and self.made[1] < moment and (self.deleted is None or self.deleted[0] >= moment)
+        )
+
+    def may_exist(self, moment: int) -> bool:
+        if self.made[0] >= moment:
+            return False
+        return self.deleted is None or self.deleted[1] is None or self.deleted[1] >= moment
+
+
+@dataclass(slots=True)
+class Verdicts:
+    """What was seen on the way, so that a test can tell that it tested something."""
+
+    states: int = 0
+    leaking: int = 0
+    stale_flags: int = 0
+    used_on: int = 0
+    stories: list[str] = field(default_factory=list)
+
+
+class Life:
+    """One image, its recorder, and what the guest may expect. :meth:`run` lives; :meth:`judge` looks at one crash."""
+
+    def __init__(self, shape: Shape, rng: random.Random, *, sector: int = 1) -> None:
+        self.shape = shape
+        self.rng = rng
+        self.base = shape.base(rng)
+        start = rng.randbytes(shape.filled)
+        self.recorder = RecorderNode(images.create(shape, start), sector=sector)
+        self.log = self.recorder.log
+        # Holds the recorder open while the image above it is closed and opened again.
+        self.keeper = Disk(self.recorder)
+        self.disk = self._open()
+        self.size = shape.size
+        self.expected = ExpectedContent(self.log, shape.size, start + self.base[len(start) : shape.size])
+        self.snapshots: list[_SnapshotLife] = []
+        self.verdicts = Verdicts()
+        self.steps: list[str] = []
+
+    def _open(self) -> Disk:
+        return images.open_over(self.recorder, self._backing(), writable=True)
+
+    def _backing(self) -> BlockNode | None:
+        return MemoryNode(content=self.base) if self.shape.backed else None
+
+    # -- living
+
+    def run(self, steps: int) -> None:
+        """Take *steps* random steps, and close the image."""
+        verbs = [self.write] * 8 + [
+            self.batch,
+            self.zero,
+            self.zero,
+            self.discard,
+            self.discard,
+            self.flush,
+            self.flush,
+            self.flush,
+        ]
+        verbs += [self.reopen, self.grow]
+        if self.shape.snapshots:
+            verbs += [self.snapshot, self.snapshot, self.apply, self.delete]
+        for _ in range(steps):
+            self.rng.choice(verbs)()
+        self.finish()
+
+    def finish(self) -> None:
+        """Close everything; what is left is the log."""
+        with self.expected.flushing():
+            self.disk.close()
+        self.keeper.close()
+
+    def _place(self) -> tuple[int, int]:
+        cluster = self.shape.cluster
+        length = self.rng.choice((512, 512, cluster, cluster, 2 * cluster, 3 * cluster + 512, 8 * cluster))
+        length = min(length, self.size)
+        offset = self.rng.randrange(self.size - length + 1)
+        return offset - offset % self.rng.choice((512, cluster)), length
+
+    def write(self) -> None:
+        self.write_at(*self._place())
+
+    def write_at(self, offset: int, length: int) -> None:
+        fua = self.rng.random() < 0.1
+        self._tell("write", offset, length)
+        data = self.rng.randbytes(length)
+        with self.expected.writing(offset, data, fua=fua):
+            self.disk.write(offset, data, fua=fua)
+
+    def batch(self) -> None:
+        """Several writes at once, apart from one another."""
+        room = self.size // 4 // 512 * 512
+        self._tell("batch", 0, self.size)
+        batch: list[Request] = []
+        for quarter in range(4):
+            length = self.rng.choice((512, self.shape.cluster))
+            offset = quarter * room + self.rng.randrange((room - length) // 512 + 1) * 512
+            batch.append((WRITE_REQUEST, offset, self.rng.randbytes(length)))
+        with (
+            self.expected.writing(batch[0][1], batch[0][2]),
+            self.expected.writing(batch[1][1], batch[1][2]),
+            self.expected.writing(batch[2][1], batch[2][2]),
+            self.expected.writing(batch[3][1], batch[3][2]),
+        ):
+            self.disk.submit(batch)
+
+    def zero(self) -> None:
+        offset, length = self._place()
+        self._tell("zero", offset, length)
+        with self.expected.zeroing(offset, length):
+            self.disk.write_zeroes(offset, length, unmap=self.rng.random() < 0.5)
+
+    def discard(self) -> None:
+        offset, length = self._place()
+        self._tell("discard", offset, length)
+        with self.expected.discarding(offset, length):
+            self.disk.discard(offset, length)
+
+    def flush(self) -> None:
+        self._tell("flush")
+        with self.expected.flushing():
+            self.disk.flush()
+
+    def reopen(self) -> None:
+        self._tell("reopen")
+        with self.expected.flushing():
+            self.disk.close()
+        self.disk = self._open()
+
+    def grow(self) -> None:
+        if self.size >= 2 * self.shape.size:
+            return
+        size = self.size + self.rng.randrange(1, 65) * 512
+        self._tell("grow", 0, size)
+        with self.expected.resizing(size):
+            self.disk.resize(size)
+        self.size = size
+
+    def _living(self) -> list[_SnapshotLife]:
+        return [snapshot for snapshot in self.snapshots if snapshot.deleted is None]
+
+    def snapshot(self) -> None:
+        if len(self._living()) >= 4:
+            return
+        self._tell("snapshot")
+        name = f"s{len(self.snapshots)}"
+        life = _SnapshotLife(name, self.disk.read(0, self.size), (self.log.now(), None))
+        self.snapshots.append(life)
+        with self.expected.flushing():
+            images.snapshot_create(self.disk, name)
+        life.made = (life.made[0], self.log.now())
+
+    def apply(self) -> None:
+        if not self._living():
+            return
+        chosen = self.rng.choice(self._living())
+        self._tell("apply " + chosen.name)
+        with self.expected.replacing(chosen.content):
+            images.snapshot_apply(self.disk, chosen.name)
+        self.size = len(chosen.content)
+
+    def delete(self) -> None:
+        if not self._living():
+            return
+        chosen = self.rng.choice(self._living())
+        self._tell("delete " + chosen.name)
+        begin = self.log.now()
+        chosen.deleted = (begin, None)
+        images.snapshot_delete(self.disk, chosen.name)
+        chosen.deleted = (begin, self.log.now())
+
+    def _tell(self, verb: str, offset: int = 0, length: int = 0) -> None:
+        self.steps.append(f"{self.log.now()}: {verb} {offset:#x}+{length:#x}")
+
+    # -- judging
+
+    def judge(self, state: CrashState) -> None:
+        """Raise unless the image that a crash left is sound but for leaks, and holds what was flushed."""
+        self.verdicts.states += 1
+        try:
+            content = self._judge_bytes(state.image.snapshot_bytes(), state.moment)
+            if self.verdicts.states % 7 == 0:
+                self._use_on(state, content)
+        except Exception as error:
+            before = [step for step in self.steps if int(step.split(":")[0]) < state.moment]
+            error.add_note(f"{self.shape}; the guest's last steps: {'; '.join(before[-4:])}")
+            raise
+
+    def _judge_bytes(self, data: bytes, moment: int) -> bytes:
+        image = oracle.Image(data, self.base if self.shape.backed else b"")
+        assert image.incompatible == 0
+        findings = image.check()
+        assert findings.corruptions == []
+        self.verdicts.leaking += bool(findings.leaks)
+        self.verdicts.stale_flags += bool(findings.flags)
+        content = image.content()
+        self.expected.check(content, moment)
+        listed = {snapshot.name: snapshot for snapshot in image.snapshots}
+        for life in self.snapshots:
+            found = listed.pop(life.name, None)
+            if found is None:
+                if life.must_exist(moment):
+                    raise ContentLost(f"snapshot {life.name} is gone")
+                continue
+            if not life.may_exist(moment):
+                raise ContentLost(f"snapshot {life.name} is there, but was not made yet or was deleted")
+            compare(life.content, image.content(found), f"snapshot {life.name}")
+        assert listed == {}, "snapshots that nobody made"
+        return content
+
+    def _use_on(self, state: CrashState, content: bytes) -> None:
+        """Open what is left and go on with it: it reads the same, and stays sound."""
+        self.verdicts.used_on += 1
+        node = state.image
+        keeper = Disk(node)
+        with images.open_over(node, self._backing(), writable=True) as disk:
+            compare(content, disk.read(0, disk.size), "the driver's reading of the image")
+            model = bytearray(content)
+            for _ in range(6):
+                cluster = self.shape.cluster
+                length = min(self.rng.choice((512, cluster, 4 * cluster)), len(model))
+                offset = self.rng.randrange(len(model) - length + 1)
+                data = self.rng.randbytes(length)
+                disk.write(offset, data)
+                model[offset : offset + length] = data
+        keeper.close()
+        image = oracle.Image(node.snapshot_bytes(), self.base if self.shape.backed else b"")
+        assert image.check().corruptions == []
+        compare(bytes(model), image.content(), "the image after it was used on")
