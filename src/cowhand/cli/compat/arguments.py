@@ -45,12 +45,12 @@ class Grammar:
     """The options of one command.
 
     *short* is getopt's string ("hf:q"), *long* maps long names to the key that they yield: a letter of *short*, which then says whether an
-    argument follows, or a word of its own, with "=" at its end when it takes one.
+    argument follows, or a word of its own, with "=" at its end when it takes one. Without *long* a word "--x" is a bundle of letters.
     """
 
     def __init__(self, short: str, long: Mapping[str, str] | None = None, *, permute: bool = True) -> None:
         self.short = {letter: short[i + 1 : i + 2] == ":" for i, letter in enumerate(short) if letter != ":"}
-        self.long = dict(long or {})
+        self.long = long
         self.permute = permute and "POSIXLY_CORRECT" not in os.environ
 
     def scan(self, words: Sequence[str]) -> Scanner:
@@ -82,7 +82,7 @@ class Scanner:
                 self.index += 1
                 continue
             before = self.index
-            if word.startswith("--"):
+            if word.startswith("--") and self._grammar.long is not None:
                 yield self._long_option(word)
             else:
                 yield from self._bundle(word)
@@ -101,7 +101,7 @@ class Scanner:
 
     def _long_option(self, word: str) -> tuple[str, str]:
         given, equals, value = word[2:].partition("=")
-        names = self._grammar.long
+        names = self._grammar.long or {}
         found = [given] if given in names else [full for full in names if full.startswith(given)]
         if len({names[full] for full in found}) > 1:
             raise self._error("ambiguous", f"--{given}", word, found)

@@ -52,8 +52,8 @@ def warn_of_short_form(pair: Pair) -> None:
         program.plain(f"Please use {pair.name}={pair.value} instead")
 
 
-def as_description(text: str, implied: str) -> dict[str, str]:
-    """Return the node description that the argument of ``--image-opts`` means."""
+def as_description(text: str, implied: str | None) -> dict[str, str]:
+    """Return the node description that *text* means, the argument of ``--image-opts`` or of the I/O tool's ``-o``."""
     out = {}
     for pair in parse(text, implied):
         warn_of_short_form(pair)

@@ -1,0 +1,140 @@
+"""How the I/O tool opens an image: from its command line, and by its commands ``open`` and ``reopen``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cowhand.cli.compat.images import CACHE_MODES, describe, open_disk
+from cowhand.cli.compat.program import Failure
+from cowhand.core.errors import CowhandError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cowhand.block.disk import Disk
+
+_DISCARD = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
+_AIO = ("threads", "native", "io_uring")
+_DIRECT = ("none", "off", "directsync")
+
+
+class How:
+    """The switches of an opening; ``options`` are those of ``-o``."""
+
+    def __init__(self) -> None:
+        self.format: str | None = None
+        self.image_opts = False
+        self.writable = True
+        self.snapshot = False
+        self.force_share = False
+        self.copy_on_read = False
+        self.cache = "writeback"
+        self.discard = "unmap"
+        self.aio = "threads"
+        self.options: dict[str, Any] = {}
+        self.reopened: dict[str, Any] = {}  #: options that a reopen changed
+
+    def take(self, letter: str, value: str) -> None:
+        """Set what option *letter* says. Raises Failure."""
+        match letter:
+            case "r":
+                self.writable = False
+            case "s":
+                self.snapshot = True
+            case "n":
+                self.cache = "none"
+            case "C":
+                self.copy_on_read = True
+            case "U":
+                self.force_share = True
+            case "k":
+                self.aio = "native"
+            case "t":
+                if value not in CACHE_MODES:
+                    raise Failure(f"Invalid cache option: {value}")
+                self.cache = value
+            case "d":
+                if value not in _DISCARD:
+                    raise Failure(f"Invalid discard option: {value}")
+                self.discard = _DISCARD[value]
+            case "i":
+                if value not in _AIO:
+                    raise Failure(f"Invalid aio option: {value}")
+                self.aio = value
+
+
+def open_as(name: str | None, how: How) -> Disk:
+    """Open *name*, or what the options of *how* describe without a name. Raises Failure in the tool's words."""
+    shown = f" device {name}" if name is not None and not how.image_opts else ""
+    try:
+        if how.aio == "native" and how.cache not in _DIRECT:
+            raise Failure("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+        if how.copy_on_read:
+            raise Failure("copy-on-read is not supported")
+        return _open(_what(name, how), how)
+    except CowhandError as error:
+        raise Failure(f"can't open{shown}: {error.qemu()}") from error
+    except Failure as failure:
+        raise Failure(f"can't open{shown}: {failure.message}") from None
+
+
+def _what(name: str | None, how: How) -> str | Mapping[str, Any]:
+    if how.image_opts:
+        assert name is not None
+        return describe(name, image_opts=True)
+    if not how.options:
+        assert name is not None
+        return describe(name, image_opts=False)
+    given = dict(how.options)
+    if name is not None:
+        told = describe(name, image_opts=False)
+        if isinstance(told, Mapping):
+            return {**told, **given}
+        given["file.filename" if any(key.startswith("file.") for key in given) else "filename"] = told
+    elif "driver" not in given and not any(key.startswith("file") for key in given):
+        raise Failure("Must specify either driver or file")
+    return given
+
+
+def _open(what: str | Mapping[str, Any], how: How) -> Disk:
+    options = {"discard": how.discard, **how.reopened}
+    if not how.snapshot:
+        return open_disk(
+            what,
+            format=how.format,
+            writable=how.writable,
+            cache=how.cache,
+            force_share=how.force_share,
+            options=options,
+        )
+    with open_disk(what, format=how.format) as base:
+        size, driver = base.size, base.format
+    from cowhand.block.create import create
+
+    below: dict[str, Any] = dict(what) if isinstance(what, Mapping) else {"filename": what}
+    below.setdefault("driver", driver)
+    with _temporary_name() as overlay:
+        create(overlay, "qcow2", size)
+        # The overlay's name is taken away at once; the file goes when it is closed.
+        return open_disk(
+            {"driver": "qcow2", "file": {"driver": "file", "filename": overlay}, "backing": below},
+            writable=how.writable,
+            cache=how.cache,
+        )
+
+
+@contextmanager
+def _temporary_name() -> Iterator[str]:
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="cowhand-io-", dir=os.environ.get("TMPDIR", "/var/tmp"))
+    name = os.path.join(folder, "overlay.qcow2")
+    try:
+        yield name
+    finally:
+        if os.path.lexists(name):
+            os.unlink(name)
+        os.rmdir(folder)

@@ -1,0 +1,106 @@
+"""``info``, ``length``, ``map``, ``alloc``, ``help``: commands that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cowhand.cli.compat.img.records import tree
+from cowhand.cli.compat.io import table
+from cowhand.cli.compat.io.parsing import SECTOR, Complaint, number
+from cowhand.cli.compat.io.report import failed
+from cowhand.cli.compat.io.requests import the_disk
+from cowhand.cli.compat.sizes import precise
+from cowhand.core.errors import CowhandError
+from cowhand.core.extents import ALLOCATED
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+    from cowhand.cli.compat.io.session import Session
+
+
+def info(session: Session, words: Sequence[str]) -> bool:
+    """Print the format and what it tells of itself."""
+    node: Any = the_disk(session).root
+    print(f"format name: {node.driver}")
+    below = node
+    while below.driver not in ("qcow2", "file", "host_device"):
+        primary = below.primary
+        if primary is None:
+            return False
+        below = primary.node
+    print(f"cluster size: {precise(getattr(below, 'cluster_size', 0))}")
+    print(f"vm state offset: {precise(getattr(below, 'vmstate_offset', 0))}")
+    specific = node.format_specific()
+    if specific:
+        print("Format specific information:")
+        for line in tree(specific, 1):
+            print(line)
+    return True
+
+
+def length(session: Session, words: Sequence[str]) -> bool:
+    """Print the length of the disk."""
+    print(precise(the_disk(session).size))
+    return True
+
+
+def _allocation(disk: Disk, offset: int, end: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, length, whether the top layer allocates it), merged."""
+    start, count, last = offset, 0, False
+    if offset < end:
+        for batch in disk.extents(offset, end - offset, depth=1):
+            for row in batch:
+                allocated = bool(row.flags & ALLOCATED)
+                if count and allocated == last:
+                    count += row.length
+                    continue
+                if count:
+                    yield start, count, last
+                start, count, last = row.start, row.length, allocated
+    if count:
+        yield start, count, last
+
+
+def map_command(session: Session, words: Sequence[str]) -> bool:
+    """Print which ranges the top layer allocates."""
+    disk = the_disk(session)
+    try:
+        for start, count, allocated in _allocation(disk, 0, disk.size):
+            state = "    allocated" if allocated else "not allocated"
+            print(f"{precise(count)} ({count:#x}) bytes {state} at offset {precise(start)} ({start:#x})")
+    except CowhandError as error:
+        raise Complaint(str(failed("Failed to get allocation status", error))) from error
+    return True
+
+
+def alloc(session: Session, words: Sequence[str]) -> bool:
+    """Print how many bytes of a range the top layer allocates."""
+    disk = the_disk(session)
+    offset = number(words[1])
+    count = number(words[2]) if len(words) == 3 else SECTOR
+    end = min(disk.size, offset + count)
+    try:
+        total = sum(length for _, length, allocated in _allocation(disk, offset, end) if allocated)
+    except CowhandError as error:
+        raise failed("is_allocated", error) from error
+    print(f"{total}/{max(0, end - offset)} bytes allocated at offset {precise(offset)}")
+    return True
+
+
+def help_command(session: Session, words: Sequence[str]) -> bool:
+    """Print one line a command, or everything about one."""
+    if len(words) == 1:
+        for command in table.COMMANDS:
+            print(table.usage(command.name, command))
+        print("\nUse 'help commandname' for extended help.")
+        return True
+    found = table.find(words[1])
+    if found is None:
+        print(f"command {words[1]} not found")
+        return False
+    print(table.usage(words[1], found))
+    text = table.EXTENDED.get(found.name)
+    if text:
+        print(text)
+    return True
