@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping as Mapping_, Sequence
 from contextlib import contextmanager
@@ -247,11 +248,12 @@ class Qcow2Node(FormatNode):
 
     # -- metadata I/O
 
-    def write_metadata(self, offset: int, data: Buffer, *, check: bool = True) -> None:
-        """Write metadata at host *offset*. Nothing is written once the node is poisoned."""
+    def write_metadata(self, offset: int, data: Buffer, *, in_flush: bool = False) -> None:
+        """Write metadata at host *offset*; *in_flush*: by a write-back, which flushes it itself. Nothing is written once the node is poisoned."""
         if self.poison is not None:
             raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno)
-        self.changed = True
+        if not in_flush:
+            self.changed = True
         # Also when it is given up later: what a failed operation left there is not fresh.
         self.allocator.high_water = max(self.allocator.high_water, offset + len(data))
         self.file.write(offset, (data,))
@@ -261,14 +263,21 @@ class Qcow2Node(FormatNode):
         self.file.flush()
 
     @contextmanager
-    def publishing(self) -> Iterator[None]:
-        """Switch to a new table in the ``with`` block: one field that makes it valid is written.
+    def publishing(self, offset: int, before: bytes) -> Iterator[None]:
+        """Switch to a new table in the ``with`` block: the field at *offset*, which held *before*, is written and made stable.
 
-        After an error nobody knows whether the file names the old table or the new one, so nothing that either uses may be taken for
-        something else: the node is poisoned.
+        After an error nobody knows whether the file names the old table or the new one. So the old value is written again; if that fails
+        too, neither table may be taken for something else, and the node is poisoned.
         """
         try:
             yield
+        except CowhandError as error:
+            try:
+                self.file.write(offset, (before,))
+                self.file.flush()
+            except CowhandError:
+                self.set_poison(error)
+            raise
         except BaseException as error:
             self.set_poison(error)
             raise
@@ -325,7 +334,7 @@ class Qcow2Node(FormatNode):
     def update_header(self) -> None:
         """Write the header's cluster anew (backing file, extensions). Fields that switch tables are written alone, elsewhere."""
         data = self.header.encode()
-        self.write_metadata(0, data, check=False)
+        self.write_metadata(0, data)
 
     # -- reading
 
@@ -365,7 +374,7 @@ class Qcow2Node(FormatNode):
         known = L.AUTOCLEAR_BITMAPS | L.AUTOCLEAR_RAW_DATA
         if self.header.autoclear & ~known and self.header.version >= 3:
             self.header.autoclear &= known
-            self.write_metadata(88, L.U64.pack(self.header.autoclear), check=False)
+            self.write_metadata(88, L.U64.pack(self.header.autoclear))
             self.flush_file()
         self.rebuild_metadata_map()
 
@@ -462,14 +471,16 @@ class Qcow2Node(FormatNode):
             resize(self, size, preallocation=preallocation, shrink=shrink)
 
     def close(self) -> None:
-        if not self.writable or self.poison is not None or not self._writing:
+        if not self.writable or not self._writing:
             return
+        if isinstance(self.poison, ImageCorrupt):
+            return  # it was said when it was found, and nothing may be written
         failure: CowhandError | None = None
         for what, step in (("L2 table", self._close_tables), ("refcount block", self._close_counts)):
             try:
                 step()
             except CowhandError as error:
-                diagnostics.report(f"Failed to flush the {what} cache: {error.qemu()}")
+                diagnostics.report(f"Failed to flush the {what} cache: {os.strerror(error.errno or 5)}")
                 failure = failure or error
         if failure is not None:
             raise failure

@@ -74,6 +74,11 @@ class Refcounts:
         block = self.block(index)
         return self.counts.get(block.data, at) if block is not None else 0
 
+    def get_or_none(self, cluster: int) -> int | None:
+        """Return the count of *cluster*, or None where no block counts it."""
+        block = self.block(cluster // self.per_block)
+        return None if block is None else self.counts.get(block.data, cluster % self.per_block)
+
     def find_free(self, first: int, count: int) -> int:
         """Return the lowest cluster from *first* on with which *count* free ones begin. Raises NoSpace past the format's limit."""
         limit = L.MAX_HOST_OFFSET // self.cluster_size
@@ -106,6 +111,7 @@ class Refcounts:
         while left:
             index, at = divmod(position, self.per_block)
             step = min(left, self.per_block - at)
+            self.node.fire("refblock_alloc")
             if not self.block_offset(index):
                 if delta > 0:
                     raise MissingBlock(position)
@@ -152,7 +158,6 @@ class Refcounts:
     def add_block(self, cluster: int) -> None:
         """Make the block that counts *cluster*. What was found free before may be in use afterwards: search again."""
         node = self.node
-        node.fire("refblock_alloc")
         index = cluster // self.per_block
         if self.block_offset(index):
             return
@@ -182,8 +187,9 @@ class Refcounts:
             if index * 8 < len(self.table):
                 node.fire("refblock_alloc_hookup")
                 entry = L.U64.pack(offset)
-                with node.publishing():
-                    node.write_metadata(node.header.refcount_table_offset + index * 8, entry)
+                at = node.header.refcount_table_offset + index * 8
+                with node.publishing(at, bytes(self.table[index * 8 : index * 8 + 8])):
+                    node.write_metadata(at, entry)
                 self.table[index * 8 : index * 8 + 8] = entry
             else:
                 self._grow_table(cluster, index, place)
@@ -238,8 +244,9 @@ class Refcounts:
         old, old_count = node.header.refcount_table_offset // self.cluster_size, node.header.refcount_table_clusters
         clusters = len(table) // self.cluster_size
         field = L.U64.pack(cluster * self.cluster_size) + L.U32.pack(clusters)
-        with node.publishing():
-            node.write_metadata(L.OFFSET_REFCOUNT_TABLE, field, check=False)
+        before = L.U64.pack(node.header.refcount_table_offset) + L.U32.pack(old_count)
+        with node.publishing(L.OFFSET_REFCOUNT_TABLE, before):
+            node.write_metadata(L.OFFSET_REFCOUNT_TABLE, field)
             node.flush_file()
         node.header.refcount_table_offset = cluster * self.cluster_size
         node.header.refcount_table_clusters = clusters

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from cowhand.block.cache import Table
 from cowhand.block.format import Kind
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.core.buffers import is_zero
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
+from cowhand.core.extents import DATA, ZERO
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -51,8 +53,9 @@ def _replace_l1(node: Qcow2Node, entries: int) -> None:
         node.write_metadata(first * size, data)
         node.flush_file()
         node.fire("l1_grow_activate_table")
-        with node.publishing():
-            node.write_metadata(L.OFFSET_L1_SIZE, L.U32.pack(entries) + L.U64.pack(first * size), check=False)
+        before = L.U32.pack(node.header.l1_size) + L.U64.pack(node.header.l1_offset)
+        with node.publishing(L.OFFSET_L1_SIZE, before):
+            node.write_metadata(L.OFFSET_L1_SIZE, L.U32.pack(entries) + L.U64.pack(first * size))
             node.flush_file()
     except CowhandError:
         node.allocator.untake(first, clusters)
@@ -69,7 +72,7 @@ def _replace_l1(node: Qcow2Node, entries: int) -> None:
 def set_size(node: Qcow2Node, size: int) -> None:
     """Write the disk's size into the header, stably."""
     with node.exclusive():
-        node.write_metadata(L.OFFSET_SIZE, L.U64.pack(size), check=False)
+        node.write_metadata(L.OFFSET_SIZE, L.U64.pack(size))
         node.flush_file()
         node.header.size = size
 
@@ -105,33 +108,26 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
 
 
 def _hide_backing(node: Qcow2Node, old: int, new: int) -> None:
-    """Make ``[old, new)`` read as zeroes where a longer backing file would show through."""
-    backing = node.backing
-    if backing is None or backing.node.size <= old:
-        return
+    """Make ``[old, new)`` read as zeroes: what a longer backing file would show, and what an earlier, longer life left in the last cluster."""
     unit = node.cluster_size
-    end = min(new, backing.node.size)
+    backing = node.backing
+    longer = backing is not None and backing.node.size > old
     begin = -(-old // unit) * unit
-    if old < begin and node.map(old - old % unit, unit)[1] & 0x3 == 0:
-        # The last cluster of the old size is not allocated: what lies behind the old end must not show through with it.
-        _write_tail(node, old, min(begin, end))
+    if old < begin:
+        flags = node.map(old, 1)[1]
+        if (longer and not flags & (DATA | ZERO)) or (flags & DATA and not _zero_behind(node, old, begin)):
+            node.write(old, (bytes(min(begin, new) - old),))
+    end = min(new, backing.node.size) if longer and backing is not None else begin
     if begin < end:
-        count = -(-(end - begin) // unit) * unit
         try:
-            node.change(begin, count, Kind.ZERO)
+            node.change(begin, -(-(end - begin) // unit) * unit, Kind.ZERO)
         except NotSupported:
-            _zero_by_bytes(node, begin, end)
+            step = 1 << 20
+            for position in range(begin, end, step):
+                node.write(position, (bytes(min(step, end - position)),))
 
 
-def _write_tail(node: Qcow2Node, begin: int, end: int) -> None:
-    node.header.size, before = end, node.header.size
-    try:
-        node.write(begin, (bytes(end - begin),))
-    finally:
-        node.header.size = before
-
-
-def _zero_by_bytes(node: Qcow2Node, begin: int, end: int) -> None:
-    step = 1 << 20
-    for position in range(begin, end, step):
-        node.write(position, (bytes(min(step, end - position)),))
+def _zero_behind(node: Qcow2Node, begin: int, end: int) -> bool:
+    data = bytearray(end - begin)
+    node.read_into(begin, data)
+    return is_zero(data)

@@ -42,13 +42,7 @@ class WriteBack:
             with self.node.lock:
                 self._ticket += 1
                 ticket = self._ticket
-            # Under the lock: who finds nothing changed and the lock free may rely on a flush that has ended.
-            self.node.changed = False
-            try:
-                self.run()
-            except BaseException:
-                self.node.changed = True
-                raise
+            self.run()
             self._done = ticket
 
     def run(self, *, locked: bool = False) -> None:
@@ -59,6 +53,10 @@ class WriteBack:
             with self.node.lock:
                 work = self._collect()
         first, second, freed, barrier = work
+        if not (first or second or freed or barrier or self.node.changed):
+            return
+        # With the lock held: who finds nothing changed and the lock free may rely on a flush that has ended.
+        self.node.changed = False
         try:
             self._write(first, "refblock_update_part")
             if second and (first or barrier):
@@ -71,6 +69,7 @@ class WriteBack:
             else:
                 with self.node.lock:
                     self._restore(first, second, freed, barrier)
+            self.node.changed = True
             raise
         if locked:
             self._ended(first, second, freed)
@@ -113,7 +112,7 @@ class WriteBack:
             name = "l1_update" if piece.table is l1 else "l2_alloc_write" if piece.fresh and event != "l2_update" else event
             for host, data in piece.writes:
                 node.fire(name)
-                node.write_metadata(host, data)
+                node.write_metadata(host, data, in_flush=True)
 
     def flush_refcounts(self) -> None:
         """Write the reference counts now, and flush (both locks held)."""

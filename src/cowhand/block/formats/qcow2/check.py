@@ -1,0 +1,394 @@
+"""Checking qcow2: compare what the image says of its clusters with what refers to them (QEMU ``docs/interop/qcow2``, "Host cluster management").
+
+Rooms: ``checkwalk`` and ``checkextensions`` count the references, this one compares and judges, ``repair`` mends. Counts and lines are those
+of qemu-img's check on the same image.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from cowhand.block.check import CheckResult
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped, Walk, words_of
+from cowhand.block.formats.qcow2.snapshots import REQUIRED_EXTRA, Reading, read_table
+from cowhand.block.formats.qcow2.tally import native
+from cowhand.core.errors import CowhandError, InvalidFormat
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.snapshots import Snapshot
+
+#: QEMU's own limit, and what keeps a check's memory within reason.
+_MAX_CLUSTERS = (1 << 31) - 1
+
+
+class Examination:
+    """One check of one image, with the repairs that were asked for. Used once, by one thread, while nothing else uses the node."""
+
+    def __init__(self, node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> None:
+        self.node = node
+        self.say = say
+        self.fix_leaks = repair is not None
+        self.fix_errors = repair == "all"
+        self.counters = Counters()
+        self.rebuild = False  #: the refcount structure itself is damaged
+        self.highest = 0  #: the last cluster in use
+        self.per_block = node.refcounts.per_block
+        self.order = node.header.refcount_order
+        self.unreadable: set[int] = set()  #: refcount blocks that cannot be looked at
+        self._mismatched: list[int] = []  #: refcount blocks that differ from the tally
+        self._compared = 0  #: clusters that the last comparison went over
+        self.walk = self.new_walk(fix=self.fix_errors)
+
+    def new_walk(self, *, fix: bool) -> Walk:
+        """Begin counting anew."""
+        from cowhand.block.formats.qcow2.repair import zero_entry
+
+        repairing = (lambda host, index, active: zero_entry(self, host, index, active)) if fix else None
+        self.walk = Walk(self.node, self.say, self.counters, repairing)
+        return self.walk
+
+    # -- the whole of it
+
+    def run(self) -> CheckResult:
+        """Check, and repair. What stopped the check on its way is in the result."""
+        snapshots = Counters()
+        result = CheckResult()
+        try:
+            self._read_snapshot_table(snapshots)
+            self._examine(result)
+            if snapshots.corruptions and self.fix_errors:
+                from cowhand.block.formats.qcow2.repair import rewrite_snapshots
+
+                rewrite_snapshots(self, snapshots)
+        except Stopped as stopped:
+            result.failure = stopped.error
+        for name in Counters.__slots__:
+            setattr(result, name, getattr(self.counters, name) + getattr(snapshots, name))
+        if self.fix_leaks and result.failure is None and not result.check_errors and not result.corruptions:
+            from cowhand.block.formats.qcow2.repair import mark_sound
+
+            mark_sound(self.node)
+        return result
+
+    def _read_snapshot_table(self, counters: Counters) -> None:
+        node = self.node
+        if not node.header.snapshot_count:
+            return
+        reading = Reading()
+        try:
+            node.snapshots = self._checked_table(reading)
+        except InvalidFormat as error:
+            counters.check_errors += 1
+            prefix = "" if error.facts.get("pointer") else "failed to read the snapshot table: "
+            self.say(f"ERROR {prefix}{error.qemu_message}")
+            # What was not read does not count.
+            node.snapshots, node.snapshot_table_bytes = [], 0
+            raise Stopped(error) from error
+        node.snapshot_table_bytes = reading.table_bytes
+        counters.corruptions += reading.overhanging + reading.extra_dropped
+        if reading.overhanging:
+            from cowhand.block.formats.qcow2.repair import cut_snapshots
+
+            cut_snapshots(node, len(node.snapshots))
+            counters.corruptions -= reading.overhanging
+            counters.corruptions_fixed += reading.overhanging
+        if node.header.version >= 3:
+            for index, snapshot in enumerate(node.snapshots):
+                if snapshot.extra_size < REQUIRED_EXTRA:
+                    counters.corruptions += 1
+                    self.say(f"{'Repairing' if self.fix_errors else 'ERROR'} snapshot table entry {index} is incomplete")
+
+    def _checked_table(self, reading: Reading) -> list[Snapshot]:
+        header, path = self.node.header, self.node.filename
+        too_many = header.snapshot_count - L.MAX_SNAPSHOTS
+        if too_many > 0 and self.fix_errors:
+            self.say(f"Discarding {too_many} overhanging snapshots")
+            reading.overhanging = too_many
+            header.snapshot_count = L.MAX_SNAPSHOTS
+        elif too_many > 0:
+            raise InvalidFormat(
+                f"{header.snapshot_count} snapshots are more than {L.MAX_SNAPSHOTS}", qemu="snapshot table too large", path=path,
+                offset=L.OFFSET_SNAPSHOTS, errno=27, pointer=True,
+                hint=f"A repair of everything removes the {too_many} snapshots that are too many.",
+            )  # fmt: skip
+        span = header.snapshot_count * L.SNAPSHOT_HEADER.size
+        if header.snapshots_offset % self.walk.size or header.snapshots_offset > (1 << 63) - 1 - span:
+            raise InvalidFormat(
+                f"the snapshot table cannot lie at {header.snapshots_offset:#x}", qemu="snapshot table offset invalid", path=path,
+                offset=L.OFFSET_SNAPSHOTS, pointer=True,
+            )  # fmt: skip
+        return read_table(self.node, reading, repair=self.fix_errors, say=self.say)
+
+    def _examine(self, result: CheckResult) -> None:
+        walk = self.walk
+        if walk.clusters > _MAX_CLUSTERS:
+            self.counters.check_errors += 1
+            raise Stopped(InvalidFormat("the file has too many clusters for a check", qemu="File too large", path=self.node.filename, errno=27))
+        result.total_clusters = -(-self.node.header.size // walk.size)
+        self.calculate(fix=self.fix_errors)
+        self._tell_allocation(result)
+        before = self.counters.copy()
+        self.compare(leaks=False, errors=False)
+        if self.rebuild and self.fix_errors:
+            from cowhand.block.formats.qcow2.repair import rebuild_counts
+
+            rebuild_counts(self)
+            self._tell_allocation(result)
+        elif self.fix_leaks:
+            if self.rebuild:
+                self.say("ERROR need to rebuild refcount structures")
+                self.counters.check_errors += 1
+                raise Stopped(InvalidFormat("the refcount structure must be rebuilt", qemu="Input/output error", path=self.node.filename, errno=5))
+            if self.counters.leaks or self.counters.corruptions:
+                self.counters.assign(before)
+                self.compare(leaks=self.fix_leaks, errors=self.fix_errors)
+        self._sync()
+        check_flags(self)
+        result.image_end_offset = (self.highest + 1) * walk.size
+
+    def _tell_allocation(self, result: CheckResult) -> None:
+        walk = self.walk
+        result.allocated_clusters = walk.allocated
+        result.fragmented_clusters = walk.fragmented
+        result.compressed_clusters = walk.compressed
+
+    # -- counting
+
+    def calculate(self, *, fix: bool) -> None:
+        """Count all references, those to the refcount blocks last."""
+        walk = self.walk
+        walk.run()
+        table = words_of(bytes(self.node.refcounts.table))
+        for index, entry in enumerate(table):
+            if entry:
+                self._count_block(walk, index, entry, fix)
+
+    def _count_block(self, walk: Walk, index: int, entry: int, fix: bool) -> None:
+        counters = self.counters
+        if entry & L.REFCOUNT_TABLE_RESERVED_MASK:
+            self.say(f"ERROR refcount table entry {index} has reserved bits set")
+        elif entry & (walk.size - 1):
+            self.say(f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted")
+        elif entry >> walk.bits >= walk.clusters:
+            self.say(f"{'Repairing' if fix else 'ERROR'} refcount block {index} is outside image")
+            if not fix:
+                counters.corruptions += 1
+                return
+            from cowhand.block.formats.qcow2.repair import lengthen
+
+            if lengthen(self, entry):
+                counters.corruptions_fixed += 1
+                walk.region(entry, walk.size)
+                return
+        else:
+            walk.region(entry, walk.size)
+            count = walk.tally.get(entry >> walk.bits)
+            if count == 1:
+                return
+            self.say(f"ERROR refcount block {index} refcount={count}")
+        counters.corruptions += 1
+        self.rebuild = True
+
+    # -- comparing
+
+    def disk_block(self, index: int) -> bytes | None:
+        """Return refcount block *index* as native counts, None when there is none. Raises CowhandError when it cannot be read."""
+        table = self.node.refcounts.table
+        if index * 8 + 8 > len(table):
+            return None
+        offset = L.U64.unpack_from(table, index * 8)[0] & L.REFCOUNT_TABLE_OFFSET_MASK
+        if not offset:
+            return None
+        if offset & (self.walk.size - 1):
+            raise InvalidFormat(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})", path=self.node.filename, errno=5)
+        data = bytearray(self.walk.size)
+        if offset < self.walk.length:
+            self.node.file.read_into(offset, data)
+        return native(data, self.order)
+
+    def disk_count(self, cluster: int) -> int | None:
+        """Return the count that the disk has for *cluster*, None when it cannot be read."""
+        index = cluster // self.per_block
+        if index in self.unreadable:
+            return None
+        if cluster < self._compared:
+            return self.walk.tally.get(cluster)
+        try:
+            block = self.disk_block(index)
+        except CowhandError:
+            return None
+        at, width = cluster % self.per_block, self.walk.tally.width
+        return int.from_bytes(block[at * width : (at + 1) * width], sys.byteorder) if block is not None else 0
+
+    def _blocks(self) -> Iterator[int]:
+        """Yield, rising, the refcount blocks that exist or in whose range something was counted."""
+        limit = -(-self.walk.clusters // self.per_block)
+        present = {index for index, entry in enumerate(words_of(bytes(self.node.refcounts.table))) if entry and index < limit}
+        present.update(index for index in self.walk.tally.used_blocks(self.per_block) if index < limit)
+        yield from sorted(present)
+
+    def compare(self, *, leaks: bool, errors: bool) -> None:
+        """Compare the image's counts with the tally; mend leaks and errors in the image's where that was asked for."""
+        tally, per_block = self.walk.tally, self.per_block
+        self.highest = 0
+        self.unreadable.clear()
+        self._mismatched.clear()
+        self._compared = self.walk.clusters
+        for index in self._blocks():
+            first = index * per_block
+            count = min(per_block, self.walk.clusters - first)
+            try:
+                block = self.disk_block(index)
+            except CowhandError as error:
+                self._cannot_read(index, first, count, error)
+                continue
+            ours = tally.piece(first, count)
+            theirs = block[: count * tally.width] if block is not None else None
+            if theirs != ours:
+                zeroes = bytes(count * tally.width)
+                self._differing(index, theirs or zeroes, ours or zeroes, leaks, errors)
+            used = max(_used(theirs, tally.width), _used(ours, tally.width))
+            if used:
+                self.highest = first + used - 1
+
+    def _cannot_read(self, index: int, first: int, count: int, error: CowhandError) -> None:
+        if not self.unreadable:
+            self.say(f"qcow2: Image is corrupt: {error.message}; further non-fatal corruption events will be suppressed")
+        self.unreadable.add(index)
+        self.counters.check_errors += count
+        for cluster in range(first, first + count):
+            self.say(f"Can't get refcount for cluster {cluster}: Input/output error")
+
+    def _differing(self, index: int, theirs: bytes, ours: bytes, leaks: bool, errors: bool) -> None:
+        """Judge the clusters of block *index* whose counts on disk (*theirs*) are not what they ought to be."""
+        tally, counters = self.walk.tally, self.counters
+        first = index * self.per_block
+        on_disk, real = memoryview(theirs).cast(tally.code), memoryview(ours).cast(tally.code)
+        mended = bytearray(theirs)
+        target = memoryview(mended).cast(tally.code)
+        self._mismatched.append(index)
+        for at in differences(on_disk, real, tally.numpy):
+            had, wanted = on_disk[at], real[at]
+            mend = False
+            if had == 0:
+                self.rebuild = True
+            else:
+                mend = leaks if had > wanted else errors
+            verb = "Repairing" if mend else "ERROR" if had < wanted else "Leaked"
+            self.say(f"{verb} cluster {first + at} refcount={had} reference={wanted}")
+            if mend:
+                target[at] = wanted
+            if had < wanted:
+                counters.corruptions_fixed += mend
+                counters.corruptions += not mend
+            else:
+                counters.leaks_fixed += mend
+                counters.leaks += not mend
+        if mended != theirs:
+            from cowhand.block.formats.qcow2.repair import write_counts
+
+            write_counts(self, index, mended)
+
+    def _sync(self) -> None:
+        """Make the tally what the disk says: what was found different was told, and the COPIED bits are judged by the disk's counts."""
+        tally = self.walk.tally
+        for index in self._mismatched:
+            first = index * self.per_block
+            count = min(self.per_block, self._compared - first)
+            block = self.disk_block(index)
+            tally.replace(first, (block or bytes(self.per_block * tally.width))[: count * tally.width])
+
+
+def differences(left: memoryview, right: memoryview, numpy: object) -> list[int]:
+    """Return the indices at which two views differ."""
+    if numpy is not None:
+        import numpy as np
+
+        found: list[int] = np.flatnonzero(np.asarray(left) != np.asarray(right)).tolist()
+        return found
+    out = []
+    # By halves: most of a block is equal, and equal stretches are compared by the memory.
+    stack = [(0, len(left))]
+    while stack:
+        begin, end = stack.pop()
+        if left[begin:end].tobytes() == right[begin:end].tobytes():
+            continue
+        if end - begin <= 64:
+            out += [at for at in range(begin, end) if left[at] != right[at]]
+        else:
+            middle = (begin + end) // 2
+            stack += ((middle, end), (begin, middle))
+    return out
+
+
+def _used(counts: bytes | None, width: int) -> int:
+    """Return the index behind the last count that is not zero."""
+    return -(-len(counts.rstrip(b"\0")) // width) if counts is not None else 0
+
+
+def check_flags(exam: Examination) -> None:
+    """Check that COPIED is set in the active tables where the count on disk is 1, and only there; mend that when it is asked for and safe."""
+    node, walk, counters = exam.node, exam.walk, exam.counters
+    mend = exam.fix_errors or (
+        exam.fix_leaks and not counters.check_errors and not counters.corruptions and not counters.leaks
+    )
+    judged: dict[int, list[str]] = {}
+    for index, entry in enumerate(words_of(bytes(node.mapping.l1.data[: node.header.l1_size * 8]))):
+        host = entry & L.L1_OFFSET_MASK
+        if not host:
+            continue
+        count = exam.disk_count(host >> walk.bits)
+        if count is None:
+            continue
+        if (count == 1) != bool(entry & L.COPIED):
+            exam.say(f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}")
+            if mend:
+                from cowhand.block.formats.qcow2.repair import flag_l1
+
+                flag_l1(exam, index, entry ^ L.COPIED)
+                counters.corruptions_fixed += 1
+            else:
+                counters.corruptions += 1
+        lines = judged.get(host)
+        if lines is None:
+            lines = _judge_flags(exam, host, mend)
+            if lines or host not in judged:
+                judged[host] = [] if mend else lines
+        counters.corruptions_fixed += len(lines) if mend else 0
+        counters.corruptions += 0 if mend else len(lines)
+        for line in lines:
+            exam.say(line)
+
+
+def _judge_flags(exam: Examination, host: int, mend: bool) -> list[str]:
+    """Return a line for each wrong COPIED bit in the table at *host*, which are put right with *mend*."""
+    walk = exam.walk
+    seen = walk.seen.get(host)
+    if seen is not None and seen.scan.runs is not None and not exam.unreadable:
+        if all(walk.tally.is_all(first, count, 1) for first, count in seen.scan.runs):
+            return []
+    data = walk.read(host, walk.size, "ERROR: Could not read L2 table: Input/output error")
+    if not exam.unreadable and walk.scanner.flags_sound(data):
+        return []
+    stride = 2 if walk.extended else 1
+    words = words_of(data)
+    lines = []
+    changed = []
+    for index in range(0, len(words), stride):
+        entry = words[index]
+        if not entry or entry & L.ENTRY_COMPRESSED or not (entry & L.L2_OFFSET_MASK or (walk.external and entry & L.COPIED)):
+            continue
+        count = 1 if walk.external else exam.disk_count((entry & L.L2_OFFSET_MASK) >> walk.bits)
+        if count is None or (count == 1) == bool(entry & L.COPIED):
+            continue
+        lines.append(f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={count}")
+        changed.append((index * 8, entry ^ L.COPIED))
+    if mend and changed:
+        from cowhand.block.formats.qcow2.repair import flag_l2
+
+        flag_l2(exam, host, data, changed)
+    return lines

@@ -1,0 +1,186 @@
+"""Changing the reference counts of very many clusters of a qcow2 image at once: by whole refcount blocks, and all or none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.scan import Scanner
+from cowhand.block.formats.qcow2.tally import Tally, encoded, native
+from cowhand.core.errors import ImageCorrupt, InvalidFormat
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+
+class CountChange(NamedTuple):
+    """New refcount blocks, not yet in effect; ``first_free`` is the lowest cluster that becomes free, or -1."""
+
+    blocks: list[tuple[int, bytes]]
+    first_free: int
+    freed: list[tuple[int, int]]  #: (first, clusters) that become free
+
+
+def references(node: Qcow2Node, l1: bytes) -> Tally:
+    """Return how often the L1 table *l1*, big-endian as on disk, refers to each host cluster: L2 tables, and all that they name.
+
+    Raises ImageCorrupt for what cannot be followed, and InvalidFormat when counts cannot be as high. The node is settled: its tables are as
+    on disk.
+    """
+
+    def overflow(cluster: int, _times: int) -> None:
+        raise too_high(node, cluster)
+
+    header = node.header
+    tally = Tally(header.refcount_order, -(-node.file.node.size // node.cluster_size), overflow)
+    scanner = Scanner(
+        header.cluster_bits, tally, L.MAX_HOST_OFFSET, extended=bool(header.incompatible & L.INCOMPAT_EXTENDED_L2),
+        external=bool(header.incompatible & L.INCOMPAT_DATA_FILE),
+    )  # fmt: skip
+    for host, times in l2_tables(node, l1).items():
+        tally.add(host // node.cluster_size, 1, times)
+        if scanner.scan(read_table(node, host), times) is None:
+            raise node.mark_corrupt(f"L2 table at {host:#x} has entries that are not possible", offset=host, fatal=False)
+    return tally
+
+
+def l2_tables(node: Qcow2Node, l1: bytes) -> dict[int, int]:
+    """Return {host offset: times} of the L2 tables that *l1* names. Raises ImageCorrupt for an impossible offset."""
+    found: dict[int, int] = {}
+    for index, (entry,) in enumerate(L.U64.iter_unpack(l1)):
+        host = entry & L.L1_OFFSET_MASK
+        if not host:
+            continue
+        if host % node.cluster_size:
+            raise node.mark_corrupt(f"L2 table offset {host:#x} unaligned (L1 index: {index:#x})", offset=host)
+        found[host] = found.get(host, 0) + 1
+    return found
+
+
+def read_table(node: Qcow2Node, host: int) -> bytes:
+    """Return the L2 table at *host* from the file; behind the file's end lie zeroes."""
+    data = bytearray(node.cluster_size)
+    if host < node.file.node.size:
+        node.file.read_into(host, data)
+    return bytes(data)
+
+
+def too_high(node: Qcow2Node, cluster: int) -> InvalidFormat:
+    """Return the error for a count that its width does not allow."""
+    counts = node.refcounts.counts
+    return InvalidFormat(
+        f"the reference count of cluster {cluster} would be more than {counts.maximum}, which its width of {counts.bits} bits allows",
+        qemu="Invalid argument", path=node.filename, offset=cluster * node.cluster_size,
+        hint="Amend the image to wider reference counts.",
+    )  # fmt: skip
+
+
+def _wrong(node: Qcow2Node, cluster: int) -> ImageCorrupt:
+    return ImageCorrupt(
+        f"the reference count of cluster {cluster} does not fit the tables that refer to it", qemu="Invalid argument",
+        path=node.filename, offset=cluster * node.cluster_size, hint="Repair the image first.",
+    )  # fmt: skip
+
+
+def plan(node: Qcow2Node, change: Tally, sign: int) -> CountChange:
+    """Work out the blocks that result from adding (*sign* 1) or taking away (-1) *change*. Nothing is changed yet.
+
+    Raises InvalidFormat when a count would be too high, ImageCorrupt when one would fall below zero, or was zero although it is referred to.
+    """
+    refcounts = node.refcounts
+    per_block = refcounts.per_block
+    blocks: list[tuple[int, bytes]] = []
+    freed: list[tuple[int, int]] = []
+    for index in change.used_blocks(per_block):
+        first = index * per_block
+        delta = change.piece(first, per_block)
+        if delta is None or not delta.strip(b"\0"):
+            continue
+        block = refcounts.block(index)
+        if block is None:
+            at = (len(delta) - len(delta.lstrip(b"\0"))) // change.width
+            raise _wrong(node, first + at)
+        old = native(block.data, change.order)
+        new = _added(node, change, first, old, delta, sign)
+        if sign < 0:
+            freed += _newly_zero(change, first, old, new)
+        blocks.append((index, encoded(new, change.order)))
+    return CountChange(blocks, freed[0][0] if freed else -1, freed)
+
+
+def _added(node: Qcow2Node, change: Tally, first: int, old: bytes, delta: bytes, sign: int) -> bytes:
+    """Return the native counts *old* + sign * *delta*, each checked."""
+    if change.numpy is not None:
+        return _added_fast(node, change, first, old, delta, sign)
+    out = bytearray(old)
+    counts, steps = memoryview(out).cast(change.code), memoryview(delta).cast(change.code)
+    for at, step in enumerate(steps):
+        if not step:
+            continue
+        value = counts[at]
+        if value == 0 or value + sign * step < 0:
+            raise _wrong(node, first + at)
+        if value + sign * step > change.maximum:
+            raise too_high(node, first + at)
+        counts[at] = value + sign * step
+    return bytes(out)
+
+
+def _added_fast(node: Qcow2Node, change: Tally, first: int, old: bytes, delta: bytes, sign: int) -> bytes:
+    numpy = change.numpy
+    counts, steps = numpy.frombuffer(old, dtype=change.code), numpy.frombuffer(delta, dtype=change.code)
+    touched = steps != 0
+    low = touched & ((counts == 0) | (counts < steps if sign < 0 else False))
+    if low.any():
+        raise _wrong(node, first + int(numpy.flatnonzero(low)[0]))
+    if sign > 0:
+        high = counts > change.maximum - steps.astype("u8")
+        if high.any():
+            raise too_high(node, first + int(numpy.flatnonzero(high)[0]))
+    out: bytes = (counts + steps if sign > 0 else counts - steps).astype(change.code).tobytes()
+    return out
+
+
+def _newly_zero(change: Tally, first: int, old: bytes, new: bytes) -> list[tuple[int, int]]:
+    """Return the runs of clusters whose count was not zero and is now."""
+    before, after = memoryview(old).cast(change.code), memoryview(new).cast(change.code)
+    if not new.strip(b"\0") and old == old[: change.width] * len(before):
+        return [(first, len(before))]
+    if change.numpy is not None:
+        numpy = change.numpy
+        gone = numpy.flatnonzero((numpy.asarray(before) != 0) & (numpy.asarray(after) == 0)).tolist()
+    else:
+        gone = [at for at, value in enumerate(before) if value and not after[at]]
+    runs: list[tuple[int, int]] = []
+    for at in gone:
+        if runs and runs[-1][0] + runs[-1][1] == first + at:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((first + at, 1))
+    return runs
+
+
+def put(node: Qcow2Node, change: CountChange) -> None:
+    """Make a planned change the counts in memory; the next write-back brings them to the disk."""
+    refcounts = node.refcounts
+    for index, data in change.blocks:
+        block = refcounts.block(index)
+        assert block is not None
+        block.data[:] = data
+        refcounts.cache.touch(block, 0, len(data))
+    if change.first_free >= 0:
+        refcounts.free_index = min(refcounts.free_index, change.first_free)
+    allocator = node.allocator
+    if allocator.next_byte and not refcounts.get(allocator.next_byte // node.cluster_size):
+        allocator.next_byte = 0
+
+
+def counts_now(node: Qcow2Node, like: Tally) -> Tally:
+    """Return the image's present counts, for the clusters that *like* counts something of."""
+    now = Tally(like.order, 1 << (like.bits - 1), lambda _cluster, _times: None)
+    now.numpy = like.numpy
+    for index in like.used_blocks(node.refcounts.per_block):
+        block = node.refcounts.block(index)
+        if block is not None:
+            now.replace(index * node.refcounts.per_block, native(block.data, like.order))
+    return now

@@ -1,0 +1,123 @@
+"""The COPIED bits of qcow2's active tables (QEMU ``docs/interop/qcow2``, "L1 table entry", "Standard Cluster Descriptor").
+
+Set where a cluster has one reference, it allows writing in place. Fitting the bits to the counts writes tables at once, whatever their number.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.checkwalk import words_of
+from cowhand.block.formats.qcow2.countchange import l2_tables, read_table
+
+if TYPE_CHECKING:
+    from array import array
+
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.tally import Tally
+
+_LITTLE = sys.byteorder == "little"
+_TOP = bytes(byte & 0x7F for byte in range(256))
+
+
+def cleared(l1: bytes) -> bytes:
+    """Return the L1 table without its COPIED bits."""
+    out = bytearray(l1)
+    out[::8] = out[::8].translate(_TOP)
+    return bytes(out)
+
+
+def fit_flags(node: Qcow2Node, counts: Tally, l1: bytes | None = None, *, nothing_alone: bool = False) -> None:
+    """Set COPIED where *counts* is 1 and clear it elsewhere, in the L2 tables that *l1* names; what *counts* does not know stays.
+
+    Without *l1* it is the active table that is fitted, its own bits in memory and its L2 tables on disk; *nothing_alone*: no count is 1.
+    Flushes nothing. The caller has the caches empty and everything held.
+    """
+    active = l1 is None
+    if l1 is None:
+        l1 = bytes(node.mapping.l1.data[: node.header.l1_size * L.ENTRY_SIZE])
+        for index, entry in enumerate(words_of(l1)):
+            host = entry & L.L1_OFFSET_MASK
+            count = counts.get(host // node.cluster_size) if host else 0
+            if count and (count == 1) != bool(entry & L.COPIED):
+                node.mapping.set_l1(index, entry ^ L.COPIED)
+    extended = bool(node.header.incompatible & L.INCOMPAT_EXTENDED_L2)
+    for host in l2_tables(node, l1):
+        if active and not counts.get(host // node.cluster_size):
+            continue
+        data = read_table(node, host)
+        new = _all_cleared(data, 2 if extended else 1) if nothing_alone else _fitted(node, data, counts, 2 if extended else 1)
+        if new != data:
+            node.write_metadata(host, new)
+
+
+def _all_cleared(data: bytes, stride: int) -> bytes:
+    out = bytearray(data)
+    out[:: 8 * stride] = out[:: 8 * stride].translate(_TOP)
+    return bytes(out)
+
+
+def _fitted(node: Qcow2Node, data: bytes, counts: Tally, stride: int) -> bytes:
+    if counts.numpy is not None:
+        return _fitted_fast(node, data, counts, stride)
+    words = words_of(data)
+    size = node.cluster_size
+    changed = False
+    position, end = 0, len(words)
+    while position < end:
+        entry = words[position]
+        if not entry & L.L2_OFFSET_MASK or entry & L.ENTRY_COMPRESSED:
+            position += stride
+            continue
+        run = _run(words, position, stride, size)
+        first = (entry & L.L2_OFFSET_MASK) // size
+        for value in (1, 2):
+            if counts.is_all(first, run, value):
+                if (value == 1) != bool(entry & L.COPIED):
+                    changed = True
+                    for at in range(position, position + run * stride, stride):
+                        words[at] ^= L.COPIED
+                break
+        else:
+            for index in range(run):
+                count = counts.get(first + index)
+                if count and (count == 1) != bool(entry & L.COPIED):
+                    changed = True
+                    words[position + index * stride] ^= L.COPIED
+        position += run * stride
+    if not changed:
+        return data
+    if _LITTLE:
+        words.byteswap()
+    return words.tobytes()
+
+
+def _run(words: array[int], position: int, stride: int, size: int) -> int:
+    """Return how many entries from *position* on name adjoining clusters, flags equal."""
+    run, wanted = 1, words[position] + size
+    position += stride
+    while position < len(words) and words[position] == wanted:
+        run += 1
+        wanted += size
+        position += stride
+    return run
+
+
+def _fitted_fast(node: Qcow2Node, data: bytes, counts: Tally, stride: int) -> bytes:
+    numpy = counts.numpy
+    words = numpy.frombuffer(data, ">u8").astype("u8")
+    entries = words[::stride]
+    hosts = entries & numpy.uint64(L.L2_OFFSET_MASK)
+    chosen = numpy.flatnonzero((hosts != 0) & (entries & numpy.uint64(L.ENTRY_COMPRESSED) == 0))
+    if not len(chosen):
+        return data
+    have = counts.gather((hosts[chosen] >> numpy.uint64(node.header.cluster_bits)).astype("i8"))
+    known = have != 0
+    chosen, have = chosen[known], have[known]
+    bit = numpy.uint64(L.COPIED)
+    plain = entries[chosen] & ~bit
+    entries[chosen] = numpy.where(have == 1, plain | bit, plain)
+    out: bytes = words.astype(">u8").tobytes()
+    return out

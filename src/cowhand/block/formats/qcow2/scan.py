@@ -1,0 +1,252 @@
+"""Reading whole L2 tables at once (QEMU ``docs/interop/qcow2``, "L2 table entry"): which host clusters a table refers to, how fragmented it is.
+
+Only sound tables are taken; one with anything odd is left to the caller, who looks at it entry by entry. Many tables are read with numpy, few
+without, since importing it takes as long as some hundred tables.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cowhand.block.formats.qcow2 import layout as L
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.tally import Tally
+
+_LITTLE = sys.byteorder == "little"
+#: Tables that are read without numpy; one whose clusters are not in order costs as much as eight that are.
+PLAIN_TABLES = 256
+_IRREGULAR_COST = 8
+_BITMAP_LOW = (1 << 32) - 1
+
+
+class Scan(NamedTuple):
+    """What a table holds. Clusters are counted as QEMU's check counts them.
+
+    ``runs`` are (first cluster, clusters) of all that is not compressed, when each entry has its COPIED bit and the runs are few; None when a
+    check of these bits has to look at the table again.
+    """
+
+    allocated: int = 0
+    fragmented: int = 0
+    compressed: int = 0
+    runs: tuple[tuple[int, int], ...] | None = None
+
+
+#: Runs of a table that are remembered.
+_FEW = 64
+EMPTY = Scan(runs=())
+
+
+class Scanner:
+    """Scans L2 tables of one image into *tally*; every cluster has to begin before *length*, the file's. Not thread-safe."""
+
+    def __init__(self, cluster_bits: int, tally: Tally, length: int, *, extended: bool = False, external: bool = False) -> None:
+        self.bits = cluster_bits
+        self.size = 1 << cluster_bits
+        self.tally = tally
+        self.last = length - 1  #: highest offset at which a cluster may begin
+        self.end = -(-length // self.size) * self.size
+        self.stride = 2 if extended else 1
+        self.external = external  #: data clusters lie in another file
+        self.entries = self.size // (8 * self.stride)
+        self.table_bytes = self.size
+        self._zeroes = bytes(self.size)
+        self._bad = L.L2_RESERVED_MASK | ((self.size - 1) & L.L2_OFFSET_MASK)
+        self._zero_flag = 0 if extended else L.ENTRY_ZERO
+        self._cost = 0
+        self._ones = 0
+        self._ramp = 0
+        self._steps: Any = None
+
+    def scan(self, data: bytes, times: int = 1) -> Scan | None:
+        """Count *times* references to every cluster that the table *data* refers to; None, and nothing counted, when something in it is odd."""
+        if data == self._zeroes:
+            return EMPTY
+        self._cost += 1
+        if self.tally.numpy is None and self._cost > PLAIN_TABLES:
+            self.tally.use_numpy()
+        found = self._ordered(data, times)
+        if found is not None:
+            return found
+        self._cost += _IRREGULAR_COST
+        if self.tally.numpy is not None and not self.external:
+            return self._vector(data, times)
+        return self._plain(data, times)
+
+    # -- a full table in one run
+
+    def _ordered(self, data: bytes, times: int) -> Scan | None:
+        first = L.U64.unpack_from(data)[0]
+        host = first ^ L.COPIED
+        if self.stride != 1 or self.external or host & (L.ENTRY_COMPRESSED | L.ENTRY_ZERO | L.COPIED | self._bad) or not host:
+            return None
+        last = host + (self.entries - 1) * self.size
+        if L.U64.unpack_from(data, len(data) - 8)[0] != last | L.COPIED or last > self.last:
+            return None
+        numpy = self.tally.numpy
+        if numpy is not None:
+            if self._steps is None:
+                self._steps = numpy.arange(0, self.entries * self.size, self.size, dtype="u8")
+            if not (numpy.frombuffer(data, ">u8") - numpy.uint64(first) == self._steps).all():
+                return None
+        else:
+            # A table as one large number: first + step * index in every place of it.
+            if not self._ones:
+                self._ones = int.from_bytes(b"\0\0\0\0\0\0\0\1" * self.entries, "big")
+                self._ramp = int.from_bytes(b"".join([L.U64.pack(i << self.bits) for i in range(self.entries)]), "big")
+            if int.from_bytes(data, "big") != self._ramp + first * self._ones:
+                return None
+        self.tally.add(host >> self.bits, self.entries, times)
+        return Scan(self.entries, 0, 0, ((host >> self.bits, self.entries),))
+
+    # -- any table, without numpy
+
+    def _plain(self, data: bytes, times: int) -> Scan | None:
+        words = array("Q", data)
+        if _LITTLE:
+            words.byteswap()
+        if self.stride == 2:
+            if not self._bitmaps_sound(words):
+                return None
+            words = words[::2]
+        size, bits, mask = self.size, self.bits, L.L2_OFFSET_MASK
+        runs: list[tuple[int, int]] = []
+        pieces: list[tuple[int, int]] = []
+        allocated = fragmented = compressed = 0
+        following = position = 0
+        copied = True
+        count = len(words)
+        while position < count:
+            entry = words[position]
+            position += 1
+            if not entry:
+                continue
+            if entry & L.ENTRY_COMPRESSED:
+                if entry & L.COPIED or self.external:
+                    return None
+                host, nbytes = L.compressed_location(entry, bits)
+                if host + nbytes > self.end:
+                    return None
+                pieces.append((host >> bits, ((host + nbytes - 1) >> bits) - (host >> bits) + 1))
+                compressed += 1
+                continue
+            if entry & self._bad:
+                return None
+            host = entry & mask
+            if not host and not (self.external and entry & L.COPIED):
+                continue
+            begin = position - 1
+            following_entry = entry + size
+            while position < count and words[position] == following_entry:
+                position += 1
+                following_entry += size
+            run = position - begin
+            if host + (run - 1) * size > self.last and not self.external:
+                return None
+            if following and host != following:
+                fragmented += 1
+            following = host + run * size
+            allocated += run
+            copied = copied and bool(entry & L.COPIED)
+            runs.append((host >> bits, run))
+        if not self.external:
+            for first, run in (*runs, *pieces):
+                self.tally.add(first, run, times)
+        known = tuple(runs) if copied and len(runs) <= _FEW and not self.external else None
+        return Scan(allocated + compressed, fragmented + compressed, compressed, known)
+
+    def _bitmaps_sound(self, words: array[int]) -> bool:
+        """Tell whether the subcluster bitmaps of extended entries agree with their entries."""
+        for entry, bitmap in zip(words[::2], words[1::2], strict=True):
+            if entry & L.ENTRY_COMPRESSED:
+                sound = not bitmap
+            elif entry & L.L2_OFFSET_MASK:
+                sound = not (bitmap >> 32) & bitmap
+            else:
+                sound = not bitmap & _BITMAP_LOW
+            if not sound:
+                return False
+        return True
+
+    # -- any table, with numpy
+
+    def _vector(self, data: bytes, times: int) -> Scan | None:
+        numpy = self.tally.numpy
+        words = numpy.frombuffer(data, ">u8").astype("u8")
+        if self.stride == 2:
+            pairs = array("Q", words.tobytes())
+            if not self._bitmaps_sound(pairs):
+                return None
+            words = words[::2]
+        squeezed = (words & numpy.uint64(L.ENTRY_COMPRESSED)) != 0
+        compressed = int(numpy.count_nonzero(squeezed))
+        packed = words[squeezed]
+        if compressed:
+            if (packed >> numpy.uint64(63)).any():
+                return None
+            words = words[~squeezed]
+        if (words & numpy.uint64(self._bad)).any():
+            return None
+        hosts = words & numpy.uint64(L.L2_OFFSET_MASK)
+        words, hosts = words[hosts != 0], hosts[hosts != 0]
+        allocated = len(hosts)
+        if allocated and int(hosts.max()) > self.last:
+            return None
+        if compressed and not self._packed(packed, times):
+            return None
+        clusters = (hosts >> numpy.uint64(self.bits)).astype("i8")
+        breaks = numpy.flatnonzero(numpy.diff(clusters) != 1)
+        known = None
+        if allocated and len(breaks) < max(_FEW, allocated // 16):
+            runs = [(int(clusters[begin]), end - begin) for begin, end in pairwise([0, *(breaks + 1).tolist(), allocated])]
+            for first, run in runs:
+                self.tally.add(first, run, times)
+            if len(runs) <= _FEW and bool((words >> numpy.uint64(63)).all()):
+                known = tuple(runs)
+        elif allocated:
+            self.tally.add_many(clusters, times)
+        return Scan(allocated + compressed, len(breaks) + compressed, compressed, known)
+
+    def _packed(self, entries: Any, times: int) -> bool:
+        """Count what compressed clusters touch; False, and nothing counted, when one lies beyond the end."""
+        numpy = self.tally.numpy
+        shift = 62 - (self.bits - 8)
+        offsets = (entries & numpy.uint64((1 << shift) - 1)).astype("i8")
+        sectors = ((entries & numpy.uint64(L.ENTRY_COMPRESSED - 1)) >> numpy.uint64(shift)).astype("i8") + 1
+        ends = offsets - offsets % 512 + sectors * 512
+        if int(ends.max()) > self.end:
+            return False
+        first, last = offsets >> self.bits, (ends - 1) >> self.bits
+        self.tally.add_many(first, times)
+        while True:
+            first = first + 1
+            more = first <= last
+            if not more.any():
+                return True
+            first, last = first[more], last[more]
+            self.tally.add_many(first, times)
+
+    # -- COPIED bits
+
+    def flags_sound(self, data: bytes) -> bool:
+        """Tell, by the counts in the tally, whether every COPIED bit of the table *data* is set where the count is 1, and only there.
+
+        False may also mean that it takes a look at each entry to find out.
+        """
+        numpy = self.tally.numpy
+        if numpy is None or self.external:
+            return False
+        words = numpy.frombuffer(data, ">u8").astype("u8")[:: self.stride]
+        hosts = words & numpy.uint64(L.L2_OFFSET_MASK)
+        normal = (hosts != 0) & (words & numpy.uint64(L.ENTRY_COMPRESSED) == 0)
+        words, hosts = words[normal], hosts[normal]
+        if not len(hosts):
+            return True
+        if int(hosts.max()) > self.last:
+            return False
+        counts = self.tally.gather((hosts >> numpy.uint64(self.bits)).astype("i8"))
+        return bool(((counts == 1) == (words >> numpy.uint64(63) != 0)).all())

@@ -1,0 +1,112 @@
+"""Shrinking a qcow2 image: what lies behind the new end is given up, then the size changes, then the file becomes shorter.
+
+Each step is stable before the next begins. After a crash in the middle the image has its old size, and what was given up reads as zeroes or
+as its backing file; nothing before the new end is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cowhand.block.format import Kind
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.core import diagnostics
+from cowhand.core.errors import CowhandError, NotSupported
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+
+def shrink_to(node: Qcow2Node, size: int) -> None:
+    """Make the disk *size* bytes long, less than it is. Nobody else uses the node meanwhile."""
+    from cowhand.block.formats.qcow2.resize import set_size
+
+    if node.snapshots and node.header.version < 3:
+        raise NotSupported("Can't resize a version 2 image which has snapshots", path=node.filename)
+    unit = node.cluster_size
+    begin, end = -(-size // unit) * unit, -(-node.header.size // unit) * unit
+    if begin < end:
+        _step("Failed to discard cropped clusters", lambda: node.change(begin, end - begin, Kind.EMPTY))
+    _step("Failed to reduce the number of L2 tables", lambda: _drop_tables(node, size))
+    _settle(node)
+    _step("Failed to discard unused refblocks", lambda: _drop_refblocks(node))
+    set_size(node, size)
+    _cut_tail(node)
+
+
+def _step(text: str, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except CowhandError as error:
+        raise error.within(qemu=text) from None
+
+
+def _settle(node: Qcow2Node) -> None:
+    """Forget on disk what was given up, then count it down: nobody can reach it any more."""
+    node.flush()
+    node.release_quarantine(everything=True)
+    node.flush()
+
+
+def _drop_tables(node: Qcow2Node, size: int) -> None:
+    mapping = node.mapping
+    with node.exclusive():
+        for index in range(-(-size >> mapping.table_shift), node.header.l1_size):
+            entry = mapping.l1_entry(index)
+            if not entry & L.L1_OFFSET_MASK:
+                continue
+            cluster = mapping.l2_offset(index) >> mapping.cluster_bits
+            mapping.set_l1(index, 0)
+            mapping.cache.drop(index)
+            node.metadata.remove(cluster, 1)
+            node.allocator.free(cluster, 1)
+            node.changed = True
+
+
+def _drop_refblocks(node: Qcow2Node) -> None:
+    """Free refcount blocks that count nothing but themselves."""
+    refcounts = node.refcounts
+    with node.exclusive():
+        for index in range(len(refcounts.table) // 8):
+            offset = refcounts.block_offset(index)
+            if not offset:
+                continue
+            cluster = offset // node.cluster_size
+            if refcounts.get_or_none(cluster) is None:
+                text = f"Refblock at {offset:#x} is not covered by the refcount structures"
+                raise node.mark_corrupt(text, offset=node.header.refcount_table_offset + index * 8)
+            block = refcounts.block(index)
+            assert block is not None
+            own = cluster % refcounts.per_block if cluster // refcounts.per_block == index else None
+            used = refcounts.per_block - refcounts.counts.zeros(block.data, 0, refcounts.per_block)
+            if used > (1 if own is not None and refcounts.counts.get(block.data, own) else 0):
+                continue
+            at = node.header.refcount_table_offset + index * 8
+            with node.publishing(at, bytes(refcounts.table[index * 8 : index * 8 + 8])):
+                node.write_metadata(at, bytes(8))
+                node.flush_file()
+            refcounts.table[index * 8 : index * 8 + 8] = bytes(8)
+            refcounts.cache.drop(index)
+            node.metadata.remove(cluster, 1)
+            if own is None:
+                refcounts.change(cluster, 1, -1)
+
+
+def _cut_tail(node: Qcow2Node) -> None:
+    """Make the file end behind its last cluster in use. A failure only costs space."""
+    file, unit = node.file.node, node.cluster_size
+    node.flush()
+    with node.lock:
+        cluster = -(-file.size // unit) - 1
+        while cluster > 0 and not node.refcounts.get(cluster):
+            cluster -= 1
+    end = (cluster + 1) * unit
+    if end >= file.size or not file.capabilities.resizable:
+        return
+    try:
+        file.resize(end, shrink=True)
+    except CowhandError as error:
+        diagnostics.report(f"Failed to truncate the tail of the image: {error.qemu()}")
+    else:
+        node.allocator.high_water = min(node.allocator.high_water, end)
