@@ -10,7 +10,8 @@ import errno
 from typing import TYPE_CHECKING
 
 from cowhand.block.disk import Disk
-from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.block.format import FormatNode, Kind
+from cowhand.block.node import Child
 from cowhand.block.protocols import file_syscalls
 from cowhand.copy.sink import LaneSink, Sink
 from cowhand.core.errors import from_os_error
@@ -24,6 +25,12 @@ _PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
 _NOT_HERE = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.ETXTBSY}
 )
+
+
+#: The block of file systems that share blocks.
+BLOCK = 4096
+#: After so many pieces of which nothing can be shared no more are tried.
+MISSES = 2
 
 
 class _Refused(Exception):
@@ -44,14 +51,23 @@ class Cloner:
         self.sink = sink
         self.copying = copying
         self.active = self._possible()
+        self._misses = 0
 
     def _possible(self) -> bool:
         # Where the target's offsets are not multiples of a block no file system can share anything.
-        if len(self.source.parts) != 1 or (isinstance(self.sink, LaneSink) and self.sink.unit < 4096):
+        if len(self.source.parts) != 1:
             return False
         if isinstance(self.sink, LaneSink):
-            return True
-        return _plain_descriptor(self.sink.disk) >= 0
+            if self.sink.unit < BLOCK:
+                return False
+            target = _descriptor_of(self.sink.node.primary)
+        else:
+            target = _plain_descriptor(self.sink.disk)
+        if target < 0 or self.copying:
+            return target >= 0
+        root = self.source.parts[0].disk.root
+        source = root.lane_fd if root.lane_fd >= 0 else _descriptor_of(root.primary)
+        return source < 0 or _shares(source, target)
 
     def clone(self, start: int, length: int) -> bool:
         """Copy the data in ``[start, start + length)``; False when it has to be copied in another way (parts may have been copied)."""
@@ -60,7 +76,11 @@ class Cloner:
         inside = min(length, part.begin + part.length - at)
         with disk.lease():
             rows = [row for batch in disk.extents(at, inside, depth=self.source.depth) for row in batch]
-            if not all(self._shareable(row) for row in rows):
+            shareable = sum(self._shareable(row) for row in rows)
+            if shareable < len(rows):
+                # Compressed or encoded throughout: larger pieces would only be in the way.
+                self._misses += not shareable
+                self.active = self._misses < MISSES
                 return False
             try:
                 for row in rows:
@@ -72,7 +92,7 @@ class Cloner:
 
     def _shareable(self, row: Extent) -> bool:
         lane = getattr(row.node, "lane_fd", -1)
-        return row.flags & _PLAIN_MASK == _PLAIN and lane >= 0 and (self.copying or not row.host % 4096)
+        return row.flags & _PLAIN_MASK == _PLAIN and lane >= 0 and (self.copying or not row.host % BLOCK)
 
     def _clone_row(self, row: Extent, delta: int) -> None:
         source = row.node.lane_fd
@@ -94,7 +114,7 @@ class Cloner:
             raise _Refused
         count = min(length, reservation.length)
         try:
-            target = _reserved_descriptor(reservation)
+            target = _descriptor_of(reservation.child)
             if target < 0 or reservation.offset != offset or count != reservation.length:
                 raise _Refused
             self._share(source, host, count, target, reservation.host)
@@ -126,11 +146,19 @@ class Cloner:
             raise from_os_error(error, doing="copying inside the kernel") from error
 
 
+def _shares(source: int, target: int) -> bool:
+    """Ask the system whether two files could share blocks, by a request that every file system refuses in its own way."""
+    try:
+        file_syscalls.clone_range(source, 1, 1, target, 1)
+    except OSError as error:
+        return error.errno == errno.EINVAL  # not aligned: so it was looked at
+    return True
+
+
 def _plain_descriptor(disk: Disk) -> int:
     """Return the descriptor whose offsets are the disk's own, or -1."""
     return disk.edge.lane.lane_fd if disk.edge.lane is not None else -1
 
 
-def _reserved_descriptor(reservation: Reservation) -> int:
-    child = reservation.child
+def _descriptor_of(child: Child | None) -> int:
     return child.lane.lane_fd if child is not None and child.lane is not None else -1

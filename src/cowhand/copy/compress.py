@@ -14,6 +14,8 @@ from cowhand.copy.sink import LaneSink, Parts
 from cowhand.core.errors import NotSupported
 from cowhand.core.extents import DATA
 
+SECTOR = 512
+
 
 class _Unit(NamedTuple):
     """One allocation unit: where it lies in the piece, and its compressed form; None when it is to be stored as it is."""
@@ -97,6 +99,14 @@ class CompressedSink(LaneSink):
                 for unit, _ in reservations:
                     hook(offset + unit.begin, unit.end - unit.begin)
         super().store(offset, buffer, moves)
+
+    def finish(self) -> None:
+        """Fill the last sector: some readers take a file that ends inside one for damaged."""
+        child = self.node.primary
+        if child is not None:
+            missing = -child.node.size % SECTOR
+            if missing:
+                child.write(child.node.size, (bytes(missing),))
 
 
 def _adjoining(placed: list[tuple[_Unit, Reservation]]) -> list[tuple[Child, int, list[bytes]]]:

@@ -192,6 +192,7 @@ def transfer(
     )
     totals = plan.totals(source.runs(policy))
     progress.total = totals.data + (0 if sink.reads_zero else totals.zero)
+    sink.expect(totals.data)
     cloner = throttle = None
     if (
         (settings.reflink or settings.copy_range)

@@ -1,6 +1,6 @@
 """The copy engine: runs in, bytes moved by workers that each own their buffer; the first error stops all, and is the one that is raised.
 
-Workers take pieces of about a MiB from one iterator, so that nothing piles up. Each reads its piece and looks for zeroes by itself; taking
+Workers take pieces of two MiB from one iterator, so that nothing piles up. Each reads its piece and looks for zeroes by itself; taking
 space in the target is done in the order of the disk (unless that is not wanted), since this decides how the target is laid out; then the
 bytes are written by all workers at once. Threads help because system calls and compression release the interpreter lock.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cowhand.copy.throttle import Throttle
 
 #: Bytes that are read and written at once: large enough to hide the interpreter, small enough to stay in the processor's cache.
-PIECE = 1 << 20
+PIECE = 2 << 20
 #: Bytes that are made zero at once, so that cancelling does not wait long.
 ZERO_PIECE = 1 << 30
 #: Two threads keep the kernel busy on both ends of a plain copy; more gain nothing.
@@ -91,7 +91,7 @@ class Engine:
                 size = self.piece
                 if kind == ZERO:
                     size = ZERO_PIECE
-                elif self._cloner is not None and self._cloner.active:
+                elif self._cloner is not None and self._cloner.active and self._throttle is None:
                     size = self._cloner.piece
                 stop = min(start - start % size + size, end)
                 yield Run(start, stop - start, kind)

@@ -13,6 +13,7 @@ from typing import Any
 
 from cowhand.block.disk import Disk
 from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.copy.ahead import SpaceAhead
 from cowhand.copy.zeroes import data_parts
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 from cowhand.core.errors import IOFailed, from_os_error
@@ -43,6 +44,11 @@ class Sink:
         if isinstance(disk.root, FormatNode):
             self.unit = disk.root.allocation_unit
         self.grain = max(self.grain, self.unit) if self.grain else 0
+        self.ahead = SpaceAhead(0)
+
+    def expect(self, total: int) -> None:
+        """Learn how many bytes will be written at most."""
+        self.ahead = SpaceAhead(total)
 
     def prepare(self, offset: int, buffer: bytearray, length: int) -> Any:
         """Look at the first *length* bytes of *buffer*, which belong to *offset*; return what ``place`` is to be given."""
@@ -63,6 +69,11 @@ class Sink:
 
     def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
         """Move the bytes of a piece that was placed, and make them visible."""
+        if self.ahead.enabled and self.reads_zero:
+            lane = self.disk.edge.lane
+            descriptor = lane.lane_fd if lane is not None else -1
+            for begin, end in placed:
+                self.ahead.allocate(descriptor, offset + begin, end - begin, self.disk.filename)
         self._write(offset, buffer, placed)
 
     def zero(self, offset: int, length: int) -> None:
@@ -176,6 +187,8 @@ class LaneSink(Sink):
         if descriptor < 0 or len(data) > 1:
             child.write(move.host, data)
         else:
+            if reservation is not None and reservation.fresh:
+                self.ahead.allocate(descriptor, move.host, len(data[0]), child.node.filename)
             write_fully(descriptor, data[0], move.host, child.node.filename)
 
     def give_up(self, moves: Sequence[_Move], error: BaseException) -> None:

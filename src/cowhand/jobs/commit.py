@@ -181,7 +181,15 @@ def _check_growth(disk: Disk) -> None:
         )
 
 
-def _copy(top: Disk, base: Disk, layers: int, rate: int, progress: Progress, cancel: CancelToken | None) -> plan.Totals:
+def _copy(
+    top: Disk,
+    base: Disk,
+    size_before: int,
+    layers: int,
+    rate: int,
+    progress: Progress,
+    cancel: CancelToken | None,
+) -> plan.Totals:
     """Copy what the upper *layers* allocate into *base*, *size_before* bytes of which are older than this commit; return the bytes of each kind."""
     # Zeroes that a layer knows of are made zero in the base. In data they are not looked for: it was written there once on purpose.
     sink = choose(base, sparse=0, reads_zero=False)
