@@ -246,19 +246,21 @@ def _swap_root(disk: Disk, old: BlockNode, node: BlockNode) -> None:
     if not disk.read_only:
         old.settle()
     with _lock:
-        perm, shared = edge.perm, edge.shared
+        # Taken away first: the disk does not conflict with itself where the old root lies below the new one.
+        old.parents.remove(edge)
         node.parents.append(edge)
         edge.node = node
         try:
-            set_permissions(edge, perm, shared)
+            set_permissions(edge, edge.perm, edge.shared)
         except BaseException:
             node.parents.remove(edge)
             edge.node = old
+            old.parents.append(edge)
+            with contextlib.suppress(Exception):
+                refresh(old)
             raise
         bind(edge)
         disk.root_changed()
-        # While the disk hung on both, it could not conflict with itself: only now does the old root learn that a user left.
-        old.parents.remove(edge)
         if old.parents:
             refresh(old)
         elif not old.closed:
