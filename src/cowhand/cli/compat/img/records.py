@@ -79,7 +79,7 @@ def snapshot_info(record: Any) -> dict[str, Any]:
         "vm-clock-sec": record.vm_clock_nsec // 1_000_000_000,
         "vm-clock-nsec": record.vm_clock_nsec % 1_000_000_000,
     }
-    if record.icount != _NO_ICOUNT:
+    if record.icount not in (None, _NO_ICOUNT):
         out["icount"] = record.icount
     return out
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 from cowhand.block.options import NodeOptions, declared, parse
@@ -81,16 +82,15 @@ def reopen(session: Session, words: Sequence[str]) -> bool:
 def _reopen(session: Session, writable: bool | None, cache: str | None, options: dict[str, str]) -> None:
     root = the_disk(session).root
     known = declared(type(root.options))
-    for name in options:
-        if name not in known:
-            raise Failure(f"Cannot change the option '{name}'")
+    for option in options:
+        if option not in known:
+            raise Failure(f"Cannot change the option '{option}'")
     try:
         parse(NodeOptions, {k: v for k, v in options.items() if k in declared(NodeOptions)}, driver=root.driver)
     except CowhandError as error:
         raise Failure(error.qemu()) from None
     before, name = session.how, session.name
-    how = How()
-    how.__dict__.update(before.__dict__)
+    how = copy(before)
     how.format = None if "driver" in before.options or before.image_opts else root.driver
     how.cache = cache or before.cache
     if writable is not None:
