@@ -118,7 +118,6 @@ def writable_table(node: Qcow2Node, index: int) -> Table:
         assert table is not None
         return table
     old = mapping.table(index)
-    node.fire("cluster_alloc")
     cluster = node.allocator.take(1)
     host = cluster << mapping.cluster_bits
     node.fire("l2_alloc_write")
@@ -187,7 +186,6 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
 
 def _reserve_new(node: Qcow2Node, table: Table, first: int, count: int, begin: int) -> Reservation:
     size, bits = node.mapping.cluster_size, node.mapping.cluster_bits
-    node.fire("cluster_alloc")
     cluster = node.allocator.take(count)
     host = cluster << bits
     fresh = node.allocator.fresh

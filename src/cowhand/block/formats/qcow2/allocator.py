@@ -63,6 +63,7 @@ class Allocator:
         ImageCorrupt when what counts as free is metadata.
         """
         refcounts = self.refcounts
+        self.node.fire("cluster_alloc")
         while True:
             first = refcounts.find_free(refcounts.free_index, count)
             self.node.check_overlap(first * self.cluster_size, count * self.cluster_size)

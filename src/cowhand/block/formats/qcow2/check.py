@@ -303,6 +303,28 @@ class Examination:
             tally.replace(first, (block or bytes(self.per_block * tally.width))[: count * tally.width])
 
 
+def check(node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> CheckResult:
+    """Check *node*, without requests in flight, and repair what *repair* says."""
+    if not node.writable or not node._writing:
+        return _checked(node, repair, say)
+    with node.operation:
+        node.flush()
+        node.release_quarantine()
+        with node.exclusive():
+            node.write_back.run(locked=True)
+            return _checked(node, repair, say)
+
+
+def _checked(node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> CheckResult:
+    try:
+        return Examination(node, repair, say).run()
+    finally:
+        if repair is not None:
+            from cowhand.block.formats.qcow2.repair import forget
+
+            forget(node)
+
+
 def differences(left: memoryview, right: memoryview, numpy: object) -> list[int]:
     """Return the indices at which two views differ."""
     if numpy is not None:

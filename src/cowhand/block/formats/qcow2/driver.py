@@ -25,9 +25,11 @@ from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, Poiso
 from cowhand.core.locks import RANK_OPERATION, ranked_lock
 
 if TYPE_CHECKING:
+    from cowhand.block.check import CheckResult
     from cowhand.block.formats.qcow2.compression import Codec
     from cowhand.block.formats.qcow2.snapshots import Snapshot
     from cowhand.block.opening import Opening
+    from cowhand.block.snapshots import SnapshotInfo
     from cowhand.core.extents import ExtentBatch
 
 
@@ -74,6 +76,7 @@ class Qcow2Node(FormatNode):
         self.exclusive_held = False
         self.operation = ranked_lock(RANK_OPERATION, "qcow2 operation")
         self.corrupt_reported = False
+        self.views: dict[int, int] = {}  #: open views of snapshots, by the offset of their L1 table
         self.overlap_check_all = options.overlap_check == "all"
         self._codec: Codec | None = None
         self._codec_lock = threading.Lock()
@@ -492,6 +495,39 @@ class Qcow2Node(FormatNode):
         # Nobody is left who could reach what was freed.
         self.release_quarantine(everything=True)
         self.flush()
+
+    # -- snapshots and checks
+
+    def list_snapshots(self) -> list[SnapshotInfo]:
+        return [snapshot.info() for snapshot in self.snapshots]
+
+    def create_snapshot(
+        self, name: str, *, date: tuple[int, int] | None, vm_state_size: int, vm_clock_nsec: int, icount: int | None
+    ) -> SnapshotInfo:
+        from cowhand.block.formats.qcow2.snapshotting import create
+
+        return create(self, name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount).info()
+
+    def apply_snapshot(self, ident: str, name: str) -> None:
+        from cowhand.block.formats.qcow2.snapshotting import apply
+
+        apply(self, ident, name)
+
+    def delete_snapshot(self, ident: str, name: str) -> None:
+        from cowhand.block.formats.qcow2.snapshotting import delete
+
+        delete(self, ident, name)
+
+    def open_snapshot(self, ident: str, name: str) -> BlockNode:
+        from cowhand.block.formats.qcow2.snapshotting import find
+        from cowhand.block.formats.qcow2.snapshotview import SnapshotView
+
+        return SnapshotView.over(self, find(self, ident, name))
+
+    def check(self, repair: str | None, say: Callable[[str], None]) -> CheckResult:
+        from cowhand.block.formats.qcow2.check import check
+
+        return check(self, repair, say)
 
     def inactive_l2_tables(self) -> list[int]:
         """Return the host offsets of the L2 tables that only snapshots name."""

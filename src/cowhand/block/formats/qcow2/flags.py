@@ -35,7 +35,6 @@ def fit_flags(node: Qcow2Node, counts: Tally, l1: bytes | None = None, *, nothin
     Without *l1* it is the active table that is fitted, its own bits in memory and its L2 tables on disk; *nothing_alone*: no count is 1.
     Flushes nothing. The caller has the caches empty and everything held.
     """
-    active = l1 is None
     if l1 is None:
         l1 = bytes(node.mapping.l1.data[: node.header.l1_size * L.ENTRY_SIZE])
         for index, entry in enumerate(words_of(l1)):
@@ -45,8 +44,6 @@ def fit_flags(node: Qcow2Node, counts: Tally, l1: bytes | None = None, *, nothin
                 node.mapping.set_l1(index, entry ^ L.COPIED)
     extended = bool(node.header.incompatible & L.INCOMPAT_EXTENDED_L2)
     for host in l2_tables(node, l1):
-        if active and not counts.get(host // node.cluster_size):
-            continue
         data = read_table(node, host)
         new = _all_cleared(data, 2 if extended else 1) if nothing_alone else _fitted(node, data, counts, 2 if extended else 1)
         if new != data:

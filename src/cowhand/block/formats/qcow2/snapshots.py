@@ -14,6 +14,7 @@ from cowhand.core.errors import InvalidFormat
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.snapshots import SnapshotInfo
 
 #: Extra data that is understood: size of the VM state, size of the disk, instruction count.
 KNOWN_EXTRA = 24
@@ -76,6 +77,15 @@ class Snapshot:
             self.l1_offset, self.l1_size, len(ident), len(name), self.date_sec, self.date_nsec, self.vm_clock_nsec, small_state, len(extra)
         )
         return head + extra + ident + name
+
+    def info(self) -> SnapshotInfo:
+        """Return what users see of it."""
+        from cowhand.block.snapshots import SnapshotInfo
+
+        return SnapshotInfo(
+            self.id, self.name, self.disk_size, self.vm_state_size, self.date_sec, self.date_nsec, self.vm_clock_nsec,
+            None if self.icount == NO_ICOUNT else self.icount,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.id} {self.name!r} of {self.disk_size} bytes>"

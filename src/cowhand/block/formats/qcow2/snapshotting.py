@@ -7,15 +7,13 @@ only the old state needed is freed. So a crash leaves leaked clusters at worst, 
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
 from cowhand.block.format import Kind
-from cowhand.block.formats.qcow2 import countchange as counting
-from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2 import countchange as counting, layout as L
 from cowhand.block.formats.qcow2.flags import cleared, fit_flags
 from cowhand.block.formats.qcow2.snapshots import NO_ICOUNT, Snapshot, check_l1, encode_table, read_l1
 from cowhand.core import diagnostics
@@ -90,9 +88,9 @@ class _Undo:
         try:
             for step in reversed(self.steps):
                 step()
-        except BaseException as error:
+        except CowhandError as error:
+            # Told is the error that led here; this one left the counts in memory wrong.
             self.node.set_poison(error)
-            raise
 
 
 @contextmanager
@@ -206,9 +204,8 @@ def _create(node: Qcow2Node, snapshot: Snapshot, undo: _Undo) -> None:
     _fill(node, first, cleared(l1))
     _fill(node, place[0], data)
     # Shared from now on: whoever writes has to copy. Undone by fitting the bits to the counts again.
-    undo.steps.insert(0, lambda: fit_flags(node, tally))
-    shared = counting.counts_now(node, tally)
-    fit_flags(node, shared)
+    undo.steps.insert(0, lambda: fit_flags(node, counting.counts_now(node, tally)))
+    fit_flags(node, counting.counts_now(node, tally))
     node.write_back.run(locked=True)
     _switch_table(node, snapshots, place[0], data)
     undo.steps.clear()
@@ -329,9 +326,3 @@ def _apply(node: Qcow2Node, snapshot: Snapshot) -> None:
         _free(node, *old_place)
     _end(node)
 
-
-def words(l1: bytes) -> array[int]:
-    """Return the entries of an L1 table."""
-    from cowhand.block.formats.qcow2.checkwalk import words_of
-
-    return words_of(l1)

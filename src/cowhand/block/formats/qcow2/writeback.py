@@ -124,5 +124,6 @@ class WriteBack:
                 self.node.flush_file()
         except BaseException:
             cache.restore(pieces)
+            self.node.changed = True
             raise
         cache.written(pieces)
