@@ -10,34 +10,24 @@ import cowhand
 from cowhand.block.opening import combine
 from cowhand.block.policy import DEFAULT, Policy
 from cowhand.block.status import skip_filters
-from cowhand.core.errors import CowhandError, ImageInUse, UnsupportedFeature
+from cowhand.core.errors import CowhandError, ImageInUse, NotSupported, UnsupportedFeature
 
 if TYPE_CHECKING:
     from cowhand.block.node import BlockNode
+    from cowhand.block.snapshots import SnapshotInfo
 
 
-class SnapshotInfo(NamedTuple):
-    """An internal snapshot. ``date_sec`` since 1970, ``vm_clock_nsec`` the guest's running time, sizes in bytes."""
-
-    id: str
-    name: str
-    date_sec: int
-    date_nsec: int
-    vm_clock_nsec: int
-    vm_state_size: int
-    disk_size: int
-
-    def document(self) -> dict[str, Any]:
-        """Return it with the keys that JSON output has."""
-        return {
-            "id": self.id,
-            "name": self.name,
-            "date-sec": self.date_sec,
-            "date-nsec": self.date_nsec,
-            "vm-clock-nsec": self.vm_clock_nsec,
-            "vm-state-size": self.vm_state_size,
-            "disk-size": self.disk_size,
-        }
+def snapshot_document(snapshot: SnapshotInfo) -> dict[str, Any]:
+    """Return a snapshot with the keys that JSON output has."""
+    return {
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "date-sec": snapshot.date_sec,
+        "date-nsec": snapshot.date_nsec,
+        "vm-clock-nsec": snapshot.vm_clock_nsec,
+        "vm-state-size": snapshot.vm_state_size,
+        "disk-size": snapshot.disk_size,
+    }
 
 
 class ImageInfo(NamedTuple):
@@ -77,7 +67,7 @@ class ImageInfo(NamedTuple):
                 "backing-filename-format": self.backing_format,
             }
         out |= {"dirty-flag": self.dirty, "corrupt": self.corrupt, "in-use": bool(self.in_use)}
-        out["snapshots"] = [snapshot.document() for snapshot in self.snapshots]
+        out["snapshots"] = [snapshot_document(snapshot) for snapshot in self.snapshots]
         if self.details:
             out["format-specific"] = {"type": self.format, "data": dict(self.details)}
         return out
@@ -107,17 +97,19 @@ def describe(node: BlockNode, *, in_use: str = "") -> ImageInfo:
         backing_path=path,
         corrupt=bool(details.get("corrupt")),
         dirty=bool(getattr(header, "incompatible", 0) & 1),
-        snapshots=tuple(snapshot_info(item) for item in getattr(node, "snapshots", ())),
+        snapshots=_snapshots(node),
         details=details,
         in_use=in_use,
     )
 
 
-def snapshot_info(item: Any) -> SnapshotInfo:
-    """Return the facts of a format's own entry of its snapshot table."""
-    return SnapshotInfo(
-        item.id, item.name, item.date_sec, item.date_nsec, item.vm_clock_nsec, item.vm_state_size, item.disk_size
-    )
+def _snapshots(node: Any) -> tuple[SnapshotInfo, ...]:
+    if not hasattr(node, "list_snapshots"):
+        return ()
+    try:
+        return tuple(node.list_snapshots())
+    except NotSupported:
+        return ()
 
 
 def image_info(

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cowhand
-from cowhand.chain.info import SnapshotInfo, image_info, snapshot_info
+from cowhand.chain.info import image_info, snapshot_document
 from cowhand.cli import arguments
-from cowhand.core.errors import InvalidArgument, NotSupported, SnapshotNotFound
+from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
+    from cowhand.block.snapshots import SnapshotInfo
     from cowhand.cli.running import Context
 
 EXAMPLES = """\
@@ -33,7 +34,7 @@ ACTIONS = ("create", "list", "apply", "delete")
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("image", help="image that holds the snapshots")
-    parser.add_argument("name", nargs="?", help="name of the snapshot; or its id, where no name matches")
+    parser.add_argument("name", nargs="?", help="id of the snapshot, or its name")
     arguments.add_format(parser)
     parser.add_argument("--force", action="store_true", help="apply although other images stand on this one")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
@@ -55,69 +56,50 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
         refuse_harm(context, args.image, "applying a snapshot to it", force=args.force)
     with cowhand.open(args.image, format=args.format, writable=True) as disk:
-        _refuse_without_snapshots(disk)
         done = {"create": _create, "apply": _apply, "delete": _delete}[args.action](disk, args.name)
     if context.out.json:
-        context.out.document({"action": args.action, "filename": args.image, "snapshot": done.document()})
+        context.out.document({"action": args.action, "filename": args.image, "snapshot": snapshot_document(done)})
     else:
         words = {"create": "created snapshot", "apply": "went back to snapshot", "delete": "deleted snapshot"}
         context.out.line(f"{words[args.action]} {done.name or done.id} of {args.image}")
     return 0
 
 
-def _refuse_without_snapshots(disk: Disk) -> None:
-    if not hasattr(disk.root, "snapshots"):
-        raise NotSupported(
-            f"format '{disk.format}' has no internal snapshots",
-            path=disk.filename,
-            hint=f"Put an overlay on it instead: cowhand create -f qcow2 -b {disk.filename} -F {disk.format} OVERLAY",
-        )
+def _known(disk: Disk) -> list[SnapshotInfo]:
+    from cowhand.block.snapshots import list_snapshots
 
-
-def _known(disk: Disk) -> tuple[SnapshotInfo, ...]:
-    nodes: Any = disk.root
-    return tuple(snapshot_info(item) for item in nodes.snapshots)
-
-
-def find(snapshots: tuple[SnapshotInfo, ...], name: str, image: str) -> SnapshotInfo:
-    """Return the snapshot of that *name*, or else of that id; raises SnapshotNotFound naming those that exist."""
-    for one in snapshots:
-        if one.name == name:
-            return one
-    for one in snapshots:
-        if one.id == name:
-            return one
-    known = ", ".join(one.name or one.id for one in snapshots)
-    raise SnapshotNotFound(
-        f"there is no snapshot '{name}'", path=image, hint=f"There are: {known}" if known else "There are none."
-    )
+    try:
+        return list_snapshots(disk)
+    except NotSupported as error:
+        name = shlex.quote(disk.filename)
+        error.hint = f"Put an overlay on it instead: cowhand create -f qcow2 -b {name} -F {disk.format} OVERLAY"
+        raise
 
 
 def _create(disk: Disk, name: str) -> SnapshotInfo:
     from cowhand.block.snapshots import create_snapshot
 
-    if any(one.name == name for one in _known(disk)):
+    if any(name in (one.name, one.id) for one in _known(disk)):
         raise InvalidArgument(
             f"a snapshot '{name}' exists already",
             path=disk.filename,
             hint="Choose another name, or delete that one first.",
         )
-    create_snapshot(disk, name)
-    return find(_known(disk), name, disk.filename)
+    return create_snapshot(disk, name)
 
 
 def _apply(disk: Disk, name: str) -> SnapshotInfo:
-    from cowhand.block.snapshots import apply_snapshot
+    from cowhand.block.snapshots import apply_snapshot, choose
 
-    chosen = find(_known(disk), name, disk.filename)
+    chosen = choose(_known(disk), name, disk.filename)
     apply_snapshot(disk, chosen.id)
     return chosen
 
 
 def _delete(disk: Disk, name: str) -> SnapshotInfo:
-    from cowhand.block.snapshots import delete_snapshot
+    from cowhand.block.snapshots import choose, delete_snapshot
 
-    chosen = find(_known(disk), name, disk.filename)
+    chosen = choose(_known(disk), name, disk.filename)
     delete_snapshot(disk, chosen.id)
     return chosen
 
@@ -127,7 +109,7 @@ def _list(args: argparse.Namespace, context: Context) -> int:
 
     info = image_info(args.image, format=args.format, force_share=args.force_share)
     if context.out.json:
-        context.out.document([one.document() for one in info.snapshots])
+        context.out.document([snapshot_document(one) for one in info.snapshots])
     elif info.snapshots:
         snapshot_table(info.snapshots, context)
     else:
@@ -136,6 +118,7 @@ def _list(args: argparse.Namespace, context: Context) -> int:
 
 
 def _plan(args: argparse.Namespace, context: Context) -> int:
+    from cowhand.block.snapshots import choose
     from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
 
@@ -147,7 +130,7 @@ def _plan(args: argparse.Namespace, context: Context) -> int:
         action, what = f"create snapshot {args.name} of {args.image}", "tables; no data is copied"
         undo = f"cowhand snapshot delete {image} {name}"
     else:
-        chosen = find(info.snapshots, args.name, args.image)
+        chosen = choose(list(info.snapshots), args.name, args.image)
         action = f"{args.action} snapshot {chosen.name or chosen.id} of {args.image}"
         what = "tables; data is neither copied nor erased" if args.action == "apply" else "tables; space is given back"
         undo = "none: the snapshot is gone then"

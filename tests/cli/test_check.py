@@ -1,0 +1,115 @@
+"""``cowhand check``: verdicts, exit codes, repairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import cowhand
+from tests.cli.images import MiB, content, fill, image, snapshot_of
+from tests.tools.qemu import assert_clean, qemu_img, require_qemu
+
+CLUSTER = 65536
+
+
+@pytest.fixture
+def path(image_dir: Path) -> Path:
+    """Return a sound image with some data."""
+    image(image_dir / "a")
+    fill(image_dir / "a", 0, MiB, 1)
+    return image_dir / "a"
+
+
+def refcount(path: Path, cluster: int, value: int) -> None:
+    """Set the reference count of a cluster, counts being 16 bits wide and in the first block."""
+    with open(path, "r+b") as file:
+        file.seek(48)
+        table = int.from_bytes(file.read(8), "big")
+        file.seek(table)
+        block = int.from_bytes(file.read(8), "big")
+        file.seek(block + 2 * cluster)
+        file.write(value.to_bytes(2, "big"))
+
+
+def leak(path: Path) -> None:
+    """Count a cluster behind the end of the image as used."""
+    refcount(path, path.stat().st_size // CLUSTER, 1)
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // CLUSTER * CLUSTER + CLUSTER)
+
+
+def damage(path: Path) -> None:
+    """Count the cluster of the last data as free."""
+    refcount(path, path.stat().st_size // CLUSTER - 1, 0)
+
+
+def test_a_sound_image(path: Path) -> None:
+    before = snapshot_of(path.parent)
+    lines = cowhand("check", path).stdout.splitlines()
+    assert lines[0] == f"{path}: sound"
+    assert lines[1].startswith("16 of 128 clusters in use (12.5 %); the image ends at ")
+    document = cowhand("check", "--output", "json", path).json()
+    assert (document["corruptions"], document["leaks"], document["check-errors"], document["findings"]) == (0, 0, 0, [])
+    assert document["allocated-clusters"] == 16
+    assert snapshot_of(path.parent) == before
+
+
+@require_qemu
+def test_lost_space(path: Path) -> None:
+    data = content(path)
+    leak(path)
+    done = cowhand("check", path, status=7)
+    assert "1 cluster lost, which harms no data" in done.stdout
+    assert f"cowhand check -r leaks {path}" in done.stdout
+    assert cowhand("check", "--output", "json", path, status=7).json()["leaks"] == 1
+    assert qemu_img("check", path, check=False).status == 3
+    assert "repaired: 0 damaged, 1 lost" in cowhand("check", "-r", "leaks", path).stdout
+    assert_clean(path)
+    assert content(path) == data
+
+
+@require_qemu
+def test_damage(path: Path) -> None:
+    data = content(path)
+    damage(path)
+    done = cowhand("check", path, status=8)
+    assert "damaged in" in done.stdout and "Copy the image, then" in done.stdout
+    document = cowhand("check", "--output", "json", path, status=8).json()
+    assert document["corruptions"] == qemu_img("check", "--output=json", path, check=False).json()["corruptions"]
+    assert document["findings"]
+    cowhand("check", "-r", "leaks", path, status=8)
+    assert cowhand("check", "-r", "all", "--output", "json", path).json()["corruptions-fixed"] >= 1
+    assert_clean(path)
+    assert content(path) == data
+
+
+def test_dry_run_of_a_repair(path: Path) -> None:
+    leak(path)
+    before = snapshot_of(path.parent)
+    plan = cowhand("check", "-r", "leaks", "--dry-run", "--output", "json", path, status=7).json()
+    assert plan["writes"] == [{"path": str(path), "what": "reference counts", "bytes": None}]
+    assert "would repair" in cowhand("check", "-r", "all", "--dry-run", path, status=7).stdout
+    assert snapshot_of(path.parent) == before
+
+
+def test_only_the_first_findings_are_shown(path: Path) -> None:
+    count = path.stat().st_size // CLUSTER
+    with open(path, "r+b") as file:
+        file.truncate((count + 40) * CLUSTER)
+    for cluster in range(count, count + 40):
+        refcount(path, cluster, 1)
+    done = cowhand("check", path, status=7)
+    assert "and 20 more (--verbose prints them)" in done.stdout
+    assert len(cowhand("check", "-v", path, status=7).stdout.splitlines()) > 40
+
+
+def test_a_format_without_checks(image_dir: Path) -> None:
+    image(image_dir / "raw", format="raw")
+    assert "cannot be checked" in cowhand("check", "-f", "raw", "raw", cwd=image_dir, status=1).stderr
+
+
+def test_what_is_no_image(image_dir: Path) -> None:
+    (image_dir / "a").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(600))
+    done = cowhand("check", "a", cwd=image_dir, status=4)
+    assert "a" in done.stderr
