@@ -19,7 +19,9 @@ from cowhand.core.errors import NotSupported
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ExtentBatch
 
 if TYPE_CHECKING:
+    from cowhand.block.check import CheckResult
     from cowhand.block.opening import Opening
+    from cowhand.block.snapshots import SnapshotInfo
 
 _node_numbers = itertools.count()
 
@@ -232,6 +234,42 @@ class BlockNode(ABC):
     def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write *buffers* to the VM state at *offset*."""
         raise NotSupported(f"driver '{self.driver}' keeps no VM state")
+
+    # -- internal snapshots, and checks (see cowhand.block.snapshots and cowhand.block.check, which hold requests back)
+
+    def list_snapshots(self) -> list[SnapshotInfo]:
+        """Return the snapshots that this layer keeps inside itself."""
+        raise self._no_snapshots()
+
+    def create_snapshot(
+        self, name: str, *, date: tuple[int, int] | None, vm_state_size: int, vm_clock_nsec: int, icount: int | None
+    ) -> SnapshotInfo:
+        """Make a snapshot of the present content."""
+        raise self._no_snapshots()
+
+    def apply_snapshot(self, ident: str, name: str) -> None:
+        """Go back to a snapshot."""
+        raise self._no_snapshots()
+
+    def delete_snapshot(self, ident: str, name: str) -> None:
+        """Forget a snapshot."""
+        raise self._no_snapshots()
+
+    def open_snapshot(self, ident: str, name: str) -> BlockNode:
+        """Return a new read-only node, used by nobody yet, that shows a snapshot."""
+        raise self._no_snapshots()
+
+    def _no_snapshots(self) -> NotSupported:
+        return NotSupported(
+            f"format '{self.driver}' has no internal snapshots", qemu="Operation not supported", path=self.filename,
+            hint="Put an overlay on the image instead.",
+        )  # fmt: skip
+
+    def check(self, repair: str | None, say: Callable[[str], None]) -> CheckResult:
+        """Check this layer's metadata and *repair* "leaks" or "all"; *say* gets a line for everything that is found."""
+        from cowhand.block.check import unsupported
+
+        raise unsupported(self.driver)
 
     # -- life
 

@@ -19,6 +19,7 @@ from cowhand.core.errors import CowhandError, InvalidFormat
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.overlap import Region
     from cowhand.block.formats.qcow2.snapshots import Snapshot
 
 #: QEMU's own limit, and what keeps a check's memory within reason.
@@ -39,6 +40,8 @@ class Examination:
         self.per_block = node.refcounts.per_block
         self.order = node.header.refcount_order
         self.unreadable: set[int] = set()  #: refcount blocks that cannot be looked at
+        self.claimed: list[Region] | None = None  #: metadata that an L2 table must not lie over
+        self.wrote_counts = False
         self._mismatched: list[int] = []  #: refcount blocks that differ from the tally
         self._compared = 0  #: clusters that the last comparison went over
         self.walk = self.new_walk(fix=self.fix_errors)
@@ -305,13 +308,15 @@ class Examination:
 
 def check(node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> CheckResult:
     """Check *node*, without requests in flight, and repair what *repair* says."""
-    if not node.writable or not node._writing:
+    if repair is None and not node.in_use_for_writing:
         return _checked(node, repair, say)
     with node.operation:
-        node.flush()
-        node.release_quarantine()
+        if node.in_use_for_writing:
+            node.flush()
+            node.release_quarantine()
         with node.exclusive():
-            node.write_back.run(locked=True)
+            if node.in_use_for_writing:
+                node.write_back.run(locked=True)
             return _checked(node, repair, say)
 
 
@@ -358,6 +363,8 @@ def check_flags(exam: Examination) -> None:
     mend = exam.fix_errors or (
         exam.fix_leaks and not counters.check_errors and not counters.corruptions and not counters.leaks
     )
+    if exam.wrote_counts:
+        node.flush_file()  # a bit may say "alone" only when the count does
     judged: dict[int, list[str]] = {}
     for index, entry in enumerate(words_of(bytes(node.mapping.l1.data[: node.header.l1_size * 8]))):
         host = entry & L.L1_OFFSET_MASK
@@ -377,17 +384,17 @@ def check_flags(exam: Examination) -> None:
                 counters.corruptions += 1
         lines = judged.get(host)
         if lines is None:
-            lines = _judge_flags(exam, host, mend)
-            if lines or host not in judged:
-                judged[host] = [] if mend else lines
-        counters.corruptions_fixed += len(lines) if mend else 0
+            lines = judged[host] = _judge_flags(exam, host, mend)
+        elif mend:
+            continue  # mended when it was met first
         counters.corruptions += 0 if mend else len(lines)
-        for line in lines:
-            exam.say(line)
+        if not mend:
+            for line in lines:
+                exam.say(line)
 
 
 def _judge_flags(exam: Examination, host: int, mend: bool) -> list[str]:
-    """Return a line for each wrong COPIED bit in the table at *host*, which are put right with *mend*."""
+    """Return a line for each wrong COPIED bit in the table at *host*; with *mend* they are told, counted and put right."""
     walk = exam.walk
     seen = walk.seen.get(host)
     if seen is not None and seen.scan.runs is not None and not exam.unreadable:
@@ -412,5 +419,10 @@ def _judge_flags(exam: Examination, host: int, mend: bool) -> list[str]:
     if mend and changed:
         from cowhand.block.formats.qcow2.repair import flag_l2
 
+        for line in lines:
+            exam.say(line)
+        exam.counters.corruptions += len(lines)
         flag_l2(exam, host, data, changed)
+        exam.counters.corruptions -= len(lines)
+        exam.counters.corruptions_fixed += len(lines)
     return lines

@@ -128,7 +128,7 @@ class Qcow2Node(FormatNode):
         if L.CLUSTER_BITS_MIN < bits <= L.CLUSTER_BITS_MAX and first[:4] == L.U32.pack(L.MAGIC):
             first = bytearray(min(1 << bits, self.file.node.size))
             self.file.read_into(0, first)
-        self.header = header = headers.parse(bytes(first), path)
+        self.header = header = headers.parse(bytes(first), path, for_repair=for_repair)
         self._refuse_unsupported(for_repair=for_repair)
         self.cluster_size = self.allocation_unit = self.copy_unit = header.cluster_size
         unit = header.cluster_size
@@ -182,7 +182,7 @@ class Qcow2Node(FormatNode):
                 "the image is marked corrupt and is only opened for reading",
                 qemu="qcow2: Image is corrupt; cannot be opened read/write", path=path, hint="Look at it with check, then repair it.", errno=13,
             )  # fmt: skip
-        if self.writable and header.autoclear & L.AUTOCLEAR_BITMAPS and header.find(L.EXT_BITMAPS) is not None:
+        if self.writable and not for_repair and header.autoclear & L.AUTOCLEAR_BITMAPS and header.find(L.EXT_BITMAPS) is not None:
             raise UnsupportedFeature(
                 "the image has persistent bitmaps, which writing without keeping them would destroy", path=path,
                 hint="Open it for reading only, or remove the bitmaps first.",
@@ -216,6 +216,11 @@ class Qcow2Node(FormatNode):
     @property
     def size(self) -> int:
         return self.header.size
+
+    @property
+    def in_use_for_writing(self) -> bool:
+        """Whether tables in memory may be newer than those on disk."""
+        return self._writing and self.poison is None
 
     def fire(self, event: str) -> None:
         """Tell a blkdebug node below that *event* (QEMU's name) is about to happen."""

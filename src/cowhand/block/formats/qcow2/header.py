@@ -128,10 +128,11 @@ def _extension(kind: int, data: bytes) -> bytes:
     return L.U32.pack(kind) + L.U32.pack(len(data)) + data + bytes(-len(data) % 8)
 
 
-def parse(data: bytes, path: str) -> Header:
+def parse(data: bytes, path: str, *, for_repair: bool = False) -> Header:
     """Parse the first cluster of a file (*data*: at least its first 112 bytes, better all of it).
 
-    Raises InvalidFormat or UnsupportedFeature naming *path*, the offset, what was found and what is allowed.
+    Raises InvalidFormat or UnsupportedFeature naming *path*, the offset, what was found and what is allowed. *for_repair* lets a wrong snapshot
+    table pass, which a check reports.
     """
     if len(data) < L.HEADER_V2_LENGTH:
         raise InvalidFormat(f"the file ends after {len(data)} bytes, inside the qcow2 header", qemu="Could not read qcow2 header", path=path)
@@ -158,7 +159,7 @@ def parse(data: bytes, path: str) -> Header:
     _parse_extensions(header, data, backing_offset, path)
     if backing_offset:
         _parse_backing(header, data, backing_offset, backing_length, path)
-    _check_tables(header, path)
+    _check_tables(header, path, for_repair)
     return header
 
 
@@ -258,15 +259,18 @@ def _check_table(offset: int, entries: int, entry_size: int, limit: int, cluster
         raise InvalidFormat(f"the {what} cannot lie at {offset:#x}", qemu=f"{what} offset invalid", path=path, offset=at)
 
 
-def _check_tables(header: Header, path: str) -> None:
+def _check_tables(header: Header, path: str, for_repair: bool) -> None:
     cluster = header.cluster_size
     _check_table(
         header.refcount_table_offset, header.refcount_table_clusters, cluster, L.MAX_REFCOUNT_TABLE_BYTES, cluster,
         "Reference count table", L.OFFSET_REFCOUNT_TABLE, path,
     )  # fmt: skip
-    if header.snapshot_count > L.MAX_SNAPSHOTS:
-        raise InvalidFormat(f"{header.snapshot_count} snapshots are more than {L.MAX_SNAPSHOTS}", qemu="Snapshot table too large", path=path, offset=60)
-    if header.snapshot_count:
+    if header.snapshot_count > L.MAX_SNAPSHOTS and not for_repair:
+        raise InvalidFormat(
+            f"{header.snapshot_count} snapshots are more than {L.MAX_SNAPSHOTS}", qemu="Snapshot table too large", path=path,
+            offset=L.OFFSET_SNAPSHOTS,
+        )  # fmt: skip
+    if header.snapshot_count and not for_repair:
         _check_table(
             header.snapshots_offset, header.snapshot_count, L.SNAPSHOT_HEADER.size, L.MAX_SNAPSHOT_TABLE_BYTES, cluster,
             "Snapshot table", L.OFFSET_SNAPSHOTS, path,

@@ -107,7 +107,7 @@ def _undoing(node: Qcow2Node) -> Iterator[_Undo]:
 def _switch(node: Qcow2Node, offset: int, field: bytes) -> None:
     """Write a header field that makes a new state valid. When that fails nobody knows which state the disk has."""
     try:
-        node.write_metadata(offset, field, check=False)
+        node.write_metadata(offset, field)
         node.flush_file()
     except BaseException as error:
         node.set_poison(error)
@@ -123,6 +123,19 @@ def _switch_table(node: Qcow2Node, snapshots: list[Snapshot], cluster: int, data
     node.snapshots, node.snapshot_table_bytes = snapshots, len(data)
     if old_bytes:
         _free(node, old // size, -(-old_bytes // size))
+
+
+def store_table(node: Qcow2Node, snapshots: list[Snapshot]) -> None:
+    """Write the table of *snapshots* to a new place and make it the image's. Everything is held by the caller."""
+    data = encode_table(snapshots, path=node.filename)
+    with _undoing(node) as undo:
+        place = _take(node, data)
+        undo.room(*place)
+        _fill(node, place[0], data)
+        node.write_back.run(locked=True)
+        _switch_table(node, snapshots, place[0], data)
+        undo.steps.clear()
+    _end(node)
 
 
 def _free(node: Qcow2Node, first: int, clusters: int) -> None:

@@ -1,0 +1,300 @@
+"""Repairing qcow2 (QEMU ``docs/interop/qcow2``): what a check found is put right, in an order that a crash cannot make worse.
+
+The tally of a check is the truth: what nothing refers to is free, what something refers to is not. New structures are only written where nothing is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cowhand.block.formats.qcow2 import layout as L, overlap
+from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped
+from cowhand.block.formats.qcow2.tally import encoded
+from cowhand.core import diagnostics
+from cowhand.core.errors import CowhandError, ImageCorrupt
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.check import Examination
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+#: As QEMU's limit for a check: a file is not lengthened past it for one wrong entry.
+_MAX_CLUSTERS = (1 << 31) - 1
+
+
+def _failed(exam: Examination, line: str, error: CowhandError) -> Stopped:
+    exam.say(line)
+    exam.counters.check_errors += 1
+    return Stopped(error)
+
+
+def _conflict(exam: Examination, host: int, length: int, own: str) -> CowhandError | None:
+    """Return an error when ``[host, host + length)``, about to be written as *own* kind of table, is some other metadata as well."""
+    node = exam.node
+    if exam.claimed is None:
+        exam.claimed = [region for region in overlap.regions(node) if region.name not in (overlap.ACTIVE_L2, overlap.INACTIVE_L2)]
+    for cluster in range(host // node.cluster_size, (host + length - 1) // node.cluster_size + 1):
+        for region in exam.claimed:
+            if cluster in region.clusters:
+                return node.mark_corrupt(f"Preventing invalid write on {own} (overlaps with {region.name})", offset=host)
+    return None
+
+
+# -- entries
+
+
+def zero_entry(exam: Examination, host: int, index: int, active: bool) -> bool:
+    """Make entry *index* of the L2 table at *host* read as zeroes without a cluster; its cluster could not be used and held no data."""
+    node = exam.node
+    kind = overlap.ACTIVE_L2 if active else overlap.INACTIVE_L2
+    if node.header.incompatible & L.INCOMPAT_EXTENDED_L2:
+        at = host + index * 16
+        bitmap = L.U64.unpack(exam.walk.read(at + 8, 8, "ERROR: I/O error in check_refcounts_l2"))[0]
+        # All that was allocated, or zero, reads as zeroes.
+        data = L.U64.pack(0) + L.U64.pack((bitmap | bitmap << 32) & 0xFFFFFFFF00000000)
+    else:
+        at, data = host + index * 8, L.U64.pack(L.ENTRY_ZERO)
+    error = _conflict(exam, at, len(data), kind)
+    if error is not None:
+        raise _failed(exam, "ERROR: Overlap check failed", error)
+    try:
+        node.write_metadata(at, data)
+        node.flush_file()
+    except CowhandError as failure:
+        exam.say(f"ERROR: Failed to overwrite L2 table entry: {failure.qemu_message}")
+        exam.counters.check_errors += 1
+        return False
+    return True
+
+
+def flag_l1(exam: Examination, index: int, entry: int) -> None:
+    """Give L1 entry *index* the COPIED bit that *entry* has."""
+    node = exam.node
+    try:
+        node.write_metadata(node.header.l1_offset + index * 8, L.U64.pack(entry))
+    except CowhandError as error:
+        raise _failed(exam, f"ERROR: Could not write L1 table: {error.qemu_message}", error) from error
+    L.U64.pack_into(node.mapping.l1.data, index * 8, entry)
+
+
+def flag_l2(exam: Examination, host: int, data: bytes, changed: list[tuple[int, int]]) -> None:
+    """Write the L2 table *data* at *host* with the entries *changed*: (offset inside the table, entry)."""
+    error = _conflict(exam, host, len(data), overlap.ACTIVE_L2)
+    if error is not None:
+        raise _failed(exam, "ERROR: Could not write L2 table; metadata overlap check failed: Input/output error", error)
+    new = bytearray(data)
+    for at, entry in changed:
+        L.U64.pack_into(new, at, entry)
+    try:
+        exam.node.write_metadata(host, new)
+    except CowhandError as failure:
+        raise _failed(exam, f"ERROR: Could not write L2 table: {failure.qemu_message}", failure) from failure
+
+
+# -- reference counts
+
+
+def write_counts(exam: Examination, index: int, values: bytes | bytearray) -> None:
+    """Write the first counts of refcount block *index*, native *values*; the block's others, behind the end of the file, stay."""
+    node = exam.node
+    host = L.U64.unpack_from(node.refcounts.table, index * 8)[0] & L.REFCOUNT_TABLE_OFFSET_MASK
+    try:
+        whole = exam.disk_block(index) or b""
+        node.write_metadata(host, encoded(bytes(values) + whole[len(values) :], exam.order))
+        exam.wrote_counts = True
+    except CowhandError as error:
+        raise _failed(exam, f"ERROR: Could not write refcount block: {error.qemu_message}", error) from error
+
+
+def lengthen(exam: Examination, offset: int) -> bool:
+    """Make the file so long that the refcount block at *offset* lies inside; it reads as zeroes. False when that is not possible."""
+    node, walk = exam.node, exam.walk
+    end = offset + walk.size
+    reason = "File too large"
+    if end <= L.MAX_HOST_OFFSET and end // walk.size <= _MAX_CLUSTERS:
+        try:
+            node.file.node.resize(end)
+        except CowhandError as error:
+            reason = error.qemu_message
+        else:
+            walk.length = max(walk.length, end)
+            walk.clusters = max(walk.clusters, end // walk.size)
+            return True
+    exam.rebuild = True
+    exam.say(f"ERROR could not resize image: {reason}")
+    exam.counters.corruptions += 1
+    return False
+
+
+class _Rebuilding:
+    """New refcount blocks, and a table for them, in clusters that the tally says are free. They are placed as QEMU places them."""
+
+    def __init__(self, exam: Examination) -> None:
+        self.tally = exam.walk.tally
+        self.end = exam.walk.clusters
+        self.per_block = exam.per_block
+        self.per_table_cluster = exam.walk.size // 8
+        # Where a part of the image could not be followed, what looks free may not be: then only what lies behind everything is taken.
+        self.lowest = self.end if exam.walk.uncertain else 0
+        self.blocks: dict[int, int] = {}
+        self.table_clusters = 0
+
+    def take(self, count: int, first: int) -> int:
+        """Return the lowest run of *count* free clusters from *first* on, now counted; behind the end all is free."""
+        begin, position = max(first, self.lowest), max(first, self.lowest)
+        while position - begin < count and position < self.end:
+            position += 1
+            if self.tally.get(position - 1):
+                begin = position = self._next_free(position)
+        self.tally.add(begin, count)
+        self.end = max(self.end, begin + count)
+        return begin
+
+    def _next_free(self, cluster: int) -> int:
+        """Return the first free cluster from *cluster* on, looking at many at once."""
+        while cluster < self.end:
+            step = min(4096, self.end - cluster)
+            piece = self.tally.piece(cluster, step)
+            if piece is None:
+                return cluster
+            view = memoryview(piece).cast(self.tally.code)
+            for index, value in enumerate(view):
+                if not value:
+                    return cluster + index
+            cluster += step
+        return cluster
+
+    def place_blocks(self, low: int, high: int) -> bool:
+        """Place a block for every range in ``[low, high)`` in which something is counted; tell whether the table has to be longer."""
+        grown = False
+        free = 0
+        index = low // self.per_block
+        while index * self.per_block < high:
+            begin, end = max(low, index * self.per_block), min(high, (index + 1) * self.per_block)
+            piece = self.tally.piece(begin, end - begin) if end > begin else None
+            if piece is not None and index not in self.blocks and piece.strip(b"\0"):
+                place = self.take(1, max(free, index * self.per_block))
+                free = place + 1
+                # The block that counts this one has to be there as well.
+                high = max(high, place + 1)
+                self.blocks[index] = place
+                wanted = -(-(index + 1) // self.per_table_cluster)
+                if wanted > self.table_clusters:
+                    self.table_clusters, grown = wanted, True
+            index += 1
+        return grown
+
+    def place(self) -> int:
+        """Place everything; return the first cluster of the table."""
+        self.place_blocks(0, self.end)
+        while True:
+            # A table that became too short leaks; the comparison that follows finds it.
+            place = self.take(self.table_clusters, 0)
+            if not self.place_blocks(place, place + self.table_clusters):
+                return place
+
+
+def rebuild_counts(exam: Examination) -> None:
+    """Make a new refcount structure from the tally, switch to it, count everything anew and free what only the old one needed."""
+    node, counters = exam.node, exam.counters
+    exam.say("Rebuilding refcount structure")
+    old = counters.copy()
+    _write_structure(exam)
+    counters.corruptions = counters.leaks = 0
+    exam.rebuild = False
+    exam.new_walk(fix=False)
+    exam.calculate(fix=False)
+    found = counters.copy()
+    counters.assign(Counters())
+    exam.compare(leaks=True, errors=False)
+    if exam.rebuild:
+        exam.say("ERROR rebuilt refcount structure is still broken")
+    fresh_leaks = counters.leaks
+    counters.assign(found)
+    counters.corruptions_fixed += max(0, old.corruptions - counters.corruptions)
+    counters.leaks_fixed += max(0, old.leaks - counters.leaks)
+    counters.leaks += fresh_leaks
+    node.refcounts.cache.clear()
+
+
+def _write_structure(exam: Examination) -> None:
+    node = exam.node
+    size = node.cluster_size
+    new = _Rebuilding(exam)
+    place = new.place()
+    table = bytearray(new.table_clusters * size)
+    try:
+        for index, cluster in new.blocks.items():
+            L.U64.pack_into(table, index * 8, cluster * size)
+            counts = new.tally.piece(index * new.per_block, new.per_block)
+            assert counts is not None
+            node.write_metadata(cluster * size, encoded(counts, exam.order))
+        node.write_metadata(place * size, table)
+        node.flush_file()
+        node.write_metadata(L.OFFSET_REFCOUNT_TABLE, L.U64.pack(place * size) + L.U32.pack(new.table_clusters))
+        node.flush_file()
+    except CowhandError as error:
+        raise _failed(exam, f"ERROR writing the new refcount structure: {error.qemu_message}", error) from error
+    node.header.refcount_table_offset, node.header.refcount_table_clusters = place * size, new.table_clusters
+    node.refcounts.table = table
+    node.refcounts.cache.clear()
+    exam.claimed = None
+
+
+# -- snapshots and marks
+
+
+def cut_snapshots(node: Qcow2Node, count: int) -> None:
+    """Leave the table's first *count* snapshots; what the others held is leaked, and freed by what follows."""
+    node.write_metadata(L.OFFSET_SNAPSHOTS, L.U32.pack(count))
+    node.flush_file()
+    node.header.snapshot_count = count
+
+
+def rewrite_snapshots(exam: Examination, counters: Counters) -> None:
+    """Write the snapshot table anew, its entries complete and their extra data cut."""
+    from cowhand.block.formats.qcow2.snapshotting import store_table
+
+    node = exam.node
+    node.flush_file()
+    forget(node)
+    node.rebuild_metadata_map()
+    try:
+        store_table(node, node.snapshots)
+    except CowhandError as error:
+        counters.check_errors += 1
+        exam.say(f"ERROR failed to update snapshot table: {error.qemu_message}")
+        raise Stopped(error) from error
+    counters.corruptions_fixed += counters.corruptions
+    counters.corruptions = 0
+
+
+def mark_sound(node: Qcow2Node) -> None:
+    """Take the dirty and the corrupt mark from an image that a repair found sound, once all that it did is stable."""
+    node.flush_file()
+    marks = L.INCOMPAT_DIRTY | L.INCOMPAT_CORRUPT
+    if node.header.version >= 3 and node.header.incompatible & marks:
+        node.header.incompatible &= ~marks
+        node.write_metadata(L.OFFSET_INCOMPATIBLE, L.U64.pack(node.header.incompatible))
+        node.flush_file()
+
+
+def forget(node: Qcow2Node) -> None:
+    """Forget what is in memory of tables that a repair may have changed on disk."""
+    node.refcounts.cache.clear()
+    node.refcounts.free_index = 0
+    node.mapping.cache.clear()
+    node.allocator.next_byte = 0
+    if node.in_use_for_writing:
+        node.rebuild_metadata_map()
+
+
+def repair_dirty(node: Qcow2Node) -> None:
+    """Put right the counts of an image that was not closed, with lazy reference counts, before it is written. Raises ImageCorrupt."""
+    from cowhand.block.formats.qcow2.check import check
+
+    result = check(node, "all", diagnostics.report)
+    if result.failure is not None or result.check_errors or result.corruptions:
+        raise ImageCorrupt(
+            "the image was not closed properly, and its reference counts cannot be repaired", qemu="Could not repair dirty image: Input/output error",
+            path=node.filename, hint="Look at it with check.",
+        )  # fmt: skip
