@@ -6,7 +6,6 @@ only the old state needed is freed. So a crash leaves leaked clusters at worst, 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from cowhand.block.format import Kind
 from cowhand.block.formats.qcow2 import countchange as counting, layout as L
 from cowhand.block.formats.qcow2.flags import cleared, fit_flags
 from cowhand.block.formats.qcow2.snapshots import NO_ICOUNT, Snapshot, check_l1, encode_table, read_l1
-from cowhand.core import diagnostics
+from cowhand.core import clock, diagnostics
 from cowhand.core.errors import CowhandError, ImageInUse, InvalidArgument, InvalidFormat, NotSupported, SnapshotNotFound
 from cowhand.core.units import MAX_SIZE
 
@@ -171,7 +170,7 @@ def create(
     if len(node.snapshots) >= L.MAX_SNAPSHOTS:
         raise InvalidFormat(f"the image has {L.MAX_SNAPSHOTS} snapshots, the most that it can have", qemu="File too large", errno=27)
     if date is None:
-        now = time.time_ns()
+        now = int(clock.now() * 1_000_000_000)
         date = (now // 10**9, now % 10**9)
     with _alone(node), _undoing(node) as undo:
         snapshot = Snapshot(
