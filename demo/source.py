@@ -16,7 +16,7 @@ BLOCK = 4096
 #: The file that the "guest" changes: so many blocks.
 JOURNAL_BLOCKS = 4096
 JOURNAL_NAME = "var/journal.bin"
-DISK_SIZE = 512 << 20
+DISK_SIZE = 192 << 20
 #: Real files are taken up to this many bytes.
 FILES_LIMIT = 120 << 20
 _MARK = b"cowhand demo block "

@@ -78,7 +78,7 @@ def test_damage(path: Path) -> None:
     document = cowhand("check", "--output", "json", path, status=8).json()
     assert document["corruptions"] == qemu_img("check", "--output=json", path, check=False).json()["corruptions"]
     assert document["findings"]
-    cowhand("check", "-r", "leaks", path, status=8)
+    assert "cowhand check -r all" in cowhand("check", "-r", "leaks", path, status=4).stderr
     assert cowhand("check", "-r", "all", "--output", "json", path).json()["corruptions-fixed"] >= 1
     assert_clean(path)
     assert content(path) == data
