@@ -338,6 +338,24 @@ class TestReplacedRoot:
         assert disk.read(0, disk.size) == expected
         disk.close()
 
+    def test_nothing_is_left_to_be_written_into_the_old_root(self) -> None:
+        recorder = RecorderNode(qcow2_file(self.SIZE, cluster_size=CLUSTER))
+        keeper = Disk(recorder)
+        base = qcow2_node(recorder)
+        disk = Disk(base, writable=True)
+        disk.write(0, b"1" * self.SIZE)
+        disk.discard(CLUSTER, 8 * CLUSTER)
+        disk.flush()
+        disk.discard(16 * CLUSTER, CLUSTER)
+        disk.replace_root(qcow2_node(qcow2_file(self.SIZE), backing=base))
+        changes = len(recorder.log.changes)
+        disk.write(0, b"2" * self.SIZE)
+        disk.close()
+        assert base.closed
+        assert len(recorder.log.changes) == changes
+        assert content_of(recorder.inner)[:CLUSTER] == b"1" * CLUSTER  # type: ignore[arg-type]
+        keeper.close()
+
     def test_a_conflict_leaves_the_old_root(self) -> None:
         disk = qcow2_disk(self.SIZE)
         other = Disk(MemoryNode(content=bytes(self.SIZE)), writable=True, shared=0)

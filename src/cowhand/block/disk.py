@@ -270,7 +270,8 @@ class Disk:
         """
         if self.read_only:
             raise self._refuse_writing()
-        number = self._enter(ZERO_UNMAP if unmap else ZERO_REQUEST, offset, length)
+        kind = ZERO_UNMAP if unmap else ZERO_REQUEST
+        number = self._enter(kind, offset, length)
         fua = fua or self.write_through
         try:
             if offset < 0 or length < 0 or offset + length > self._size:
@@ -284,8 +285,8 @@ class Disk:
                     self.edge.write(position, (ZEROES[: min(ZEROES_SIZE, offset + length - position)],), fua)
         finally:
             self._leave(number)
-        self.statistics[ZERO_REQUEST] += 1
-        self.statistics[6 + ZERO_REQUEST] += length
+        self.statistics[kind] += 1
+        self.statistics[6 + kind] += length
 
     def discard(self, offset: int, length: int) -> None:
         """Say that *length* bytes at *offset* are no longer needed. Advisory; they may keep their content, and never show a backing file's."""
@@ -456,8 +457,6 @@ class Disk:
 
     def close(self) -> None:
         """Flush what is cached and give the image back. Calling it twice is allowed. Raises the error of the last write-back."""
-        if self._closed:
-            return
         with self.still() as node:
             if self._closed:
                 return
