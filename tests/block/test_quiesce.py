@@ -253,5 +253,3 @@ class TestRankedLocks:
             node = disk.root
             with node.lock, pytest.raises(LockOrderError, match="allocation taken twice"):  # type: ignore[attr-defined]
                 disk.write(0, b"x")
-            with node.lock, pytest.raises(LockOrderError, match="write-back"):  # type: ignore[attr-defined]
-                node.write_back.flush()  # type: ignore[attr-defined]
