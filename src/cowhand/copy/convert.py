@@ -125,6 +125,7 @@ def convert(
                 snapshot=snapshot,
                 cache=source_cache,
                 force_share=force_share,
+                unshared=True,
                 policy=policy,
             )
             for what in inputs

@@ -52,7 +52,7 @@ def dd(
         raise InvalidArgument(f"Invalid bs specified. Must be between 1 and {MAX_BLOCK}.")
     first = parse_size(skip) * block
     with ExitStack() as stack:
-        disk = open_source(source, stack, source_format, force_share=force_share, policy=policy)
+        disk = open_source(source, stack, source_format, force_share=force_share, unshared=True, policy=policy)
         end = disk.size if count is None else min(disk.size, parse_size(count) * block)
         if first > end:
             if warn is not None:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.core.errors import NotSupported
+from cowhand.block.node import CONSISTENT_READ, WRITE_UNCHANGED
+from cowhand.core.errors import CowhandError, NotSupported, SnapshotNotFound
 
 if TYPE_CHECKING:
     from cowhand.block.policy import Policy
@@ -25,11 +27,12 @@ def open_source(
     snapshot: str | None = None,
     cache: str = "writeback",
     force_share: bool = False,
+    unshared: bool = False,
     policy: Policy | None = None,
 ) -> Disk:
     """Return *what* open for reading; *stack* closes what was opened here, and leaves the caller's own disk open.
 
-    *snapshot* shows the image as it was at the internal snapshot of that id or name.
+    *unshared* keeps everybody, this process too, from writing what was opened here: no source is its own target. *snapshot* shows the image as it was at the internal snapshot of that id or name.
     """
     if isinstance(what, Disk):
         disk = what
@@ -38,9 +41,19 @@ def open_source(
 
         disk = cowhand.open(what, format=format, cache=cache, force_share=force_share, policy=policy)
         stack.enter_context(disk)
+        if unshared and not force_share:
+            graph.set_permissions(disk.edge, disk.edge.perm, CONSISTENT_READ | WRITE_UNCHANGED)
     if snapshot is None:
         return disk
-    view = getattr(disk.root, "snapshot_view", None)
-    if view is None:
-        raise NotSupported(f"format '{disk.format}' has no internal snapshots", path=disk.filename)
-    return stack.enter_context(Disk(view(snapshot)))
+    from cowhand.block.snapshots import open_snapshot
+
+    try:
+        return stack.enter_context(open_snapshot(disk, snapshot))
+    except CowhandError as error:
+        if isinstance(error, SnapshotNotFound):
+            error.qemu_message = "Can't find snapshot"
+        elif isinstance(error, NotSupported):
+            error.qemu_message = (
+                f"Block format '{disk.format}' used by device '' does not support temporarily loading internal snapshots"
+            )
+        raise error.within(f"snapshot '{snapshot}' of '{disk.filename}'", qemu="Failed to load snapshot") from None
