@@ -15,13 +15,14 @@ PAGE = 4096
 class Table:
     """One table: ``data`` as on disk, ``host`` its byte offset there, ``dirty`` a bit for each page, ``fresh`` if nothing on disk refers to it."""
 
-    __slots__ = ("data", "dirty", "fresh", "host", "writing")
+    __slots__ = ("data", "dirty", "fresh", "host", "uncounted", "writing")
 
     def __init__(self, data: bytearray, host: int, *, fresh: bool = False) -> None:
         self.data = data
         self.host = host
         self.dirty = 0
         self.fresh = fresh
+        self.uncounted = False  #: its own cluster's reference count may not be in the file yet (lazy reference counts)
         self.writing = 0  #: write-backs under way that hold copies of its pages
 
     def touch(self, start: int, end: int) -> None:

@@ -55,12 +55,11 @@ def plain(message: str) -> None:
     sys.stderr.flush()
 
 
-def _diagnostic(message: str) -> None:
-    # QEMU's qcow2 driver writes its own notes without the tool's name.
-    if message.startswith("qcow2"):
-        plain(message)
-    else:
+def _diagnostic(message: str, as_tool: bool) -> None:
+    if as_tool:
         error(message)
+    else:
+        plain(message)
 
 
 def version_lines() -> str:

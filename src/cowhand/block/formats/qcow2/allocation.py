@@ -9,7 +9,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
-from cowhand.block.format import Kind, Reservation
+from cowhand.block.format import Kind, Reservation, Unprepared
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.core.errors import NotSupported
 
@@ -73,6 +73,7 @@ def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> N
     """Take one reference from every cluster that *old* L2 entries name and *new* ones do not."""
     bits = node.header.cluster_bits
     allocator = node.allocator
+    metadata = node.metadata
     begin = count = 0
     for (was,), (now,) in zip(L.U64.iter_unpack(old), L.U64.iter_unpack(new), strict=True):
         if not was & _ENTRY_HOST:
@@ -81,7 +82,10 @@ def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> N
             # Always another place than before, if perhaps in the same sector.
             host, nbytes = L.compressed_location(was, bits)
             first, last = host >> bits, (host + nbytes - 1) >> bits
-            allocator.free(first, last - first + 1)
+            if metadata.hit(first, last) is not None:
+                _keep_metadata(node, host)
+            else:
+                allocator.free(first, last - first + 1)
             continue
         if (was ^ now) & _ENTRY_HOST == 0:
             continue
@@ -90,6 +94,9 @@ def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> N
             node.mark_corrupt(f"Cannot free unaligned cluster {offset:#x}", offset=offset, fatal=False)
             continue
         cluster = offset >> bits
+        if cluster in metadata.clusters:
+            _keep_metadata(node, offset)
+            continue
         if count and cluster == begin + count:
             count += 1
             continue
@@ -98,6 +105,11 @@ def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> N
         begin, count = cluster, 1
     if count:
         allocator.free(begin, count, discard=discard)
+
+
+def _keep_metadata(node: Qcow2Node, offset: int) -> None:
+    """Report an entry that called metadata a guest's data: what it named stays counted, and is not handed back to the file system."""
+    node.mark_corrupt(f"Cannot free metadata as guest data at {offset:#x}", offset=offset, fatal=False)
 
 
 def reserve(node: Qcow2Node, offset: int, length: int, kind: Kind, nbytes: int) -> Reservation | None:
@@ -123,6 +135,7 @@ def writable_table(node: Qcow2Node, index: int) -> Table:
     node.fire("l2_alloc_write")
     data = bytearray(old.data) if old is not None else bytearray(mapping.cluster_size)
     table = Table(data, host, fresh=True)
+    table.uncounted = node.lazy
     table.touch_all()
     if old is not None:
         # Changes of the shared table that are not on disk yet belong to the snapshot too: they stay in the cache's dirty list.
@@ -155,6 +168,10 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
     mapping = node.mapping
     index, first, count = _place(node, offset, length)
     table = writable_table(node, index)
+    if node.lazy and table.uncounted and not node.exclusive_held:
+        # Tables are counted at once even so: a repair then has only data to find.
+        table.uncounted = False
+        raise Unprepared(node.flush_counts)
     data = table.data
     size, bits = mapping.cluster_size, mapping.cluster_bits
     entry = L.U64.unpack_from(data, first * 8)[0]

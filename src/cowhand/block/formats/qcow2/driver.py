@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Qcow2Options(NodeOptions):
     """Options of an open qcow2 image (QEMU ``qapi/block-core.json``, BlockdevOptionsQcow2)."""
 
-    lazy_refcounts: bool | None = option(kind="bool", help="postpone updates of reference counts; counts are kept strictly here", strong=False)
+    lazy_refcounts: bool | None = option(kind="bool", help="postpone writing reference counts until the image is closed", strong=False)
     pass_discard_request: bool | None = option(kind="bool", help="hand the guest's discards down", strong=False)
     pass_discard_snapshot: bool = option(True, kind="bool", help="hand down what deleting a snapshot frees", strong=False)
     pass_discard_other: bool = option(False, kind="bool", help="hand down what else is freed", strong=False)
@@ -71,13 +71,14 @@ class Qcow2Node(FormatNode):
         self.snapshots: list[Snapshot] = []
         self.snapshot_table_bytes = 0
         self.metadata = overlap.MetadataMap()
-        self.metadata_clusters: set[int] = self.metadata.clusters
+        self.metadata_clusters: overlap.Pool = self.metadata.clusters
         self._preallocated: bool | None = None
         self.exclusive_held = False
+        #: Reference counts are written when the image is closed; until then the dirty bit says that they are not to be relied on.
+        self.lazy = False
         self.operation = ranked_lock(RANK_OPERATION, "qcow2 operation")
         self.corrupt_reported = False
         self.views: dict[int, int] = {}  #: open views of snapshots, by the offset of their L1 table
-        self.overlap_check_all = options.overlap_check == "all"
         self._codec: Codec | None = None
         self._codec_lock = threading.Lock()
 
@@ -303,15 +304,12 @@ class Qcow2Node(FormatNode):
     def check_overlap(self, offset: int, length: int) -> None:
         """Raise ImageCorrupt, and mark the image so, when a write to host ``[offset, offset + length)`` would hit metadata."""
         bits = self.header.cluster_bits
-        clusters = self.metadata_clusters
         first, last = offset >> bits, (offset + length - 1) >> bits
-        if last - first > 64:
-            hit = any(first <= cluster <= last for cluster in clusters)
-        else:
-            hit = any(cluster in clusters for cluster in range(first, last + 1))
-        if hit:
-            name = overlap.owner(self, offset, length) or "metadata"
-            raise self.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {name})", offset=offset, fatal=True)
+        if self.metadata.hit(first, last) is not None:
+            raise self._overlapping(overlap.owner(self, first, last) or "metadata", offset)
+
+    def _overlapping(self, name: str, offset: int) -> CowhandError:
+        return self.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {name})", offset=offset, fatal=True)
 
     def mark_corrupt(self, message: str, *, offset: int, fatal: bool = True) -> CowhandError:
         """Return the error for damage that was just found; on the first fatal one the image is marked corrupt and not written any more."""
@@ -328,6 +326,26 @@ class Qcow2Node(FormatNode):
             self._set_corrupt_bit()
             self.set_poison(ImageCorrupt(message, qemu="No medium found", path=self.filename, errno=123))
         return error
+
+    def _set_incompatible(self, bits: int) -> None:
+        self.write_metadata(L.OFFSET_INCOMPATIBLE, L.U64.pack(bits))
+        self.flush_file()
+        self.header.incompatible = bits
+
+    def change_backing(self, name: str | None, format: str | None) -> None:
+        """Record another backing file in the header (None: none any more); what is read changes with it, the content of clusters does not.
+
+        The file is not looked at, and what is open stays open. Raises InvalidArgument when the header has no room.
+        """
+        from cowhand.block.formats.qcow2.backing import change_backing
+
+        with self.operation:
+            change_backing(self, name, format)
+
+    def flush_counts(self) -> None:
+        """Write the reference counts alone; takes the locks."""
+        with self.exclusive():
+            self.write_back.flush_refcounts()
 
     def _set_corrupt_bit(self) -> None:
         if self.header.version < 3:
@@ -379,6 +397,14 @@ class Qcow2Node(FormatNode):
     # -- writing
 
     def begin_writing(self) -> None:
+        wanted = self.options.lazy_refcounts
+        asked = bool(self.header.compatible & L.COMPAT_LAZY_REFCOUNTS) if wanted is None else wanted
+        if asked and self.header.version >= 3:
+            self.lazy = True
+            self._set_incompatible(self.header.incompatible | L.INCOMPAT_DIRTY)
+        wrong = overlap.conflict(self)
+        if wrong is not None:
+            raise self._overlapping(wrong[0], wrong[1] * self.cluster_size)
         known = L.AUTOCLEAR_BITMAPS | L.AUTOCLEAR_RAW_DATA
         if self.header.autoclear & ~known and self.header.version >= 3:
             self.header.autoclear &= known
@@ -488,7 +514,7 @@ class Qcow2Node(FormatNode):
             try:
                 step()
             except CowhandError as error:
-                diagnostics.report(f"Failed to flush the {what} cache: {os.strerror(error.errno or 5)}")
+                diagnostics.report(f"Failed to flush the {what} cache: {os.strerror(error.errno or 5)}", as_tool=True)
                 failure = failure or error
         if failure is not None:
             raise failure
@@ -499,7 +525,11 @@ class Qcow2Node(FormatNode):
     def _close_counts(self) -> None:
         # Nobody is left who could reach what was freed.
         self.release_quarantine(everything=True)
+        if self.lazy:
+            self.flush_counts()
         self.flush()
+        if self.lazy:
+            self._set_incompatible(self.header.incompatible & ~L.INCOMPAT_DIRTY)
 
     # -- snapshots and checks
 
@@ -533,9 +563,3 @@ class Qcow2Node(FormatNode):
         from cowhand.block.formats.qcow2.check import check
 
         return check(self, repair, say)
-
-    def inactive_l2_tables(self) -> list[int]:
-        """Return the host offsets of the L2 tables that only snapshots name."""
-        from cowhand.block.formats.qcow2.snapshots import inactive_l2_tables
-
-        return inactive_l2_tables(self)

@@ -107,6 +107,6 @@ def _cut_tail(node: Qcow2Node) -> None:
     try:
         file.resize(end, shrink=True)
     except CowhandError as error:
-        diagnostics.report(f"Failed to truncate the tail of the image: {error.qemu()}")
+        diagnostics.report(f"Failed to truncate the tail of the image: {error.qemu()}", as_tool=True)
     else:
         node.allocator.high_water = min(node.allocator.high_water, end)

@@ -79,7 +79,7 @@ class WriteBack:
 
     def _collect(self) -> tuple[list[Piece], list[Piece], list[Freed], bool]:
         node = self.node
-        first = node.refcounts.cache.collect()
+        first = [] if node.lazy else node.refcounts.cache.collect()
         second: list[Piece] = []
         for piece in node.mapping.cache.collect():
             (first if piece.fresh else second).append(piece)

@@ -84,7 +84,13 @@ def _check(
         what = describe(name, image_opts)
     try:
         return check(
-            what, repair=repair, format=format, options=options, on_message=program.plain, on_repaired=on_repaired
+            what,
+            repair=repair,
+            format=format,
+            options=options,
+            backing=True,
+            on_message=program.plain,
+            on_repaired=on_repaired,
         )
     except NotSupported as error:
         if error.qemu_message == "This image format does not support checks":
