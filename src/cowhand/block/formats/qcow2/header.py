@@ -156,6 +156,11 @@ def parse(data: bytes, path: str, *, for_repair: bool = False) -> Header:
         raise UnsupportedFeature(f"Unsupported encryption method {header.crypt_method}", path=path, offset=32)
     if header.size > MAX_SIZE:
         raise InvalidFormat(f"a disk of {header.size} bytes is not possible", qemu="Image is too big", path=path, offset=24)
+    if backing_offset > header.cluster_size:
+        raise InvalidFormat(
+            f"the backing file's name at {backing_offset:#x} lies outside of the header",
+            qemu="Invalid backing file offset", path=path, offset=8,
+        )  # fmt: skip
     _parse_extensions(header, data, backing_offset, path)
     if backing_offset:
         _parse_backing(header, data, backing_offset, backing_length, path)
@@ -243,8 +248,6 @@ def _parse_extensions(header: Header, data: bytes, backing_offset: int, path: st
 
 
 def _parse_backing(header: Header, data: bytes, offset: int, length: int, path: str) -> None:
-    if offset > header.cluster_size:
-        raise InvalidFormat(f"backing file name at {offset:#x} lies outside of the header", qemu="Invalid backing file offset", path=path, offset=8)
     if length > min(L.MAX_BACKING_NAME, header.cluster_size - offset):
         raise InvalidFormat(f"backing file name of {length} bytes is too long", qemu="Backing file name too long", path=path, offset=16)
     if offset + length > len(data):
