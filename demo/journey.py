@@ -45,6 +45,7 @@ class Journey:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.steps: list[Step] = []
+        self.figures: list[tuple[str, str]] = []  #: what the page says first: value and words
         self.began = time.monotonic()
 
     @property

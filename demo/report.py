@@ -38,7 +38,8 @@ section > p { margin: 0 0 1em; max-width: 46em; }
 .term div::before { content: "$"; color: #7c8da8; margin-right: -6px; }
 .term div code { flex: 1; font: inherit; overflow-wrap: anywhere; }
 .term div time { color: #7c8da8; font-weight: 400; white-space: nowrap; }
-.term pre { margin: 0; padding: 10px 14px 12px; overflow-x: auto; font: .82rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+.term pre { margin: 0; padding: 10px 14px 12px; overflow-wrap: anywhere; white-space: pre-wrap;
+  font: .82rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 .term .status { color: #fbbf24; font-weight: 400; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 12px 0; font-size: .95rem; }
 dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }

@@ -1,6 +1,6 @@
 """A disk's life from beginning to end, on real files. Run it with ``make demo``; it writes demo/report.html.
 
-Every step runs the commands that a user would type. Every result is judged by something that is not cowhand: SHA-256 over plain files,
+``demo/run.py --pictures docs/images`` keeps the pictures that the README shows. Every step runs the commands that a user would type. Every result is judged by something that is not cowhand: SHA-256 over plain files,
 and qemu-img, e2fsck and debugfs where they are installed.
 """
 
@@ -140,6 +140,9 @@ class Story:
         expected, found = digest(self.folder / "model.raw"), digest(self.folder / "restored.raw")
         if expected != found:
             raise StepFailed("the restored disk differs from the model")
+        small = format_size((self.folder / "backup.qcow2").stat().st_blocks * 512)
+        large = format_size((self.folder / "restored.raw").stat().st_blocks * 512)
+        self.journey.figures.append((small, f"hold the compressed copy of {large}"))
         step.words += " SHA-256 of the restored disk and of the model, which cowhand never touched, are the same: every byte is right."
         self.journey.fact("SHA-256 of model and restored disk", f"{found[:16]}…, identical")
 
@@ -208,6 +211,13 @@ class Story:
             writer.truncate(reader.tell())
 
 
+def save_pictures(journey: Journey, folder: Path) -> None:
+    """Keep the pictures that the README shows."""
+    for name, words in (("map.svg", "as the guest sees it"), ("chain.svg", "Who stands on whom")):
+        found = [svg for step in journey.steps for caption, svg in step.pictures if words in caption]
+        (folder / name).write_text(found[0], encoding="utf-8")
+
+
 def main() -> int:
     """Run the demonstration and write the page; return the exit code."""
     folder = HERE / "work"
@@ -223,6 +233,8 @@ def main() -> int:
     except StepFailed as error:
         print(f"\nthe demonstration failed:\n{error}", file=sys.stderr)
         return 1
+    if len(sys.argv) == 3 and sys.argv[1] == "--pictures":
+        save_pictures(story.journey, Path(sys.argv[2]))
     page = HERE / "report.html"
     page.write_text(report.render(story.journey), encoding="utf-8")
     print(f"\nAll of it worked, in {story.journey.seconds:.0f} s. Now look at {page}")

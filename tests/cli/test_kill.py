@@ -1,8 +1,9 @@
 """``kill -9`` at random moments of every command loses nothing that existed before the command was started.
 
 What is looked at afterwards: every file that the command only reads is the same to the byte; every image that it writes opens, checks
-without damage (lost clusters are allowed), and reads as before or as after the command, never as anything else; a target that was to be made
-is either not there or complete.
+without damage, and reads as before or as after the command, never as anything else; a target that was to be made is either not there or
+complete. Lost clusters are allowed. So are flags that do not fit their counts yet, which a snapshot has to change in many places: they say "may be
+written in place" of clusters that nobody else refers to, or the reverse; a check counts them, and a repair fits them.
 """
 
 from __future__ import annotations
@@ -122,8 +123,7 @@ def _judge(case: Case, folder: Path, ready: Path, done: Path) -> None:
     for name in case.writes:
         _judge_written(name, folder, ready, done)
     if case.arguments[0] == "commit":
-        found = check(folder / "base.qcow2")
-        assert not found.corruptions and not found.check_errors, found.messages
+        _assert_undamaged(folder / "base.qcow2")
     for name in case.makes:
         if (folder / name).exists():
             assert content_or_size(folder / name) == content_or_size(done / name), (
@@ -133,9 +133,18 @@ def _judge(case: Case, folder: Path, ready: Path, done: Path) -> None:
     assert all(is_unfinished(name) for name in left), f"left behind: {left}"
 
 
+def _assert_undamaged(path: Path) -> None:
+    found = check(path)
+    damage = [line for line in found.messages if line.startswith("ERROR") and "OFLAG_COPIED" not in line]
+    assert not damage and not found.check_errors and found.failure is None, found.messages
+    if found.corruptions:
+        before = content_or_size(path)
+        assert check(path, repair="all").clean
+        assert content_or_size(path) == before
+
+
 def _judge_written(name: str, folder: Path, ready: Path, done: Path) -> None:
-    found = check(folder / name)
-    assert not found.corruptions and not found.check_errors, found.messages
+    _assert_undamaged(folder / name)
     before, after = content_or_size(ready / name), content_or_size(done / name)
     assert content_or_size(folder / name) in (before, after), f"{name} reads as neither before nor after the command"
 

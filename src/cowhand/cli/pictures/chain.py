@@ -19,7 +19,8 @@ ASIDE = MARGIN + CARD_WIDTH + 56
 GAP = 46.0
 _PAD = 22.0
 _BAR = 18.0
-_COLUMNS = 280
+#: Width of a cell of a layer's bar.
+_CELL = 2.0
 _PILL = 20.0
 _PILLS_SHOWN = 6
 _OTHERS_SHOWN = 5
@@ -54,12 +55,14 @@ def picture(layers: Sequence[LayerDrawing], *, title: str, subtitle: str = "", t
         y = 92.0
     scale = max((layer.virtual_size for layer in layers), default=0)
     whole = layers[0].virtual_size if layers else 0
+    # Cards leave room beside them only where something stands there.
+    wide = CARD_WIDTH if any(layer.others for layer in layers) else WIDTH - 2 * MARGIN
     bottom = y
     for depth, layer in enumerate(layers):
         if depth:
             y += GAP
             _arrow(out, bottom, y)
-        height = _card(out, y, depth, layer, scale, whole)
+        height = _card(out, y, depth, layer, scale, whole, wide)
         bottom = y + height
         y += max(height, _others(out, y, height, layer.others))
     names = ", which reads through to ".join(layer.name for layer in layers)
@@ -73,27 +76,27 @@ def _arrow(out: Picture, begin: float, end: float) -> None:
     out.text(x + 16, (begin + end) / 2 + 4, "what it does not store is read from", size=12, fill="quiet")
 
 
-def _card(out: Picture, y: float, depth: int, layer: LayerDrawing, scale: int, whole: int) -> float:
+def _card(out: Picture, y: float, depth: int, layer: LayerDrawing, scale: int, whole: int, wide: float) -> float:
     pills = bool(layer.snapshots)
     height = 2 * _PAD + (66 if layer.virtual_size and not layer.note else 34) + (_PILL + 14 if pills else 0)
-    inner = CARD_WIDTH - 2 * _PAD
+    inner = wide - 2 * _PAD
     x = MARGIN + _PAD
     out.rect(
         MARGIN,
         y,
-        CARD_WIDTH,
+        wide,
         height,
         "card",
         stroke="alarm" if layer.note else "edge",
         radius=10,
         dashed=bool(layer.note),
     )
-    with out.window(MARGIN, y, CARD_WIDTH, height, 10):
+    with out.window(MARGIN, y, wide, height, 10):
         out.rect(MARGIN, y, 6, height, layer_class(depth))
     line = y + _PAD + 12
     out.text(x, line, shorten(layer.name, inner - 150, 15), size=15, bold=True)
     place = "active layer" if not depth else f"layer {depth}"
-    out.text(MARGIN + CARD_WIDTH - _PAD, line, place, size=12, fill="quiet", anchor="end")
+    out.text(MARGIN + wide - _PAD, line, place, size=12, fill="quiet", anchor="end")
     facts = [layer.format]
     if layer.virtual_size:
         facts.append(f"disk of {format_size(layer.virtual_size)}")
@@ -112,7 +115,7 @@ def _card(out: Picture, y: float, depth: int, layer: LayerDrawing, scale: int, w
 
 
 def _bar(out: Picture, x: float, y: float, width: float, depth: int, layer: LayerDrawing) -> None:
-    raster = Raster(layer.virtual_size, max(1, round(_COLUMNS * width / (CARD_WIDTH - 2 * _PAD))))
+    raster = Raster(layer.virtual_size, max(1, round(width / _CELL)))
     for batch in layer.batches:
         for start, length, flags in zip(batch.start, batch.length, batch.flags, strict=True):
             kind = kind_of(flags, depth)
