@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from cowhand.block.node import BlockNode, Request, one_by_one
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, aligned
+from cowhand.core.errors import NotSupported
 from cowhand.core.locks import RANK_SECTOR, Lock, ranked_lock
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class AlignedAccess:
         block = self.block
         begin = -(-offset // block) * block
         end = (offset + length) // block * block
+        if not fallback and (offset != begin or end != offset + length):
+            raise NotSupported(f"'{self.node.name}' zeroes whole blocks of {block} bytes only", offset=offset)
         if begin >= end:
             self._zero_bytes(offset, length, fua)
             return

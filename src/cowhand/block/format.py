@@ -101,6 +101,7 @@ class FormatNode(BlockNode):
         self.poison: CowhandError | None = None
         self._reserved: list[Reservation] = []
         self._writing = False
+        self._detects_zeroes = options.detect_zeroes != "off"
         #: Something was, or may have been, written since the last flush began. Set after the bytes are down, so that none escapes a flush.
         self.changed = False
 
@@ -235,7 +236,7 @@ class FormatNode(BlockNode):
     @property
     def may_write_directly(self) -> bool:
         """True when a write in place needs no more than the write itself."""
-        return self._writing and self.poison is None and self.options.detect_zeroes == "off"
+        return self._writing and self.poison is None and not self._detects_zeroes
 
     def set_poison(self, error: BaseException) -> None:
         """Stop all writing, data and metadata, until the image is opened again: its state in memory can no longer be trusted."""
@@ -246,7 +247,7 @@ class FormatNode(BlockNode):
     def write(self, offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
         if not self._writing or self.poison is not None:
             self.check_writable()
-        if len(buffers) == 1:
+        if len(buffers) == 1 and not self._detects_zeroes:
             run = self.map(offset, len(buffers[0])) if len(buffers[0]) else None
             if run is None:
                 return
@@ -269,7 +270,7 @@ class FormatNode(BlockNode):
 
     def _write_piece(self, offset: int, views: Sequence[memoryview], skip: int, length: int) -> int:
         """Write the longest piece that one run or one reservation takes; return its length."""
-        if self.options.detect_zeroes != "off":
+        if self._detects_zeroes:
             done = self._write_detected(offset, views, skip, length)
             if done:
                 return done

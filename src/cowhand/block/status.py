@@ -45,7 +45,8 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
         here, part, at = stack.pop()
         if part.flags & _CONTENT:
             if part.flags & RECURSE and part.flags & OFFSET:
-                _ask_file(out, part, at)
+                if not _ask_file(out, part, at):
+                    return False
             else:
                 out.add(part.start, part.length, part.flags & ~RECURSE, part.host, part.node, at)
             continue
@@ -76,18 +77,21 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
     return True
 
 
-def _ask_file(out: ExtentBatch, part: Extent, level: int) -> None:
-    """Add a row of preallocated data, split by the holes that the file below tells of; its offsets stay the format's."""
+def _ask_file(out: ExtentBatch, part: Extent, level: int) -> bool:
+    """Add a row of preallocated data, split by the holes that the file below tells of; its offsets stay the format's. False: *out* is full."""
     position = part.host
     end = part.host + part.length
     flags = part.flags & ~RECURSE
+    limit = part.node.size
     while position < end:
-        limit = part.node.size
         if position >= limit:
             out.add(part.start + position - part.host, end - position, flags | ZERO, position, part.node, level)
-            return
+            break
         answer = part.node.map_batch(position, min(end, limit) - position)
         for row in answer:
+            if len(out) >= MAX_ROWS:
+                return False
             extra = ZERO if row.flags & ZERO else 0
             out.add(part.start + row.start - part.host, row.length, flags | extra, row.start, part.node, level)
         position = answer.end
+    return True
