@@ -12,6 +12,9 @@ from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import parse_size
 
 
+_TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
+
+
 class CreateOption(NamedTuple):
     """One option: *kind* is "size", "bool", "int" or "str"; a *default* of None means "not set"."""
 
@@ -56,9 +59,9 @@ def convert(option: CreateOption, value: Any) -> Any:
     if option.kind == "bool":
         if isinstance(value, bool):
             return value
-        if value not in ("on", "off"):
+        if value not in _TRUE and value not in _FALSE:
             raise InvalidArgument(f"Parameter '{option.name}' expects 'on' or 'off'")
-        return value == "on"
+        return value in _TRUE
     if option.kind in ("size", "int"):
         try:
             return parse_size(value) if option.kind == "size" or isinstance(value, int) else int(value, 0)

@@ -178,8 +178,9 @@ class LaneSink(Sink):
     def _put(self, move: _Move, view: memoryview) -> None:
         reservation = move.reservation
         data = [view[move.begin : move.end]]
-        if reservation is not None and not reservation.fresh:
-            # Behind the end of the disk the last unit has no guest bytes; what lay there must not come back when the disk grows.
+        if reservation is not None:
+            # Behind the end of the disk the last unit has no guest bytes; what lay there must not come back when the disk grows, and the
+            # file ends with a whole unit.
             padding = reservation.length - (move.end - move.begin)
             data += [ZEROES[: min(ZEROES_SIZE, padding - at)] for at in range(0, padding, ZEROES_SIZE)]
         child = move.child

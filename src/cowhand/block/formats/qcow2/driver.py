@@ -253,6 +253,12 @@ class Qcow2Node(FormatNode):
             out["lazy-refcounts"] = bool(header.compatible & L.COMPAT_LAZY_REFCOUNTS)
             out["corrupt"] = bool(header.incompatible & L.INCOMPAT_CORRUPT)
             out["extended-l2"] = bool(header.incompatible & L.INCOMPAT_EXTENDED_L2)
+            if header.find(L.EXT_BITMAPS) is not None:
+                from cowhand.block.formats.qcow2.bitmaps import list_bitmaps
+
+                bitmaps = list_bitmaps(self)
+                if bitmaps:
+                    out["bitmaps"] = bitmaps
         return out
 
     # -- metadata I/O

@@ -1,0 +1,200 @@
+"""The engine by itself, on disks in memory and in small images: what it moves, and how it ends."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import cowhand
+from cowhand.block import graph
+from cowhand.block.create import create
+from cowhand.block.disk import Disk
+from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
+from cowhand.copy import sink as sinks
+from cowhand.copy.engine import PIECE, Engine
+from cowhand.copy.plan import Policy
+from cowhand.copy.source import Part, SalvagingSource, Source
+from cowhand.copy.throttle import Throttle
+from cowhand.core.errors import Cancelled, CowhandError, IOFailed
+from cowhand.core.progress import CancelToken, Progress
+from cowhand.testing.faults import FaultNode
+from tests.copy.images import KIB, MIB, content, memory_disk, read_all
+
+SIZE = 7 * MIB + 3 * KIB + 512
+
+
+def empty_disk(size: int = SIZE) -> Disk:
+    return Disk(MemoryNode(MemoryOptions(size=size)), writable=True)
+
+
+def engine(
+    source: Source, target: Disk, *, sparse: int = 4096, reads_zero: bool = True, **options: object
+) -> tuple[Engine, Policy]:
+    sink = sinks.choose(target, sparse=sparse, reads_zero=reads_zero)
+    return Engine(source, sink, **options), Policy(unit=sink.unit)  # type: ignore[arg-type]
+
+
+def copy(source: Source, target: Disk, **options: object) -> Engine:
+    made, policy = engine(source, target, **options)  # type: ignore[arg-type]
+    made.run(source.runs(policy))
+    return made
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_every_byte_arrives(rng: random.Random, workers: int, in_order: bool) -> None:
+    data = content(rng, SIZE, 30)
+    with memory_disk(data) as source, empty_disk() as target:
+        made = copy(Source([source]), target, workers=workers, in_order=in_order)
+        assert read_all(target) == data
+        assert made.progress.done <= SIZE
+
+
+def test_old_content_gives_way_to_zeroes(rng: random.Random) -> None:
+    data = content(rng, SIZE)
+    with memory_disk(data) as source, memory_disk(rng.randbytes(SIZE), writable=True) as target:
+        copy(Source([source]), target, reads_zero=False)
+        assert read_all(target) == data
+
+
+def test_disks_and_parts_are_put_one_behind_the_other_in_whole_sectors(rng: random.Random) -> None:
+    one, two, three = rng.randbytes(1000), rng.randbytes(70_000), b"x" * 5
+    wanted = one.ljust(1024, b"\0") + two[512:60_000].ljust(59_904, b"\0") + three.ljust(512, b"\0")
+    with memory_disk(one) as a, memory_disk(b"") as nothing, memory_disk(two) as b, memory_disk(three) as c:
+        source = Source([a, nothing, Part(b, 512, 60_000 - 512), c])
+        assert source.size == len(wanted)
+        with empty_disk(len(wanted)) as target:
+            copy(source, target)
+            assert read_all(target) == wanted
+
+
+def qcow2_disk(path: Path, size: int, **options: str) -> Disk:
+    create(path, "qcow2", size, options)
+    return cowhand.open(path, writable=True, format="qcow2")
+
+
+@pytest.mark.parametrize("cluster", ["512", "64k", "2M"])
+def test_images_are_laid_out_in_the_order_of_the_disk(rng: random.Random, tmp_path: Path, cluster: str) -> None:
+    data = rng.randbytes(SIZE)
+    with memory_disk(data) as source, qcow2_disk(tmp_path / "x", -(-SIZE // 512) * 512, cluster_size=cluster) as target:
+        copy(Source([source]), target, workers=4)
+        hosts = [row.host for batch in target.extents() for row in batch if row.host < 1 << 60]
+        assert hosts == sorted(hosts)
+        assert target.read(0, SIZE) == data
+
+
+def test_the_lane_is_left_where_a_filter_stands_between(tmp_path: Path) -> None:
+    with qcow2_disk(tmp_path / "x", MIB) as disk:
+        assert isinstance(sinks.choose(disk, sparse=4096, reads_zero=True), sinks.LaneSink)
+    file = {"driver": "file", "filename": str(tmp_path / "x")}
+    description = {"driver": "blkdebug", "image": {"driver": "qcow2", "file": file}}
+    with cowhand.open(description, writable=True) as disk:
+        assert type(sinks.choose(disk, sparse=4096, reads_zero=True)) is sinks.Sink
+
+
+def test_hooks_hear_of_what_went_by_the_lane(rng: random.Random, tmp_path: Path) -> None:
+    data = content(rng, 4 * MIB)
+    heard: list[tuple[int, int]] = []
+    lock = threading.Lock()
+
+    def hook(offset: int, length: int) -> None:
+        with lock:
+            heard.append((offset, length))
+
+    with memory_disk(data) as source, qcow2_disk(tmp_path / "x", 4 * MIB) as target:
+        graph.add_hook(target.root, hook)
+        copy(Source([source]), target)
+        told = set()
+        for offset, length in heard:
+            told.update(range(offset // 4096, -(-(offset + length) // 4096)))
+        assert {at // 4096 for at in range(0, len(data), 4096) if any(data[at : at + 4096])} <= told
+        assert target.read(0, len(data)) == data
+
+
+def test_the_first_error_ends_all_and_names_the_place(rng: random.Random) -> None:
+    data = rng.randbytes(5 * PIECE)
+    broken = FaultNode(MemoryNode(content=data))
+    broken.fail("read", 3, lasting=True)
+    with Disk(broken) as source, empty_disk(len(data)) as target:
+        with pytest.raises(IOFailed, match="reading at 0x") as caught:
+            copy(Source([source]), target, workers=3)
+        assert caught.value.qemu().startswith("error while reading at byte ")
+
+
+@pytest.mark.parametrize("kind", ["write", "zero"])
+def test_an_error_of_the_target_names_the_place(rng: random.Random, kind: str) -> None:
+    data = content(rng, 3 * MIB)
+    broken = FaultNode(MemoryNode(MemoryOptions(size=len(data))))
+    broken.fail(kind, lasting=True)
+    with memory_disk(data) as source, Disk(broken, writable=True) as target:
+        with pytest.raises(CowhandError, match="writing at 0x") as caught:
+            copy(Source([source]), target, reads_zero=kind == "write")
+        assert "error while writing at byte " in caught.value.qemu()
+
+
+def test_a_failed_copy_leaves_an_image_without_errors(rng: random.Random, tmp_path: Path) -> None:
+    data = rng.randbytes(6 * PIECE)
+    broken = FaultNode(MemoryNode(content=data))
+    broken.fail("read", 4)
+    with Disk(broken) as source, qcow2_disk(tmp_path / "x", len(data)) as target:
+        with pytest.raises(IOFailed):
+            copy(Source([source]), target)
+        arrived = read_all(target)
+        target.write(5 * PIECE, b"goes on")
+    for at in range(0, len(data), PIECE):
+        assert arrived[at : at + PIECE] in (data[at : at + PIECE], bytes(PIECE))
+    with cowhand.open(tmp_path / "x", format="qcow2") as disk:
+        assert disk.read(5 * PIECE, 7) == b"goes on"
+
+
+def test_cancelling_ends_it_soon(rng: random.Random) -> None:
+    cancel = CancelToken()
+    data = rng.randbytes(8 * MIB)
+    slow = FaultNode(MemoryNode(content=data))
+    slow.delay("read", 0.05, lasting=True)
+    with Disk(slow) as source, empty_disk(len(data)) as target:
+        made, policy = engine(
+            Source([source]), target, cancel=cancel, progress=Progress(len(data), lambda p: cancel.cancel())
+        )
+        with pytest.raises(Cancelled):
+            made.run(made.source.runs(policy))
+        assert made.progress.done < len(data)
+
+
+def test_a_throttled_copy_waits_and_can_be_cancelled(rng: random.Random) -> None:
+    data = rng.randbytes(4 * MIB)
+    cancel = CancelToken()
+    with memory_disk(data) as source, empty_disk(len(data)) as target:
+        begin = time.monotonic()
+        copy(Source([source]), target, throttle=Throttle(16 * MIB))
+        assert 0.1 < time.monotonic() - begin < 2.0
+        assert read_all(target) == data
+        threading.Timer(0.2, cancel.cancel).start()
+        begin = time.monotonic()
+        with pytest.raises(Cancelled):
+            copy(Source([source]), target, throttle=Throttle(1 * MIB), cancel=cancel)
+        assert time.monotonic() - begin < 2.0
+
+
+def test_salvaging_loses_only_the_sectors_that_cannot_be_read(rng: random.Random) -> None:
+    data = bytearray(rng.randbytes(MIB))
+    bad = sorted(rng.sample(range(0, MIB, 512), 5))
+
+    class Medium(MemoryNode):
+        def read_into(self, offset: int, buffer: object) -> None:
+            length = len(memoryview(buffer))  # type: ignore[arg-type]
+            if any(offset < at + 512 and at < offset + length for at in bad):
+                raise IOFailed("bad sector", offset=offset)
+            super().read_into(offset, buffer)  # type: ignore[arg-type]
+
+    lost: list[int] = []
+    with Disk(Medium(content=bytes(data))) as source, empty_disk(MIB) as target:
+        copy(SalvagingSource([source], report=lambda offset, error: lost.append(offset)), target)
+        for at in bad:
+            data[at : at + 512] = bytes(512)
+        assert read_all(target) == data
+    assert sorted(lost) == bad
