@@ -459,14 +459,15 @@ class TestCounters:
         fault = FaultNode(MemoryNode(content=bytes(SIZE)))
         with Disk(fault, writable=True) as disk:
             fault.fail(frozenset(("read", "write", "zero", "discard", "flush")), lasting=True)
-            for call in (
+            calls: list[Callable[[], object]] = [
                 lambda: disk.read(0, 1),
                 lambda: disk.write(0, b"x"),
                 lambda: disk.write_zeroes(0, 512),
                 lambda: disk.discard(0, 512),
                 disk.flush,
                 lambda: disk.submit([(READ, 0, bytearray(1))]),
-            ):
+            ]
+            for call in calls:
                 with pytest.raises(IOFailed):
                     call()
             assert not disk.in_flight
