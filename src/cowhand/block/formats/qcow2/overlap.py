@@ -1,82 +1,279 @@
 """What of a qcow2 file is metadata: so that nothing else is ever written there, whatever a damaged or hostile image claims.
 
-QEMU's kinds and texts. Unlike QEMU, which looks at what it has cached, everything that is known of the active tables is checked always;
-inactive tables (of snapshots) only with ``overlap-check=all``, as there, since they have to be read for it.
+QEMU's kinds and texts. QEMU looks at what it has cached; here everything that the tables tell of is known before the first write, also the tables
+of snapshots (unless ``overlap-check`` names less), and an image whose own tables overlap one another is not written at all.
 """
 
 from __future__ import annotations
 
+import sys
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.core.errors import CowhandError, UnsupportedFeature
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+#: Bytes of snapshots' L1 tables that are read to protect what they name: 4,096 snapshots of a disk of 1 TiB. A table counts as 8 KiB at least.
+MAX_INACTIVE_L1_BYTES = 64 << 20
+_LEAST_L1_BYTES = 8 << 10
+#: Entries of a table above which numpy, which takes 100 ms to import, finds the distinct ones faster.
+_PLAIN_ENTRIES = 1 << 16
+#: Clusters above which a sorted array replaces the set, whose elements take ten times the space.
+_SET_LIMIT = 1 << 20
+
+HEADER, ACTIVE_L1, REFCOUNT_TABLE, REFCOUNT_BLOCK = "qcow2_header", "active L1 table", "refcount table", "refcount block"
+SNAPSHOT_TABLE, INACTIVE_L1, INACTIVE_L2, ACTIVE_L2 = "snapshot table", "inactive L1 table", "inactive L2 table", "active L2 table"
+_OF_SNAPSHOTS = (INACTIVE_L1, INACTIVE_L2)
+
+
+class ManyClusters:
+    """Millions of cluster numbers in 8 bytes each, ascending. Changes are few, and kept beside."""
+
+    def __init__(self, ordered: array[int]) -> None:
+        self._ordered = ordered
+        self._added: set[int] = set()
+        self._removed: set[int] = set()
+
+    def __contains__(self, cluster: object) -> bool:
+        if cluster in self._added:
+            return True
+        if not isinstance(cluster, int) or cluster in self._removed:
+            return False
+        at = bisect_left(self._ordered, cluster)
+        return at < len(self._ordered) and self._ordered[at] == cluster
+
+    def __len__(self) -> int:
+        return len(self._ordered) + len(self._added) - len(self._removed)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._added
+        for cluster in self._ordered:
+            if cluster not in self._removed:
+                yield cluster
+
+    def update(self, clusters: Clusters) -> None:
+        for cluster in clusters:
+            self._removed.discard(cluster)
+            if cluster not in self:
+                self._added.add(cluster)
+
+    def difference_update(self, clusters: Clusters) -> None:
+        for cluster in clusters:
+            self._added.discard(cluster)
+            if cluster in self:
+                self._removed.add(cluster)
+
+
+#: Cluster numbers, in the form that suits how many they are.
+Clusters: TypeAlias = "set[int] | range | ManyClusters"
+Pool: TypeAlias = "set[int] | ManyClusters"
+
+
+class Region(NamedTuple):
+    """Metadata of one kind (QEMU's name) and the host clusters that it occupies.
+
+    ``repeated``: a cluster that two entries of one table name; ``alone``: those L2 tables that the COPIED flag says are referred to once.
+    """
+
+    name: str
+    clusters: Clusters
+    repeated: int | None = None
+    alone: Clusters = range(0)
 
 
 class MetadataMap:
     """The host clusters that hold metadata. Changed with the allocation lock held; ``in`` needs no lock."""
 
     def __init__(self) -> None:
-        self._clusters: set[int] = set()
+        self._clusters: Pool = set()
+        self._kept: Pool = set()
 
     @property
-    def clusters(self) -> set[int]:
+    def clusters(self) -> Pool:
         """The set itself, for the one hot test: is this cluster metadata?"""
         return self._clusters
 
+    def include(self, region: Region) -> None:
+        """Add all of *region*, before the map is used. What snapshots refer to stays when the active tables leave it."""
+        self._clusters = _united(self._clusters, region.clusters)
+        if region.name in _OF_SNAPSHOTS:
+            self._kept = _united(self._kept, region.clusters)
+
     def add(self, first: int, count: int) -> None:
+        """Add *count* clusters from *first* on."""
         self._clusters.update(range(first, first + count))
 
     def remove(self, first: int, count: int) -> None:
-        self._clusters.difference_update(range(first, first + count))
+        """Take *count* clusters from *first* on away, but for those that snapshots refer to as well."""
+        self._clusters.difference_update([c for c in range(first, first + count) if c not in self._kept])
 
-    def clear(self) -> None:
-        self._clusters.clear()
+    def hit(self, first: int, last: int) -> int | None:
+        """Return a cluster in ``[first, last]`` that is metadata, or None."""
+        return _common(range(first, last + 1), self._clusters)
 
 
-def regions(node: Qcow2Node) -> Iterator[tuple[str, int, int]]:
-    """Yield (QEMU's name of the kind, host offset, length in bytes) of all metadata that the tables in memory tell of."""
-    header = node.header
-    cluster = node.cluster_size
-    yield "qcow2_header", 0, cluster
-    yield "active L1 table", header.l1_offset, header.l1_size * 8
-    for entry in node.mapping.l1_entries():
-        if entry & L.L1_OFFSET_MASK:
-            yield "active L2 table", entry & L.L1_OFFSET_MASK, cluster
-    yield "refcount table", header.refcount_table_offset, header.refcount_table_clusters * cluster
-    for (entry,) in L.U64.iter_unpack(bytes(node.refcounts.table)):
-        if entry & L.REFCOUNT_TABLE_OFFSET_MASK:
-            yield "refcount block", entry & L.REFCOUNT_TABLE_OFFSET_MASK, cluster
+def _united(one: Pool, other: Clusters) -> Pool:
+    """Return the union; *one* may be changed."""
+    if isinstance(one, set) and len(one) + len(other) <= _SET_LIMIT:
+        one.update(other)
+        return one
+    import numpy
+
+    arrays = [numpy.fromiter(part, "u8", len(part)) for part in (one, other)]
+    return ManyClusters(array("Q", numpy.union1d(*arrays).tobytes()))
+
+
+def _common(one: Clusters, other: Clusters) -> int | None:
+    """Return a number that both contain, or None, by way of the smaller one."""
+    if len(one) > len(other):
+        one, other = other, one
+    if isinstance(other, set) and other.isdisjoint(one):
+        return None
+    return next((cluster for cluster in one if cluster in other), None)
+
+
+def _named(table: bytes | bytearray, mask: int, bits: int) -> tuple[Clusters, int | None]:
+    """Return the clusters that a table's entries name, each once, and one that is named twice, if any."""
+    unit = (1 << bits) - 1
+    if len(table) > _PLAIN_ENTRIES * 8:
+        return _many_named(table, mask, bits)
+    words = array("Q", bytes(table[: len(table) // 8 * 8]))
+    if sys.byteorder == "little":
+        words.byteswap()
+    # What is not aligned is named by nobody: following it is an error.
+    named = [(word & mask) >> bits for word in words if word & mask and not word & mask & unit]
+    distinct = set(named)
+    if len(distinct) == len(named):
+        return distinct, None
+    left = set(distinct)
+    for cluster in named:
+        if cluster not in left:
+            return distinct, cluster
+        left.remove(cluster)
+    raise AssertionError("a list that is longer than its set has no repetition")
+
+
+def _many_named(table: bytes | bytearray, mask: int, bits: int) -> tuple[Clusters, int | None]:
+    import numpy
+
+    words = numpy.frombuffer(table, ">u8").astype("u8")
+    words &= numpy.uint64(mask)
+    words = words[(words & numpy.uint64((1 << bits) - 1) == 0) & (words != 0)] >> numpy.uint64(bits)
+    words.sort()
+    equal = words[1:] == words[:-1]
+    if not equal.any():
+        distinct, repeated = words, None
+    else:
+        repeated = int(words[1:][equal][0])
+        distinct = numpy.concatenate((words[:1], words[1:][~equal]))
+    clusters = set(distinct.tolist()) if len(distinct) <= _SET_LIMIT else ManyClusters(array("Q", distinct.tobytes()))
+    return clusters, repeated
+
+
+def _alone(table: bytearray, bits: int) -> Clusters:
+    """Return the L2 tables that the active L1 *table* names with the COPIED flag."""
+    if len(table) <= _PLAIN_ENTRIES * 8:
+        words = L.U64.iter_unpack(bytes(table[: len(table) // 8 * 8]))
+        return {(word & L.L1_OFFSET_MASK) >> bits for (word,) in words if word & L.COPIED and word & L.L1_OFFSET_MASK}
+    import numpy
+
+    words = numpy.frombuffer(table, ">u8").astype("u8")
+    words[words & numpy.uint64(L.COPIED) == 0] = 0
+    return _many_named(words.astype(">u8").tobytes(), L.L1_OFFSET_MASK, bits)[0]
+
+
+def _span(node: Qcow2Node, offset: int, length: int) -> range:
+    """Return the clusters of ``[offset, offset + length)``; none for what lies past every possible offset, where nothing can be written."""
+    if length <= 0 or offset >= L.MAX_HOST_OFFSET:
+        return range(0)
+    bits = node.header.cluster_bits
+    return range(offset >> bits, (offset + length - 1 >> bits) + 1)
+
+
+def regions(node: Qcow2Node) -> Iterator[Region]:
+    """Yield all metadata that the tables tell of, the most fundamental first."""
+    header, bits = node.header, node.header.cluster_bits
+    yield Region(HEADER, range(1))
+    yield Region(ACTIVE_L1, _span(node, header.l1_offset, header.l1_size * L.ENTRY_SIZE))
+    table_bytes = header.refcount_table_clusters * node.cluster_size
+    yield Region(REFCOUNT_TABLE, _span(node, header.refcount_table_offset, table_bytes))
+    yield Region(REFCOUNT_BLOCK, *_named(node.refcounts.table, L.REFCOUNT_TABLE_OFFSET_MASK, bits))
     if header.snapshot_count:
-        yield "snapshot table", header.snapshots_offset, node.snapshot_table_bytes
+        yield Region(SNAPSHOT_TABLE, _span(node, header.snapshots_offset, node.snapshot_table_bytes))
+    if node.snapshots:
+        yield from _snapshots(node)
+    table = node.mapping.l1.data
+    yield Region(ACTIVE_L2, *_named(table, L.L1_OFFSET_MASK, bits), alone=_alone(table, bits) if node.snapshots else range(0))
+
+
+def _snapshots(node: Qcow2Node) -> Iterator[Region]:
+    """Yield the L1 tables of snapshots and what these name. Raises for an impossible table where ``overlap-check=all`` was asked for."""
+    from cowhand.block.formats.qcow2.snapshots import check_l1, read_l1
+
+    seen: set[tuple[int, int]] = set()
+    total = 0
     for snapshot in node.snapshots:
-        yield "inactive L1 table", snapshot.l1_offset, snapshot.l1_size * 8
+        # Many entries of a hostile table can name one L1 table.
+        if (snapshot.l1_offset, snapshot.l1_size) in seen:
+            continue
+        seen.add((snapshot.l1_offset, snapshot.l1_size))
+        try:
+            check_l1(node, snapshot)
+        except CowhandError:
+            if node.options.overlap_check == "all":
+                raise
+            continue  # nobody can follow it
+        total += max(_LEAST_L1_BYTES, snapshot.l1_size * L.ENTRY_SIZE)
+        if total > MAX_INACTIVE_L1_BYTES:
+            raise UnsupportedFeature(
+                f"the L1 tables of the image's snapshots take more than {MAX_INACTIVE_L1_BYTES >> 20} MiB: too much to protect what they name",
+                path=node.filename, hint="Open the image with overlap-check=cached to write without that protection.", errno=27,
+            )  # fmt: skip
+        yield Region(INACTIVE_L1, _span(node, snapshot.l1_offset, snapshot.l1_size * L.ENTRY_SIZE))
+        if node.options.overlap_check in (None, "all"):
+            yield Region(INACTIVE_L2, _named(read_l1(node, snapshot), L.L1_OFFSET_MASK, node.header.cluster_bits)[0])
 
 
 def build(node: Qcow2Node) -> MetadataMap:
-    """Return the map of *node*'s metadata. Offsets beyond the format's limit are left out: nothing can be written there."""
+    """Return the map of *node*'s metadata. Raises UnsupportedFeature when there is too much of it."""
     out = MetadataMap()
-    bits = node.header.cluster_bits
-    for _, offset, length in regions(node):
-        if length > 0 and offset < L.MAX_HOST_OFFSET:
-            first = offset >> bits
-            out.add(first, ((offset + length - 1) >> bits) - first + 1)
-    if node.overlap_check_all:
-        for offset in node.inactive_l2_tables():
-            out.add(offset >> bits, 1)
+    for region in regions(node):
+        out.include(region)
     return out
 
 
-def owner(node: Qcow2Node, offset: int, length: int) -> str | None:
-    """Return QEMU's name of the metadata that ``[offset, offset + length)`` touches, or None."""
-    end = offset + length
-    for name, start, size in regions(node):
-        if size > 0 and start < end and offset < start + size:
-            return name
-    if node.overlap_check_all:
-        for table in node.inactive_l2_tables():
-            if table < end and offset < table + node.cluster_size:
-                return "inactive L2 table"
+def conflict(node: Qcow2Node) -> tuple[str, int] | None:
+    """Return (kind, host cluster) of metadata that other metadata lies over, so that to write the one would damage the other; or None.
+
+    L2 tables may be shared between snapshots, and with the active L1 table by entries without the COPIED flag; nothing else may be.
+    """
+    seen: dict[str, Pool] = {}
+    for region in regions(node):
+        for name, clusters in seen.items():
+            if region.name == name and name in _OF_SNAPSHOTS:
+                continue  # they are only read
+            if region.name == REFCOUNT_TABLE and name == HEADER and 0 in region.clusters:
+                # The header's bytes count nothing: every allocation finds cluster 0 free, and is refused with words of its own.
+                continue
+            shared_well = region.name == ACTIVE_L2 and name == INACTIVE_L2
+            cluster = _common(region.alone if shared_well else region.clusters, clusters)
+            if cluster is not None:
+                return name, cluster
+        if region.repeated is not None:
+            return region.name, region.repeated
+        seen[region.name] = _united(seen.get(region.name, set()), region.clusters)
+    return None
+
+
+def owner(node: Qcow2Node, first: int, last: int) -> str | None:
+    """Return QEMU's name of the metadata that host clusters ``[first, last]`` touch, or None."""
+    wanted = range(first, last + 1)
+    for region in regions(node):
+        if _common(wanted, region.clusters) is not None:
+            return region.name
     return None
