@@ -12,7 +12,7 @@ from cowhand.copy.engine import PIECE, WORKERS
 from cowhand.copy.opening import Image, open_source
 from cowhand.core.buffers import is_zero
 from cowhand.core.errors import CowhandError
-from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO
+from cowhand.core.extents import ALLOCATED, DATA, EOF, OFFSET, ZERO
 from cowhand.core.progress import CancelToken, Progress
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from cowhand.block.policy import Policy
 
 SECTOR = 512
-_STRICT = DATA | ZERO | ALLOCATED | OFFSET
+#: What strictness looks at. EOF too, as in QEMU: it differs where one disk's last extent begins before the other's.
+_STRICT = DATA | ZERO | ALLOCATED | OFFSET | EOF
 
 
 class Difference(Enum):
@@ -229,7 +230,8 @@ class _Comparison:
 def _rows(disk: Disk) -> Iterator[tuple[int, int]]:
     for batch in disk.extents():
         for start, length, flags in zip(batch.start, batch.length, batch.flags, strict=True):
-            yield start + length, flags
+            end = start + length
+            yield end, flags | EOF if end == disk.size else flags
 
 
 def _read(disk: Disk, offset: int, buffer: bytearray) -> None:

@@ -143,9 +143,14 @@ def convert(
             from cowhand.copy.space import check_space
 
             check_space(source, creation, settings, overwrite=overwrite, warn=warn)
-            destination = create_target(
-                creation, overwrite=overwrite, cache=cache, policy=policy, discard=settings.sparse_size > 0
-            )
+            try:
+                destination = create_target(
+                    creation, overwrite=overwrite, cache=cache, policy=policy, discard=settings.sparse_size > 0
+                )
+            except CowhandError as error:
+                raise error.within(
+                    qemu=f"{creation.filename}: error while converting {creation.format.name}"
+                ) from None
         else:
             destination = existing_target(
                 target, target_format, cache=cache, policy=policy, discard=settings.sparse_size > 0
