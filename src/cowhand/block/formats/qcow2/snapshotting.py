@@ -257,6 +257,8 @@ def _delete(node: Qcow2Node, snapshot: Snapshot) -> list[tuple[int, int]]:
     size = node.cluster_size
     if snapshot.l1_size:
         _free(node, snapshot.l1_offset // size, -(-snapshot.l1_size * L.ENTRY_SIZE // size))
+    # Before anything can fail: what was just freed may be taken by the next write.
+    node.rebuild_metadata_map()
     # What is not shared any more can be written in place again.
     fit_flags(node, counting.counts_now(node, tally))
     _end(node)
