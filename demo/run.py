@@ -1,7 +1,7 @@
 """A disk's life from beginning to end, on real files. Run it with ``make demo``; it writes demo/report.html.
 
-``demo/run.py --pictures docs/images`` keeps the pictures that the README shows. Every step runs the commands that a user would type. Every result is judged by something that is not cowhand: SHA-256 over plain files,
-and qemu-img, e2fsck and debugfs where they are installed.
+Every step runs the commands that a user would type. Every result is judged by something that is not cowhand: SHA-256 over plain files,
+and qemu-img, e2fsck and debugfs where they are installed. ``demo/run.py --pictures docs/images`` keeps the README's pictures.
 """
 
 from __future__ import annotations
