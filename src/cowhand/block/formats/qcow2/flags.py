@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from cowhand.block.cache import Table
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.checkwalk import words_of
 from cowhand.block.formats.qcow2.countchange import l2_tables, read_table
+from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from array import array
@@ -29,12 +31,16 @@ def cleared(l1: bytes) -> bytes:
     return bytes(out)
 
 
-def fit_flags(node: Qcow2Node, counts: Tally, l1: bytes | None = None, *, nothing_alone: bool = False) -> None:
+def fit_flags(
+    node: Qcow2Node, counts: Tally, l1: bytes | None = None, *, nothing_alone: bool = False, keep: bool = False
+) -> None:
     """Set COPIED where *counts* is 1 and clear it elsewhere, in the L2 tables that *l1* names; what *counts* does not know stays.
 
     Without *l1* it is the active table that is fitted, its own bits in memory and its L2 tables on disk; *nothing_alone*: no count is 1.
-    Flushes nothing. The caller has the caches empty and everything held.
+    Flushes nothing. The caller has the caches empty and everything held. With *keep*, tables that cannot be written stay in the cache as
+    changed, for the next write-back to try again, and the first error is raised when all have been through.
     """
+    failure: CowhandError | None = None
     if l1 is None:
         l1 = bytes(node.mapping.l1.data[: node.header.l1_size * L.ENTRY_SIZE])
         for index, entry in enumerate(words_of(l1)):
@@ -46,8 +52,26 @@ def fit_flags(node: Qcow2Node, counts: Tally, l1: bytes | None = None, *, nothin
     for host in l2_tables(node, l1):
         data = read_table(node, host)
         new = _all_cleared(data, 2 if extended else 1) if nothing_alone else _fitted(node, data, counts, 2 if extended else 1)
-        if new != data:
+        if new == data:
+            continue
+        try:
             node.write_metadata(host, new)
+        except CowhandError as error:
+            if not keep:
+                raise
+            failure = failure or error
+            _keep(node, host, new)
+    if failure is not None:
+        raise failure
+
+
+def _keep(node: Qcow2Node, host: int, data: bytes) -> None:
+    """Put an active L2 table that is not on disk as it should be into the cache."""
+    for index, entry in enumerate(node.mapping.l1_entries()):
+        if entry & L.L1_OFFSET_MASK == host:
+            table = Table(bytearray(data), host)
+            table.touch_all()
+            node.mapping.cache.put(index, table)
 
 
 def _all_cleared(data: bytes, stride: int) -> bytes:

@@ -260,7 +260,7 @@ def _delete(node: Qcow2Node, snapshot: Snapshot) -> list[tuple[int, int]]:
     # Before anything can fail: what was just freed may be taken by the next write.
     node.rebuild_metadata_map()
     # What is not shared any more can be written in place again.
-    fit_flags(node, counting.counts_now(node, tally))
+    fit_flags(node, counting.counts_now(node, tally), keep=True)
     _end(node)
     return change.freed
 
