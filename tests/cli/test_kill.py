@@ -25,7 +25,7 @@ from tests.cli.images import MiB, content, fill, image
 
 SIZE = 24 * MiB
 #: Kills of each command; the seed is the test's name, COWHAND_SEED gives others.
-KILLS = 12
+KILLS = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,9 +103,7 @@ def describe(node: BlockNode, *, in_use: str = "") -> ImageInfo:
     )
 
 
-def _snapshots(node: Any) -> tuple[SnapshotInfo, ...]:
-    if not hasattr(node, "list_snapshots"):
-        return ()
+def _snapshots(node: BlockNode) -> tuple[SnapshotInfo, ...]:
     try:
         return tuple(node.list_snapshots())
     except NotSupported:

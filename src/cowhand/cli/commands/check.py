@@ -58,7 +58,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
     result = check(args.image, repair=repair, format=args.format, options=options)
     if result.failure is not None:
         if repair == "leaks" and result.failure.hint is None:
-            result.failure.hint = f"It may be that only all can be repaired: copy the image, then: cowhand check -r all {args.image}"
+            result.failure.hint = (
+                f"It may be that only all can be repaired: copy the image, then: cowhand check -r all {args.image}"
+            )
         raise result.failure.within("the check could not come to its end")
     if args.dry_run and args.repair:
         _plan(args, context, result)
