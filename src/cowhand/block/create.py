@@ -278,6 +278,6 @@ def _check_backing(
         if format is None:
             detected = f"Detected format of {node.driver}."
             raise InvalidArgument(missing, qemu=f"{missing}\n{detected}", hint=f"{detected} Name it if that is right.")
-        chosen.setdefault("size", node.size)
+        chosen.setdefault("size", -(-node.size // SECTOR) * SECTOR)
     finally:
         graph.close_node(node)

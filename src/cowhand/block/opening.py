@@ -47,6 +47,15 @@ def combine(base: str, name: str) -> str:
     return prefix + os.path.join(os.path.dirname(base), name)
 
 
+def location(node: BlockNode) -> str:
+    """Return the name that names in *node*'s header are relative to: that of the file at the bottom, whatever lies between."""
+    primary = node.primary
+    while primary is not None:
+        node = primary.node
+        primary = node.primary
+    return node.filename
+
+
 class _Path(NamedTuple):
     """A file, identified by device and inode, and those whose backing it is."""
 
@@ -194,7 +203,7 @@ class Opening:
     def _implied(self, node: BlockNode, reference: str, format: str | None, what: str) -> dict[str, Any]:
         owner = node.filename
         self.policy.check_implicit(reference, owner=owner, what=what)
-        description = self.describe(combine(owner, reference))
+        description = self.describe(combine(location(node), reference))
         if format is not None:
             self.policy.check_driver(format, owner=owner, what=what)
             if description.get("driver") not in (None, format):

@@ -148,9 +148,7 @@ def convert(
                     creation, overwrite=overwrite, cache=cache, policy=policy, discard=settings.sparse_size > 0
                 )
             except CowhandError as error:
-                raise error.within(
-                    qemu=f"{creation.filename}: error while converting {creation.format.name}"
-                ) from None
+                raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
         else:
             destination = existing_target(
                 target, target_format, cache=cache, policy=policy, discard=settings.sparse_size > 0

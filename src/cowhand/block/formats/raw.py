@@ -45,7 +45,8 @@ class RawNode(BlockNode):
         """Make the open, writable protocol node *file* exactly *size* bytes of zeroes."""
         mode = options.get("preallocation") or "off"
         if mode not in ("off", "falloc", "full"):
-            raise InvalidArgument(f"Invalid parameter '{mode}'", hint="preallocation is off, falloc or full.")
+            qemu = f"Unsupported preallocation mode: {mode}" if mode == "metadata" else f"invalid parameter value: {mode}"
+            raise InvalidArgument(f"a raw image cannot be preallocated as '{mode}'", qemu=qemu, hint="preallocation is off, falloc or full.")
         file.resize(0, shrink=True)
         if size:
             file.resize(size, preallocation=mode)

@@ -123,13 +123,14 @@ def open_image(
     cache: str = "writeback",
     force_share: bool = False,
     backing: bool = True,
+    unshared: bool = False,
     status: int = 1,
 ) -> Disk:
-    """Open the image argument *name* of an image tool's command. Raises Failure with the exit *status*."""
+    """Open the image argument *name* of an image tool's command; *unshared* lets nobody else write it. Raises Failure with the exit *status*."""
     if image_opts and format is not None:
         raise Failure("--image-opts and --format are mutually exclusive", status=status)
     try:
-        return open_disk(
+        disk = open_disk(
             describe(name, image_opts),
             format=format,
             writable=writable,
@@ -137,6 +138,16 @@ def open_image(
             force_share=force_share,
             backing=backing,
         )
+        if unshared and not force_share:
+            from cowhand.block import graph
+            from cowhand.block.node import CONSISTENT_READ, WRITE_UNCHANGED
+
+            try:
+                graph.set_permissions(disk.edge, disk.edge.perm, CONSISTENT_READ | WRITE_UNCHANGED)
+            except CowhandError:
+                disk.close()
+                raise
+        return disk
     except CowhandError as error:
         raise Failure(f"Could not open '{name}': {error.qemu()}", status=status) from error
     except Failure as failure:

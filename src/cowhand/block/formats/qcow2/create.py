@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
     header = Header()
     version = _VERSIONS.get(options.get("compat") or "1.1")
     if version is None:
-        raise InvalidArgument(f"Invalid parameter '{options['compat']}'", hint="compat is 0.10 (v2) or 1.1 (v3).")
+        raise InvalidArgument(f"Parameter 'version' does not accept value '{options['compat']}'", hint="compat is 0.10 (v2) or 1.1 (v3).")
     header.version = version
     cluster = options.get("cluster_size") or 65536
     if cluster & (cluster - 1) or not 1 << L.CLUSTER_BITS_MIN <= cluster <= 1 << L.CLUSTER_BITS_MAX:
@@ -63,7 +64,7 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
     header.refcount_order = bits.bit_length() - 1
     compression = options.get("compression_type") or "zlib"
     if compression not in _COMPRESSIONS:
-        raise InvalidArgument(f"Invalid parameter '{compression}'", hint="compression_type is zlib or zstd.")
+        raise InvalidArgument(f"Parameter 'compression-type' does not accept value '{compression}'", hint="compression_type is zlib or zstd.")
     header.compression_type = _COMPRESSIONS[compression]
     if header.compression_type:
         if version < 3:
@@ -81,10 +82,12 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
     if tables * 8 > L.MAX_L1_BYTES:
         raise InvalidArgument(
             "the L1 table of so large an image would be larger than 32 MiB", qemu="The image size is too large (try using a larger cluster size)",
-            hint="Use a larger cluster size.",
+            hint="Use a larger cluster size.", errno=errno.EFBIG,
         )  # fmt: skip
     header.backing_name = options.get("backing_file")
     header.backing_format = options.get("backing_fmt")
+    if header.backing_format is not None and header.backing_name is None:
+        raise InvalidArgument("Backing format cannot be used without backing file")
     return header
 
 
@@ -93,9 +96,10 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
     header = plan_header(size, options)
     preallocation = options.get("preallocation") or "off"
     if preallocation not in ("off", "metadata", "falloc", "full"):
-        raise InvalidArgument(f"Invalid parameter '{preallocation}'", hint="preallocation is off, metadata, falloc or full.")
+        message = f"Parameter 'preallocation' does not accept value '{preallocation}'"
+        raise InvalidArgument(message, hint="preallocation is off, metadata, falloc or full.")
     if header.backing_name is not None and preallocation != "off":
-        raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is enabled")
+        raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is on")
     from cowhand.block import graph
     from cowhand.block.formats.qcow2.driver import Qcow2Node, Qcow2Options
     from cowhand.block.node import Role

@@ -10,7 +10,20 @@ from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import Grammar, options
 from cowhand.cli.compat.program import UsageFailure
 
-COMMANDS = ("check", "commit", "compare", "convert", "create", "dd", "info", "map", "measure", "rebase", "snapshot", "resize")
+COMMANDS = (
+    "check",
+    "commit",
+    "compare",
+    "convert",
+    "create",
+    "dd",
+    "info",
+    "map",
+    "measure",
+    "rebase",
+    "snapshot",
+    "resize",
+)
 _STANDARD = Grammar("hVT:", {"help": "h", "version": "V", "trace": "T"}, permute=False)
 
 

@@ -147,6 +147,7 @@ def run(words: Sequence[str]) -> int:
                     image_opts="image_opts" in line.flags,
                     cache=line.source_cache,
                     force_share="force_share" in line.flags,
+                    unshared=True,
                 )
             )
             for name in line.names[:-1]

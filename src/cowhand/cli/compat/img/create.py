@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 from cowhand.cli.compat.img.common import Command, failing_as
 from cowhand.cli.compat.optionstrings import CreateOptions, known_options, print_help
-from cowhand.cli.compat.program import UsageFailure
+from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import size_argument
+from cowhand.core.errors import CowhandError
 
 
 def run(words: Sequence[str]) -> int:
@@ -57,5 +59,11 @@ def run(words: Sequence[str]) -> int:
         )
         if not quiet:
             print(creation.line(), flush=True)
-        creation.run(overwrite=True)
+        try:
+            creation.run(overwrite=True)
+        except CowhandError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            advice = " (try using a larger cluster size)" if "cluster_size" in creation.options else ""
+            raise Failure(f"The image size is too large for file format '{format}'{advice}") from error
     return 0

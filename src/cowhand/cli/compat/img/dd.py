@@ -56,17 +56,18 @@ def run(words: Sequence[str]) -> int:
                 image_opts = True
     operands = _Operands(command.positional)
     target = operands.names["of"]
-    from cowhand.block.create import create_options_of
     from cowhand.copy.dd import dd
     from cowhand.drivers import REGISTRY
 
-    source = open_image(operands.names["if"], format=format, image_opts=image_opts, force_share=force_share)
+    source = open_image(
+        operands.names["if"], format=format, image_opts=image_opts, force_share=force_share, unshared=True
+    )
     with source:
         entry = REGISTRY.find(target_format)
         if entry is None:
             raise Failure("Unknown file format")
-        if entry.kind != "protocol":
-            create_options_of(entry)
+        if not entry.creatable:
+            raise Failure(f"Format driver '{target_format}' does not support image creation")
         with failing_as(f"{target}: error while creating output image: "):
             dd(
                 source,

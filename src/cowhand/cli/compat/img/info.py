@@ -57,7 +57,7 @@ def _collect(
     """Return the documents of the image and, with *chain*, of all that lie under it; nothing is printed before all are known."""
     documents: list[dict[str, Any]] = []
     seen: set[str] = set()
-    while name:
+    while name is not None:
         if name in seen:
             raise Failure(f"Backing file '{name}' creates an infinite loop.")
         seen.add(name)

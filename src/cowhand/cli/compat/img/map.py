@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cowhand.cli.compat.arguments import one_image, output_format
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.common import Command
+from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import size_argument
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, Extent, merged
@@ -65,6 +66,12 @@ def _rows(disk: Disk, start: int, length: int | None) -> Iterator[Extent]:
     end = disk.size if length is None else min(disk.size, start + length)
     if start < end:
         yield from merged(disk.extents(start, end - start), _SHOWN)
+    # QEMU rounds a disk up to whole sectors; what it adds reads as zeroes.
+    whole = whole_sectors(disk.size)
+    rest = whole if length is None else min(whole, start + length)
+    begin = max(disk.size, start)
+    if begin < rest:
+        yield Extent(begin, rest - begin, ZERO | ALLOCATED | OFFSET, begin, None, 0)
 
 
 def _print_table(disk: Disk, start: int, length: int | None) -> None:

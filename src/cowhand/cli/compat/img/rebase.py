@@ -15,7 +15,9 @@ def run(words: Sequence[str]) -> int:
     format = base = base_format = None
     unsafe = image_opts = False
     command = Command(
-        words, "hf:F:b:upt:T:qU", {"image-opts": "image-opts", "force-share": "U", "backing-format": "F", "backing": "b"}
+        words,
+        "hf:F:b:upt:T:qU",
+        {"image-opts": "image-opts", "force-share": "U", "backing-format": "F", "backing": "b"},
     )
     for key, value in command:
         match key:
@@ -39,7 +41,9 @@ def run(words: Sequence[str]) -> int:
     if base is None and not unsafe:
         raise UsageFailure("Use backing file (-b) option")
     if not unsafe:
-        raise Failure("Rebasing that compares and copies is not supported yet; with -u only the name in the header changes")
+        raise Failure(
+            "Rebasing that compares and copies is not supported yet; with -u only the name in the header changes"
+        )
     name = command.positional[0]
     with open_image(name, format=format, image_opts=image_opts, writable=True, backing=False) as disk:
         change = getattr(disk.root, "change_backing", None)

@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 #: The value of a snapshot's instruction count where none was recorded.
 _NO_ICOUNT = (1 << 64) - 1
 _DIRTY = 1
+_SECTOR = 512
+
+
+def whole_sectors(size: int) -> int:
+    """Return *size* as QEMU tells it, which knows of whole sectors alone."""
+    return -(-size // _SECTOR) * _SECTOR
 
 
 def image_info(node: BlockNode) -> dict[str, Any]:
     """Return the ImageInfo document of *node* alone."""
-    out: dict[str, Any] = {"filename": node.filename, "format": node.driver, "virtual-size": node.size}
+    out: dict[str, Any] = {"filename": node.filename, "format": node.driver, "virtual-size": whole_sectors(node.size)}
     allocated = node.allocated_size()
     if allocated is not None:
         out["actual-size"] = allocated
@@ -55,12 +61,12 @@ def _backing(node: BlockNode) -> dict[str, Any]:
     name = getattr(header, "backing_name", None)
     if not name:
         return {}
-    from cowhand.block.opening import combine
+    from cowhand.block.opening import combine, location
     from cowhand.core.errors import CowhandError
 
     out = {"backing-filename": name}
     try:
-        out["full-backing-filename"] = combine(node.filename, name)
+        out["full-backing-filename"] = combine(location(node), name)
     except CowhandError:
         pass  # a relative name in an image that has no folder
     if header.backing_format:

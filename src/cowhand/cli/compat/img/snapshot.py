@@ -65,7 +65,7 @@ def _create(disk: Disk, name: str) -> None:
     number = errno.EOPNOTSUPP
     try:
         if _has_snapshots(disk):
-            create_snapshot(disk, name)
+            create_snapshot(disk, name, icount=0)
             return
     except CowhandError as error:
         number = error.errno

@@ -35,7 +35,8 @@ class Wanted:
         """Return the id of the snapshot in *disk*. Raises Failure."""
         snapshots = getattr(disk.root, "snapshots", None)
         if snapshots is None:
-            raise Failure("Failed to load snapshot: Device 'input' does not support internal snapshots")
+            used = f"Block format '{disk.format}' used by device ''"
+            raise Failure(f"Failed to load snapshot: {used} does not support temporarily loading internal snapshots")
         for record in snapshots:
             if self._matches(record):
                 found: str = record.id

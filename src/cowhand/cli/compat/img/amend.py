@@ -1,0 +1,85 @@
+"""``amend``: change what an image is, in place: its version and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cowhand.cli.compat.images import cache_mode, open_image
+from cowhand.cli.compat.img.common import Command, ProgressLine
+from cowhand.cli.compat.optionstrings import CreateOptions, help_lines
+from cowhand.cli.compat.program import Failure, UsageFailure
+from cowhand.core.errors import CowhandError
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    format = None
+    quiet = shown = image_opts = False
+    cache = "writeback"
+    chosen = CreateOptions()
+    command = Command(words, "ho:f:t:pq", {"image-opts": "image-opts", "force": "force"})
+    for key, value in command:
+        match key:
+            case "o":
+                chosen.add(value)
+            case "f":
+                format = value
+            case "t":
+                cache = cache_mode(value)
+            case "p":
+                shown = True
+            case "q":
+                quiet = True
+            case "image-opts":
+                image_opts = True
+            case _:
+                pass  # --force: nothing that can be amended is unsafe
+    if not chosen:
+        raise UsageFailure("Must specify options (-o)")
+    name = command.positional[-1] if len(command.positional) == 1 else None
+    if format is not None and chosen.wants_help:
+        return _help(format)
+    if name is None:
+        raise Failure("Expecting one image file name")
+    with ProgressLine(shown and not quiet) as line, open_image(name, format=format, image_opts=image_opts, writable=True, cache=cache) as disk:
+        node = disk.root
+        options = _amend_options(node.driver)
+        if chosen.wants_help:
+            return _help(node.driver)
+        try:
+            # Through the disk's top node, so that requests of nobody else are under way.
+            node.amend(_values(chosen, options, node.driver), lambda done, whole: line.show(100 * done / whole))  # type: ignore[attr-defined]
+        except CowhandError as error:
+            raise Failure(error.qemu(), hint=error.facts.get("advice", "")) from error
+        line.show(100.0)
+    return 0
+
+
+def _amend_options(driver: str):  # type: ignore[no-untyped-def]
+    from cowhand.drivers import REGISTRY
+
+    options = getattr(REGISTRY.get(driver), "amend_options", None)
+    if options is None:
+        raise Failure(f"Format driver '{driver}' does not support option amendment")
+    return {option.name: option for option in options()}
+
+
+def _help(driver: str) -> int:
+    known = _amend_options(driver)
+    print(f"Amend options for '{driver}':")
+    for line in help_lines(known.values()):
+        print(line)
+    return 0
+
+
+def _values(chosen: CreateOptions, known, driver: str):  # type: ignore[no-untyped-def]
+    try:
+        return chosen.values(known)
+    except Failure as failure:
+        from cowhand.cli.compat.optionstrings import known_options
+
+        names = known_options(driver)
+        unknown = failure.message or ""
+        if any(unknown == f"Invalid parameter '{name}'" for name in names):
+            raise Failure(unknown, hint="This option is only supported for image creation") from None
+        raise
