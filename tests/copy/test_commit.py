@@ -10,6 +10,8 @@ import pytest
 
 import cowhand
 from cowhand.block.create import create
+from cowhand.block.format import FormatNode, Kind
+from cowhand.block.protocols.file_data import DescriptorNode
 from cowhand.copy.convert import convert
 from cowhand.core.errors import Cancelled, CowhandError, InvalidArgument
 from cowhand.core.progress import CancelToken, Progress
@@ -148,6 +150,30 @@ def test_a_cancelled_commit_changes_nothing_that_the_top_shows(image_dir: Path, 
     assert disk_of(top) == wanted
     commit(top)
     assert disk_of(top) == disk_of(base) == wanted
+
+
+def test_the_base_is_stable_before_the_top_is_emptied(
+    image_dir: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, top = chain(rng, image_dir, [MIB, MIB])
+    log: list[tuple[str, str]] = []
+    flush, change = DescriptorNode.flush, FormatNode.change
+
+    def logged_flush(node: DescriptorNode) -> None:
+        flush(node)
+        log.append(("flushed", node.filename))
+
+    def logged_change(node: FormatNode, offset: int, length: int, kind: Kind) -> None:
+        log.append((kind.name, node.filename))
+        change(node, offset, length, kind)
+
+    monkeypatch.setattr(DescriptorNode, "flush", logged_flush)
+    monkeypatch.setattr(FormatNode, "change", logged_change)
+    commit(top)
+    emptied = log.index(("EMPTY", str(top)))
+    assert ("flushed", str(base)) in log[:emptied]
+    assert ("flushed", str(top)) not in log[:emptied]
+    assert ("flushed", str(top)) in log[emptied:]
 
 
 def test_snapshots_of_the_top_survive(image_dir: Path, rng: random.Random) -> None:

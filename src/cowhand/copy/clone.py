@@ -50,6 +50,7 @@ class Cloner:
         self.source = source
         self.sink = sink
         self.copying = copying
+        self.grain = max(BLOCK, sink.unit) if isinstance(sink, LaneSink) else BLOCK
         self.active = self._possible()
         self._misses = 0
 
@@ -69,36 +70,42 @@ class Cloner:
         source = root.lane_fd if root.lane_fd >= 0 else _descriptor_of(root.primary)
         return source < 0 or _shares(source, target)
 
-    def clone(self, start: int, length: int) -> bool:
-        """Copy the data in ``[start, start + length)``; False when it has to be copied in another way (parts may have been copied)."""
+    def clone(self, start: int, length: int) -> int:
+        """Copy the beginning of the data in ``[start, start + length)``; return how much. The rest has to be copied in another way."""
         part, at = self.source.locate(start)
         disk = part.disk
         inside = min(length, part.begin + part.length - at)
-        with disk.lease():
+        done = 0
+        with disk.lease(), self.sink.hold():
             rows = [row for batch in disk.extents(at, inside, depth=self.source.depth) for row in batch]
-            shareable = sum(self._shareable(row) for row in rows)
-            if shareable < len(rows):
-                # Compressed or encoded throughout: larger pieces would only be in the way.
-                self._misses += not shareable
-                self.active = self._misses < MISSES
-                return False
             try:
                 for row in rows:
-                    self._clone_row(row, start - at)
+                    # Only whole blocks (and units of the target) can be shared.
+                    count = row.length - row.length % self.grain if self._shareable(row) else 0
+                    self._clone_row(row, start - at, count)
+                    done += count
+                    if count < row.length:
+                        break
             except _Refused:
                 self.active = False
-                return False
-        return True
+        if not done and length >= self.grain:
+            # Compressed or encoded throughout: larger pieces would only be in the way.
+            self._misses += 1
+            self.active = self.active and self._misses < MISSES
+        return done
 
     def _shareable(self, row: Extent) -> bool:
         lane = getattr(row.node, "lane_fd", -1)
         return row.flags & _PLAIN_MASK == _PLAIN and lane >= 0 and (self.copying or not row.host % BLOCK)
 
-    def _clone_row(self, row: Extent, delta: int) -> None:
+    def _clone_row(self, row: Extent, delta: int, count: int) -> None:
+        """Copy the first *count* bytes of *row*, whose offset in the target is greater by *delta*."""
+        if not count:
+            return
         source = row.node.lane_fd
-        offset, end = row.start + delta, row.end + delta
+        offset, end = row.start + delta, row.start + delta + count
         if not isinstance(self.sink, LaneSink):
-            self._share(source, row.host, row.length, _plain_descriptor(self.sink.disk), offset)
+            self._share(source, row.host, count, _plain_descriptor(self.sink.disk), offset)
             return
         node = self.sink.node
         while offset < end:

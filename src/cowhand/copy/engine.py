@@ -130,29 +130,31 @@ class Engine:
         if cloner is not None and cloner.active:
             self._await_turn(number)
             done = self._writing(start, cloner.clone, start, length)
-            if done:
-                self._end_turn()
-                return
+            start += done
+            length -= done
         elif length <= self.piece:
             self._copy_piece(buffer, start, length, number)
             return
-        # Sharing blocks has turned out not to work: this large piece goes the common way, and the next ones are smaller.
-        self._await_turn(number)
+        else:
+            self._await_turn(number)
+        # What cannot be shared of this large piece goes the common way.
         end = start + length
         while start < end:
             stop = min(start - start % self.piece + self.piece, end)
             prepared = self._read(buffer, start, stop - start)
-            placed = self._writing(start, self.sink.place, start, buffer, stop - start, prepared)
-            self._writing(start, self.sink.store, start, buffer, placed)
+            with self.sink.hold():
+                placed = self._writing(start, self.sink.place, start, buffer, stop - start, prepared)
+                self._writing(start, self.sink.store, start, buffer, placed)
             start = stop
         self._end_turn()
 
     def _copy_piece(self, buffer: bytearray, start: int, length: int, number: int) -> None:
         prepared = self._read(buffer, start, length)
         self._await_turn(number)
-        placed = self._writing(start, self.sink.place, start, buffer, length, prepared)
-        self._end_turn()
-        self._writing(start, self.sink.store, start, buffer, placed)
+        with self.sink.hold():
+            placed = self._writing(start, self.sink.place, start, buffer, length, prepared)
+            self._end_turn()
+            self._writing(start, self.sink.store, start, buffer, placed)
 
     def _read(self, buffer: bytearray, start: int, length: int) -> Any:
         view = memoryview(buffer)

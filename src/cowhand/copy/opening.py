@@ -32,7 +32,8 @@ def open_source(
 ) -> Disk:
     """Return *what* open for reading; *stack* closes what was opened here, and leaves the caller's own disk open.
 
-    *unshared* keeps everybody, this process too, from writing what was opened here: no source is its own target. *snapshot* shows the image as it was at the internal snapshot of that id or name.
+    *unshared* keeps everybody, this process too, from writing what was opened here: no source is its own target. *snapshot* shows the image as
+    it was at the internal snapshot of that id or name.
     """
     if isinstance(what, Disk):
         disk = what
@@ -53,7 +54,5 @@ def open_source(
         if isinstance(error, SnapshotNotFound):
             error.qemu_message = "Can't find snapshot"
         elif isinstance(error, NotSupported):
-            error.qemu_message = (
-                f"Block format '{disk.format}' used by device '' does not support temporarily loading internal snapshots"
-            )
+            error.qemu_message = f"Block format '{disk.format}' used by device '' does not support temporarily loading internal snapshots"
         raise error.within(f"snapshot '{snapshot}' of '{disk.filename}'", qemu="Failed to load snapshot") from None

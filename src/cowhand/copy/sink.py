@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from cowhand.block.disk import Disk
@@ -49,6 +50,10 @@ class Sink:
     def expect(self, total: int) -> None:
         """Learn how many bytes will be written at most."""
         self.ahead = SpaceAhead(total)
+
+    def hold(self) -> AbstractContextManager[object]:
+        """Return a context in which a piece is placed and stored: where the gateway is passed by, it counts the piece as a request in flight."""
+        return nullcontext()
 
     def prepare(self, offset: int, buffer: bytearray, length: int) -> Any:
         """Look at the first *length* bytes of *buffer*, which belong to *offset*; return what ``place`` is to be given."""
@@ -120,6 +125,9 @@ class LaneSink(Sink):
         super().__init__(disk, sparse=sparse, reads_zero=reads_zero)
         self.node = node
         node.check_writable()
+
+    def hold(self) -> AbstractContextManager[object]:
+        return self.disk.lease()
 
     def place(self, offset: int, buffer: bytearray, length: int, prepared: Any) -> list[_Move]:
         parts: Parts = prepared
