@@ -329,11 +329,12 @@ class Qcow2Node(FormatNode):
             diagnostics.report(f"qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed")
         self.corrupt_reported = True
         if fatal and self.writable and self.poison is None:
-            self._set_corrupt_bit()
+            self.set_corrupt_mark()
             self.set_poison(ImageCorrupt(message, qemu="No medium found", path=self.filename, errno=123))
         return error
 
-    def _set_incompatible(self, bits: int) -> None:
+    def set_incompatible(self, bits: int) -> None:
+        """Make *bits* the incompatible features, stably; a lock that excludes other writers of the header is held."""
         self.write_metadata(L.OFFSET_INCOMPATIBLE, L.U64.pack(bits))
         self.flush_file()
         self.header.incompatible = bits
@@ -348,12 +349,27 @@ class Qcow2Node(FormatNode):
         with self.operation:
             change_backing(self, name, format)
 
+    @classmethod
+    def amend_options(cls) -> tuple[CreateOption, ...]:
+        """Return what :meth:`amend` understands."""
+        from cowhand.block.formats.qcow2.amend import AMEND_OPTIONS
+
+        return AMEND_OPTIONS
+
+    def amend(self, options: Mapping_[str, Any], progress: Callable[[int, int], None] | None = None) -> None:
+        """Change the image in place; see :func:`cowhand.block.formats.qcow2.amend.amend`."""
+        from cowhand.block.formats.qcow2.amend import amend
+
+        with self.operation:
+            amend(self, options, progress)
+
     def flush_counts(self) -> None:
         """Write the reference counts alone; takes the locks."""
         with self.exclusive():
             self.write_back.flush_refcounts()
 
-    def _set_corrupt_bit(self) -> None:
+    def set_corrupt_mark(self) -> None:
+        """Mark the image corrupt on disk, as far as its version can say so."""
         if self.header.version < 3:
             return
         self.header.incompatible |= L.INCOMPAT_CORRUPT
@@ -407,7 +423,7 @@ class Qcow2Node(FormatNode):
         asked = bool(self.header.compatible & L.COMPAT_LAZY_REFCOUNTS) if wanted is None else wanted
         if asked and self.header.version >= 3:
             self.lazy = True
-            self._set_incompatible(self.header.incompatible | L.INCOMPAT_DIRTY)
+            self.set_incompatible(self.header.incompatible | L.INCOMPAT_DIRTY)
         wrong = overlap.conflict(self)
         if wrong is not None:
             raise self._overlapping(wrong[0], wrong[1] * self.cluster_size)
@@ -535,7 +551,7 @@ class Qcow2Node(FormatNode):
             self.flush_counts()
         self.flush()
         if self.lazy:
-            self._set_incompatible(self.header.incompatible & ~L.INCOMPAT_DIRTY)
+            self.set_incompatible(self.header.incompatible & ~L.INCOMPAT_DIRTY)
 
     # -- snapshots and checks
 

@@ -95,6 +95,11 @@ BITMAP_TABLE_OFFSET_MASK = 0x00FFFFFFFFFFFE00
 SNAPSHOT_HEADER = struct.Struct(">QIHHIIQII")
 
 
+def c_hex(value: int) -> str:
+    """Return *value* as C's ``%#x`` prints it, in QEMU's messages: nothing before a zero."""
+    return f"{value:#x}" if value else "0"
+
+
 def compressed_location(entry: int, cluster_bits: int) -> tuple[int, int]:
     """Return (host byte offset, bytes from there to the end of its last 512-byte sector) of a compressed cluster's descriptor.
 

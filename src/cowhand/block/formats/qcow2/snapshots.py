@@ -168,6 +168,7 @@ def read_table(
                 raise InvalidFormat(
                     f"the snapshot table is larger than {L.MAX_SNAPSHOT_TABLE_BYTES} bytes", qemu="Snapshot table is too big",
                     path=path, offset=begin, hint=f"A repair of everything removes the {left} snapshots that are too many.", errno=27,
+                    advice=f"You can force-remove all {left} overhanging snapshots with qemu-img check -r all",
                 )  # fmt: skip
             say(f"Discarding {left} overhanging snapshots (snapshot table is too big)")
             reading.overhanging += left
@@ -202,6 +203,7 @@ def _read_entry(
                 f"entry {index} of the snapshot table has {extra_size} bytes of extra data, more than {L.MAX_SNAPSHOT_EXTRA}",
                 qemu=f"Too much extra metadata in snapshot table entry {index}", path=path, offset=at,
                 hint="A repair of everything cuts it.", errno=27,
+                advice="You can force-remove this extra metadata with qemu-img check -r all",
             )  # fmt: skip
         say(f"Discarding too much extra metadata in snapshot table entry {index} ({extra_size} > {L.MAX_SNAPSHOT_EXTRA})")
         reading.extra_dropped += 1
@@ -245,7 +247,7 @@ def check_l1(node: Qcow2Node, snapshot: Snapshot) -> None:
     if bad is not None:
         raise InvalidFormat(
             f"snapshot '{snapshot.name}' has an L1 table of {snapshot.l1_size} entries at {snapshot.l1_offset:#x}, which is not possible",
-            qemu=bad, path=node.filename, offset=snapshot.l1_offset,
+            qemu=bad, path=node.filename, offset=snapshot.l1_offset, errno=27 if bad.endswith("large") else None,
         )  # fmt: skip
 
 

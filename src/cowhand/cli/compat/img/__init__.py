@@ -11,6 +11,7 @@ from cowhand.cli.compat.arguments import Grammar, options
 from cowhand.cli.compat.program import UsageFailure
 
 COMMANDS = (
+    "amend",
     "check",
     "commit",
     "compare",

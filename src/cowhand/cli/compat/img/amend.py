@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat.images import cache_mode, open_image
 from cowhand.cli.compat.img.common import Command, ProgressLine
 from cowhand.cli.compat.optionstrings import CreateOptions, help_lines
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError
+
+if TYPE_CHECKING:
+    from cowhand.block.createoptions import CreateOption
 
 
 def run(words: Sequence[str]) -> int:
@@ -42,23 +46,22 @@ def run(words: Sequence[str]) -> int:
     if name is None:
         raise Failure("Expecting one image file name")
     with ProgressLine(shown and not quiet) as line, open_image(name, format=format, image_opts=image_opts, writable=True, cache=cache) as disk:
-        node = disk.root
+        node: Any = disk.root  # of a driver that can be amended
         options = _amend_options(node.driver)
         if chosen.wants_help:
             return _help(node.driver)
         try:
-            # Through the disk's top node, so that requests of nobody else are under way.
-            node.amend(_values(chosen, options, node.driver), lambda done, whole: line.show(100 * done / whole))  # type: ignore[attr-defined]
+            node.amend(_values(chosen, options, node.driver), line.show_part)
         except CowhandError as error:
             raise Failure(error.qemu(), hint=error.facts.get("advice", "")) from error
-        line.show(100.0)
+        line.show_part(1, 1)
     return 0
 
 
-def _amend_options(driver: str):  # type: ignore[no-untyped-def]
+def _amend_options(driver: str) -> Mapping[str, CreateOption]:
     from cowhand.drivers import REGISTRY
 
-    options = getattr(REGISTRY.get(driver), "amend_options", None)
+    options = getattr(REGISTRY.get(driver).load(), "amend_options", None) if driver in {entry.name for entry in REGISTRY} else None
     if options is None:
         raise Failure(f"Format driver '{driver}' does not support option amendment")
     return {option.name: option for option in options()}
@@ -72,7 +75,7 @@ def _help(driver: str) -> int:
     return 0
 
 
-def _values(chosen: CreateOptions, known, driver: str):  # type: ignore[no-untyped-def]
+def _values(chosen: CreateOptions, known: Mapping[str, CreateOption], driver: str) -> dict[str, Any]:
     try:
         return chosen.values(known)
     except Failure as failure:

@@ -95,3 +95,8 @@ class ProgressLine:
             self._last = percent
             sys.stdout.write(f"    ({percent:3.2f}/100%)\r")
             sys.stdout.flush()
+
+    def show_part(self, done: int, whole: int) -> None:
+        """Show that *done* of *whole* equal parts are done; quietly where no progress was asked for."""
+        if self._shown:
+            self.show(100 * done / whole)
