@@ -101,6 +101,15 @@ class TestConvert:
         assert "disk.raw → copy.qcow2: 100%" in done.stderr and "/s" in done.stderr
         assert cowhand("convert", "disk.raw", "copy2.qcow2", cwd=raw.parent).stderr == ""
 
+    @require_qemu
+    def test_what_a_copy_does_not_carry_over_is_said(self, raw: Path) -> None:
+        cowhand("convert", "disk.raw", "a.qcow2", cwd=raw.parent)
+        cowhand("snapshot", "create", "a.qcow2", "one", cwd=raw.parent)
+        qemu_img("bitmap", "--add", raw.parent / "a.qcow2", "daily")
+        done = cowhand("convert", "a.qcow2", "b.qcow2", cwd=raw.parent)
+        assert "1 internal snapshot is not copied" in done.stderr and "dirty bitmaps are not copied" in done.stderr
+        assert "snapshot" not in cowhand("convert", "-l", "one", "a.qcow2", "c.qcow2", cwd=raw.parent).stderr
+
     def test_several_sources_become_one_disk(self, raw: Path) -> None:
         cowhand("convert", "disk.raw", "disk.raw", "both.qcow2", cwd=raw.parent)
         assert content(raw.parent / "both.qcow2") == raw.read_bytes() * 2

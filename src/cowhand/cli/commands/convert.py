@@ -154,6 +154,10 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
             count = len(info.snapshots)
             words = "snapshot is" if count == 1 else "snapshots are"
             context.out.warn(f"{name}: {count} internal {words} not copied (take one out with -l NAME)")
+        if (info.details or {}).get("bitmaps"):
+            context.out.warn(
+                f"{name}: its dirty bitmaps are not copied; an incremental backup has to begin anew on the copy"
+            )
 
 
 def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -> None:
