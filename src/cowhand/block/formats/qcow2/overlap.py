@@ -110,7 +110,7 @@ class MetadataMap:
 
     def remove(self, first: int, count: int) -> None:
         """Take *count* clusters from *first* on away, but for those that snapshots refer to as well."""
-        self._clusters.difference_update([c for c in range(first, first + count) if c not in self._kept])
+        self._clusters.difference_update({c for c in range(first, first + count) if c not in self._kept})
 
     def hit(self, first: int, last: int) -> int | None:
         """Return a cluster in ``[first, last]`` that is metadata, or None."""
@@ -178,8 +178,8 @@ def _many_named(table: bytes | bytearray, mask: int, bits: int) -> tuple[Cluster
 def _alone(table: bytearray, bits: int) -> Clusters:
     """Return the L2 tables that the active L1 *table* names with the COPIED flag."""
     if len(table) <= _PLAIN_ENTRIES * 8:
-        words = L.U64.iter_unpack(bytes(table[: len(table) // 8 * 8]))
-        return {(word & L.L1_OFFSET_MASK) >> bits for (word,) in words if word & L.COPIED and word & L.L1_OFFSET_MASK}
+        pairs = L.U64.iter_unpack(bytes(table[: len(table) // 8 * 8]))
+        return {(word & L.L1_OFFSET_MASK) >> bits for (word,) in pairs if word & L.COPIED and word & L.L1_OFFSET_MASK}
     import numpy
 
     words = numpy.frombuffer(table, ">u8").astype("u8")

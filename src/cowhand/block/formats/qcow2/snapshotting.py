@@ -271,7 +271,9 @@ def _discard(node: Qcow2Node, freed: list[tuple[int, int]]) -> None:
     with node.exclusive():
         for first, clusters in freed:
             try:
-                if node.refcounts.find_free(first, clusters) == first:
+                # On a damaged image, counts may have called free what tables still refer to.
+                damaged = node.metadata.hit(first, first + clusters - 1) is not None
+                if not damaged and node.refcounts.find_free(first, clusters) == first:
                     node.file.discard(first * size, clusters * size)
             except CowhandError as error:
                 diagnostics.report(f"discard of freed clusters failed: {error.qemu()}")
