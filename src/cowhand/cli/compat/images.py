@@ -26,10 +26,13 @@ def cache_mode(text: str, what: str = "cache") -> str:
     return text
 
 
-def describe(name: str, image_opts: bool) -> str | Mapping[str, Any]:
-    """Return what :func:`cowhand.open` takes for the argument *name*. Raises Failure for what is not a description."""
+def describe(name: str, image_opts: bool, implied: str | None = "file") -> str | Mapping[str, Any]:
+    """Return what :func:`cowhand.open` takes for the argument *name*. Raises Failure for what is not a description.
+
+    *implied* is the option that a first word without a name sets.
+    """
     if image_opts:
-        given: dict[str, Any] = dict(as_description(name, "file"))
+        given: dict[str, Any] = dict(as_description(name, implied))
         reference = given.get("file")
         if isinstance(reference, str):
             raise Failure(f"Cannot find device='{reference}' nor node-name='{reference}'")

@@ -45,7 +45,10 @@ def run(words: Sequence[str]) -> int:
         return _help(format)
     if name is None:
         raise Failure("Expecting one image file name")
-    with ProgressLine(shown and not quiet) as line, open_image(name, format=format, image_opts=image_opts, writable=True, cache=cache) as disk:
+    with (
+        ProgressLine(shown and not quiet) as line,
+        open_image(name, format=format, image_opts=image_opts, writable=True, cache=cache) as disk,
+    ):
         node: Any = disk.root  # of a driver that can be amended
         options = _amend_options(node.driver)
         if chosen.wants_help:
@@ -61,7 +64,11 @@ def run(words: Sequence[str]) -> int:
 def _amend_options(driver: str) -> Mapping[str, CreateOption]:
     from cowhand.drivers import REGISTRY
 
-    options = getattr(REGISTRY.get(driver).load(), "amend_options", None) if driver in {entry.name for entry in REGISTRY} else None
+    options = (
+        getattr(REGISTRY.get(driver).load(), "amend_options", None)
+        if driver in {entry.name for entry in REGISTRY}
+        else None
+    )
     if options is None:
         raise Failure(f"Format driver '{driver}' does not support option amendment")
     return {option.name: option for option in options()}

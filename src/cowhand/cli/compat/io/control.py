@@ -100,9 +100,9 @@ def _reopen(session: Session, writable: bool | None, cache: str | None, options:
     how.reopened = {**before.reopened, **{k: v for k, v in options.items() if k != "read-only"}}
     session.close()
     try:
-        session.open(name, how)
+        session.open(name, how, anew=True)
     except Failure:
-        session.open(name, before)
+        session.open(name, before, anew=True)
         raise
 
 

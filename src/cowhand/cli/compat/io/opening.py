@@ -66,9 +66,10 @@ class How:
                 self.aio = value
 
 
-def open_as(name: str | None, how: How) -> Disk:
+def open_as(name: str | None, how: How, *, prefix: bool = True) -> Disk:
     """Open *name*, or what the options of *how* describe without a name. Raises Failure in the tool's words."""
     shown = f" device {name}" if name is not None and not how.image_opts else ""
+    before = f"can't open{shown}: " if prefix else ""
     try:
         if how.aio == "native" and how.cache not in _DIRECT:
             raise Failure("aio=native was specified, but it requires cache.direct=on, which was not specified.")
@@ -76,15 +77,15 @@ def open_as(name: str | None, how: How) -> Disk:
             raise Failure("copy-on-read is not supported")
         return _open(_what(name, how), how)
     except CowhandError as error:
-        raise Failure(f"can't open{shown}: {error.qemu()}") from error
+        raise Failure(f"{before}{error.qemu()}") from error
     except Failure as failure:
-        raise Failure(f"can't open{shown}: {failure.message}") from None
+        raise Failure(f"{before}{failure.message}") from None
 
 
 def _what(name: str | None, how: How) -> str | Mapping[str, Any]:
     if how.image_opts:
         assert name is not None
-        return describe(name, image_opts=True)
+        return describe(name, image_opts=True, implied=None)
     if not how.options:
         assert name is not None
         return describe(name, image_opts=False)

@@ -11,6 +11,7 @@ from cowhand.cli.compat.io.parsing import MAX_REQUEST, Complaint, UsageComplaint
 from cowhand.cli.compat.io.report import Timer, dump, failed, statistics, verify
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, NotSupported
+from cowhand.core.extents import DATA
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -206,14 +207,13 @@ def _write_compressed(disk: Disk, offset: int, data: bytes) -> None:
         raise InvalidArgument("compressed data is written in whole clusters")
     for position in range(0, len(data), unit):
         part = data[position : position + unit]
+        if node.map(offset + position, unit)[1] & DATA:
+            raise IOFailed("compressed data can only be written where nothing is", offset=offset + position)
         payload = codec.compress(part.ljust(unit, b"\0"))
         if payload is None:
             disk.write(offset + position, part)
             continue
-        try:
-            node.write_compressed(offset + position, payload)
-        except NotSupported as error:
-            raise IOFailed(error.message, offset=offset + position) from error
+        node.write_compressed(offset + position, payload)
 
 
 def writev(session: Session, words: Sequence[str]) -> bool:

@@ -32,9 +32,9 @@ class Session:
 
     # -- the image
 
-    def open(self, name: str | None, how: How) -> None:
-        """Open an image and make it the one that commands work on. Raises Failure."""
-        self.disk = open_as(name, how)
+    def open(self, name: str | None, how: How, *, anew: bool = False) -> None:
+        """Open an image, perhaps *anew*, and make it the one that commands work on. Raises Failure."""
+        self.disk = open_as(name, how, prefix=not anew)
         self.name, self.how = name, how
         debug = self.breakpoints()
         if debug is not None:
