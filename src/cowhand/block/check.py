@@ -116,6 +116,12 @@ def check(
         raise
     with disk:
         result = check_node(root, repair=repair, on_message=on_message, on_repaired=on_repaired)
+        if result.failure is not None:
+            # The repair stopped on its way, and said why: that closing such a node fails as well is no news.
+            try:
+                disk.close()
+            except CowhandError as error:
+                result.failure.add_note(str(error))
     result.filename = str(what) if not isinstance(what, Mapping) else root.filename
     return result
 

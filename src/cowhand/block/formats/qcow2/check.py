@@ -40,8 +40,10 @@ class Examination:
         self.per_block = node.refcounts.per_block
         self.order = node.header.refcount_order
         self.unreadable: set[int] = set()  #: refcount blocks that cannot be looked at
-        self.claimed: list[Region] | None = None  #: metadata that an L2 table must not lie over
+        self.regions: list[Region] | None = None  #: metadata that must not be written by mistake; once it is known
         self.wrote_counts = False
+        self._told_unaligned = False
+        self._kept: set[int] | None = None
         self._mismatched: list[int] = []  #: refcount blocks that differ from the tally
         self._compared = 0  #: clusters that the last comparison went over
         self.walk = self.new_walk(fix=self.fix_errors)
@@ -52,6 +54,7 @@ class Examination:
 
         repairing = (lambda host, index, active: zero_entry(self, host, index, active)) if fix else None
         self.walk = Walk(self.node, self.say, self.counters, repairing)
+        self._kept = None
         return self.walk
 
     # -- the whole of it
@@ -88,6 +91,8 @@ class Examination:
             counters.check_errors += 1
             prefix = "" if error.facts.get("pointer") else "failed to read the snapshot table: "
             self.say(f"ERROR {prefix}{error.qemu_message}")
+            if error.facts.get("advice"):
+                self.say(error.facts["advice"])
             # What was not read does not count.
             node.snapshots, node.snapshot_table_bytes = [], 0
             raise Stopped(error) from error
@@ -117,6 +122,7 @@ class Examination:
                 f"{header.snapshot_count} snapshots are more than {L.MAX_SNAPSHOTS}", qemu="snapshot table too large", path=path,
                 offset=L.OFFSET_SNAPSHOTS, errno=27, pointer=True,
                 hint=f"A repair of everything removes the {too_many} snapshots that are too many.",
+                advice=f"You can force-remove all {too_many} overhanging snapshots with qemu-img check -r all",
             )  # fmt: skip
         span = header.snapshot_count * L.SNAPSHOT_HEADER.size
         if header.snapshots_offset % self.walk.size or header.snapshots_offset > (1 << 63) - 1 - span:
@@ -207,7 +213,10 @@ class Examination:
         if not offset:
             return None
         if offset & (self.walk.size - 1):
-            raise InvalidFormat(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})", path=self.node.filename, errno=5)
+            text = f"Refblock offset {offset:#x} unaligned (reftable index: {L.c_hex(index)})"
+            raise InvalidFormat(text, path=self.node.filename, errno=5, unaligned=True)
+        if offset + self.walk.size >= 1 << 63:
+            raise InvalidFormat(f"no file is so long that refcount block {index} at {offset:#x} lies inside", path=self.node.filename, errno=5)
         data = bytearray(self.walk.size)
         if offset < self.walk.length:
             self.node.file.read_into(offset, data)
@@ -234,8 +243,11 @@ class Examination:
         present.update(index for index in self.walk.tally.used_blocks(self.per_block) if index < limit)
         yield from sorted(present)
 
-    def compare(self, *, leaks: bool, errors: bool) -> None:
-        """Compare the image's counts with the tally; mend leaks and errors in the image's where that was asked for."""
+    def compare(self, *, leaks: bool, errors: bool, fresh: bool = False) -> None:
+        """Compare the image's counts with the tally; mend leaks and errors in the image's where that was asked for.
+
+        *fresh*: the refcount structure was just made, so a count that is missing in it may simply be put in.
+        """
         tally, per_block = self.walk.tally, self.per_block
         self.highest = 0
         self.unreadable.clear()
@@ -253,20 +265,25 @@ class Examination:
             theirs = block[: count * tally.width] if block is not None else None
             if theirs != ours:
                 zeroes = bytes(count * tally.width)
-                self._differing(index, theirs or zeroes, ours or zeroes, leaks, errors)
+                self._differing(index, theirs or zeroes, ours or zeroes, leaks, errors, fresh and theirs is not None)
             used = max(_used(theirs, tally.width), _used(ours, tally.width))
             if used:
                 self.highest = first + used - 1
 
     def _cannot_read(self, index: int, first: int, count: int, error: CowhandError) -> None:
-        if not self.unreadable:
-            self.say(f"qcow2: Image is corrupt: {error.message}; further non-fatal corruption events will be suppressed")
+        if error.facts.get("unaligned") and not self._told_unaligned:
+            self._told_unaligned = True
+            if self.node.writable:
+                self.say(f"qcow2: Marking image as corrupt: {error.message}; further corruption events will be suppressed")
+                self.node.set_corrupt_mark()
+            else:
+                self.say(f"qcow2: Image is corrupt: {error.message}; further non-fatal corruption events will be suppressed")
         self.unreadable.add(index)
         self.counters.check_errors += count
         for cluster in range(first, first + count):
             self.say(f"Can't get refcount for cluster {cluster}: Input/output error")
 
-    def _differing(self, index: int, theirs: bytes, ours: bytes, leaks: bool, errors: bool) -> None:
+    def _differing(self, index: int, theirs: bytes, ours: bytes, leaks: bool, errors: bool, fresh: bool) -> None:
         """Judge the clusters of block *index* whose counts on disk (*theirs*) are not what they ought to be."""
         tally, counters = self.walk.tally, self.counters
         first = index * self.per_block
@@ -277,10 +294,12 @@ class Examination:
         for at in differences(on_disk, real, tally.numpy):
             had, wanted = on_disk[at], real[at]
             mend = False
-            if had == 0:
+            if had == 0 and not fresh:
                 self.rebuild = True
             else:
                 mend = leaks if had > wanted else errors
+                if mend and not wanted and first + at in self._protected():
+                    mend = False
             verb = "Repairing" if mend else "ERROR" if had < wanted else "Leaked"
             self.say(f"{verb} cluster {first + at} refcount={had} reference={wanted}")
             if mend:
@@ -295,6 +314,14 @@ class Examination:
             from cowhand.block.formats.qcow2.repair import write_counts
 
             write_counts(self, index, mended)
+
+    def _protected(self) -> set[int]:
+        """Return clusters that are not freed although nothing was counted of them: metadata that could not be followed lies there."""
+        if self._kept is None:
+            from cowhand.block.formats.qcow2.repair import uncounted
+
+            self._kept = uncounted(self)
+        return self._kept
 
     def _sync(self) -> None:
         """Make the tally what the disk says: what was found different was told, and the COPIED bits are judged by the disk's counts."""

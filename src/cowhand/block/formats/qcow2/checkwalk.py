@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _LITTLE = sys.byteorder == "little"
 _BITMAP_LOW = (1 << 32) - 1
+#: How far behind the file's end, and its length again, a repair could come to write.
+_NEAR = 64 << 20
+_MANY_BEHIND = 1 << 18
 
 
 class Counters:
@@ -91,19 +94,27 @@ class Walk:
         self._uses: dict[int, int] = {}
         self._l1: dict[tuple[int, int], array[int]] = {}
         self.allocated = self.fragmented = self.compressed = 0
+        self.behind: set[int] = set()  #: clusters behind the end of the file that something refers to
+        self.behind_many = False  #: too many of them to be remembered
         self.uncertain = False  #: a snapshot could not be followed: what it holds counts as unused
 
-    def read(self, offset: int, length: int, what: str) -> bytes:
-        """Return bytes of the file; behind its end lie zeroes. An I/O error ends the check."""
+    def read(self, offset: int, length: int, what: str | None) -> bytes:
+        """Return bytes of the file; behind its end lie zeroes. An I/O error ends the check; *what* tells of it, None keeps it quiet."""
         data = bytearray(length)
+        if offset + length >= 1 << 63:
+            raise self._unread(what, offset, "no file is that long")
         if offset < self.length and length:
             try:
                 self.node.file.read_into(offset, data)
             except CowhandError as error:
-                self.counters.check_errors += 1
-                self.say(what)
-                raise Stopped(IOFailed(error.message, qemu="Input/output error", path=self.node.filename, offset=offset)) from error
+                raise self._unread(what, offset, error.message) from error
         return bytes(data)
+
+    def _unread(self, what: str | None, offset: int, why: str) -> Stopped:
+        if what is not None:
+            self.counters.check_errors += 1
+            self.say(what)
+        return Stopped(IOFailed(why, qemu="Input/output error", path=self.node.filename, offset=offset))
 
     # -- counting
 
@@ -118,11 +129,19 @@ class Walk:
 
     def _beyond(self, offset: int, length: int) -> str | None:
         if offset + length - self.length >= self.size:
+            self._note_behind(offset, length)
             return (
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: "
                 f"offset {offset:#x} size {length:#x}"
             )
         return None
+
+    def _note_behind(self, offset: int, length: int) -> None:
+        """Remember what is named behind the end: nobody may put anything else there. Far behind nobody would."""
+        if offset > 2 * self.length + _NEAR or self.behind_many:
+            return
+        self.behind.update(range(offset >> self.bits, min(offset + length, 2 * self.length + _NEAR) + self.size - 1 >> self.bits))
+        self.behind_many = len(self.behind) > _MANY_BEHIND
 
     def _count(self, offset: int, length: int, times: int = 1) -> None:
         first, last = offset >> self.bits, (offset + length - 1) >> self.bits
@@ -176,17 +195,21 @@ class Walk:
                 tables.append((snapshot.l1_offset, snapshot.l1_size))
         uses = self._uses
         for offset, entries in tables:
-            for entry in self._read_l1(offset, entries):
+            try:
+                words = self._read_l1(offset, entries, told=False)
+            except Stopped:
+                return  # the walk comes to the same place, and tells what it finds before
+            for entry in words:
                 if entry:
                     host = entry & L.L1_OFFSET_MASK
                     uses[host] = uses.get(host, 0) + 1
 
-    def _read_l1(self, offset: int, entries: int) -> array[int]:
+    def _read_l1(self, offset: int, entries: int, *, told: bool = True) -> array[int]:
         """Read an L1 table; the last few are kept, since many snapshots of a hostile image can name one."""
         key = (offset, entries)
         found = self._l1.get(key)
         if found is None:
-            found = words_of(self.read(offset, entries * L.ENTRY_SIZE, "ERROR: I/O error in check_refcounts_l1"))
+            found = words_of(self.read(offset, entries * L.ENTRY_SIZE, "ERROR: I/O error in check_refcounts_l1" if told else None))
             if len(self._l1) >= 4:
                 self._l1.pop(next(iter(self._l1)))
             self._l1[key] = found
@@ -268,8 +291,14 @@ class Walk:
                 lines.append(f"ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap")
             if offset & (self.size - 1):
                 has_data = bool(bitmap & _BITMAP_LOW) if self.extended else not entry & L.ENTRY_ZERO
-                if self._unaligned(host, index, offset, has_data, active, lines):
-                    continue
+                try:
+                    if self._unaligned(host, index, offset, has_data, active, lines):
+                        continue
+                except Stopped:
+                    self.counters.corruptions += len(lines)
+                    for line in lines:
+                        self.say(line)
+                    raise
             allocated += 1
             fragmented += bool(following) and offset != following
             following = offset + self.size

@@ -52,7 +52,7 @@ def l2_tables(node: Qcow2Node, l1: bytes) -> dict[int, int]:
         if not host:
             continue
         if host % node.cluster_size:
-            raise node.mark_corrupt(f"L2 table offset {host:#x} unaligned (L1 index: {index:#x})", offset=host)
+            raise node.mark_corrupt(f"L2 table offset {host:#x} unaligned (L1 index: {L.c_hex(index)})", offset=host)
         found[host] = found.get(host, 0) + 1
     return found
 

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping as Mapping_, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.createoptions import CreateOption
@@ -21,6 +20,7 @@ from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zer
 from cowhand.block.options import NodeOptions, option
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
+from cowhand.core.extents import ENCODED
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, Poisoned, UnsupportedFeature
 from cowhand.core.locks import RANK_OPERATION, ranked_lock
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from cowhand.core.extents import ExtentBatch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Qcow2Options(NodeOptions):
     """Options of an open qcow2 image (QEMU ``qapi/block-core.json``, BlockdevOptionsQcow2)."""
 
@@ -399,6 +398,8 @@ class Qcow2Node(FormatNode):
         return lane.lane_fd, run[3]
 
     def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
+        if run[1] & ENCODED:
+            raise self.mapping.read_damaged(offset)
         host, nbytes = L.compressed_location(run[3], self.header.cluster_bits)
         payload = bytearray(nbytes)
         self.fire("read_compressed")
@@ -532,7 +533,10 @@ class Qcow2Node(FormatNode):
         if isinstance(self.poison, ImageCorrupt):
             return  # it was said when it was found, and nothing may be written
         failure: CowhandError | None = None
-        for what, step in (("L2 table", self._close_tables), ("refcount block", self._close_counts)):
+        steps = [("L2 table", self._close_tables), ("refcount block", self._close_counts)]
+        if not self.mapping.cache.dirty and not self.mapping.l1.dirty:
+            del steps[0]  # what is left to be written are counts
+        for what, step in steps:
             try:
                 step()
             except CowhandError as error:

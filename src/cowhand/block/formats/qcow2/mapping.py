@@ -18,6 +18,7 @@ from cowhand.core.extents import (
     ALLOCATED,
     COMPRESSED,
     DATA,
+    ENCODED,
     IN_PLACE,
     MAX_ROWS,
     NO_HOST,
@@ -36,6 +37,8 @@ CACHE_LIMIT = 32 << 20
 
 _NORMAL = DATA | ALLOCATED | OFFSET
 _COMPRESSED = DATA | ALLOCATED | COMPRESSED
+#: An entry that cannot be followed: who reads it is told so by ``decode``, and who writes by ``reserve``, in other words.
+_DAMAGED = DATA | ENCODED | ALLOCATED
 _ZERO_PLAIN = ZERO | ALLOCATED
 _ZERO_HOST = ZERO | ALLOCATED | OFFSET
 
@@ -82,7 +85,7 @@ class Mapping:
         offset = entry & L.L1_OFFSET_MASK
         if offset & self._within:
             raise self.node.mark_corrupt(
-                f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})", offset=self.l1.host + index * 8
+                f"L2 table offset {offset:#x} unaligned (L1 index: {L.c_hex(index)})", offset=self.l1.host + index * 8
             )
         return offset
 
@@ -112,11 +115,18 @@ class Mapping:
                 found = self.table(index)
         return found
 
+    def read_damaged(self, offset: int) -> CowhandError:
+        """Return the error for reading guest *offset*, of whose entry :meth:`run` said that it cannot be followed."""
+        table = self.find(offset >> self.table_shift)
+        at = (offset >> self.cluster_bits & (self.entries - 1)) << 3
+        assert table is not None
+        return self.bad_entry(_unpack(table.data, at)[0], table, at)
+
     def bad_entry(self, entry: int, table: Table, at: int) -> CowhandError:
         """Return the error for an L2 entry whose host offset is not that of a cluster."""
         offset = entry & L.L2_OFFSET_MASK
         return self.node.mark_corrupt(
-            f"Cluster allocation offset {offset:#x} unaligned (L2 offset: {table.host:#x}, L2 index: {at // 8:#x})",
+            f"Cluster allocation offset {offset:#x} unaligned (L2 offset: {table.host:#x}, L2 index: {L.c_hex(at // 8)})",
             offset=table.host + at,
         )
 
@@ -138,7 +148,7 @@ class Mapping:
             host = entry & L.L2_OFFSET_MASK
             if entry & self._bad or not host:
                 if host:
-                    raise self.bad_entry(entry, found, at)
+                    return min(have, length), _DAMAGED, node.file, at
                 return self._same(data, at, entry, have, length, 0, NO_HOST)
             flags = _NORMAL
             if entry >> 63 and host >> self.cluster_bits not in node.metadata_clusters:
@@ -154,7 +164,7 @@ class Mapping:
             return have, _COMPRESSED, node.file, entry
         if entry & L.L2_OFFSET_MASK:
             if entry & self._bad:
-                raise self.bad_entry(entry, found, at)
+                return have, _DAMAGED, node.file, at
             return have, _ZERO_HOST, node.data_child, (entry & L.L2_OFFSET_MASK) + within
         return self._same(data, at, entry, have, length, _ZERO_PLAIN, NO_HOST)
 

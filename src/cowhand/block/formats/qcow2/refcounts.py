@@ -49,7 +49,7 @@ class Refcounts:
         entry: int = L.U64.unpack_from(self.table, at)[0]
         offset = entry & L.REFCOUNT_TABLE_OFFSET_MASK
         if offset and offset % self.cluster_size:
-            text = f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})"
+            text = f"Refblock offset {offset:#x} unaligned (reftable index: {L.c_hex(index)})"
             raise self.node.mark_corrupt(text, offset=self.node.header.refcount_table_offset + at)
         return offset
 
@@ -99,6 +99,26 @@ class Refcounts:
                 begin, have = index * self.per_block + following, 0
         return begin
 
+    def free_run(self, first: int, count: int) -> int:
+        """Return how many of *count* clusters from *first* on are free before the first other."""
+        have = 0
+        limit = min(count, L.MAX_HOST_OFFSET // self.cluster_size - first)
+        while have < limit:
+            index, at = divmod(first + have, self.per_block)
+            block = self.block(index)
+            step = min(limit - have, self.per_block - at)
+            run = self.counts.zero_run(block.data, at, step) if block is not None else step
+            have += run
+            if run < step:
+                break
+        return have
+
+    def need_blocks(self, first: int, count: int) -> None:
+        """Raise MissingBlock unless there is a block for each of *count* clusters from *first* on."""
+        for index in range(first // self.per_block, (first + count - 1) // self.per_block + 1):
+            if not self.block_offset(index):
+                raise MissingBlock(max(first, index * self.per_block))
+
     # -- changing
 
     def change(self, cluster: int, count: int, delta: int) -> None:
@@ -106,6 +126,8 @@ class Refcounts:
 
         Raises MissingBlock when counts rise where no block is, ImageCorrupt when one would fall below zero, InvalidFormat on overflow.
         """
+        if delta < 0:
+            self._check_table()
         parts = []
         position, left = cluster, count
         while left:
@@ -131,6 +153,11 @@ class Refcounts:
         if delta < 0:
             self.free_index = min(self.free_index, cluster)
 
+    def _check_table(self) -> None:
+        """Raise ImageCorrupt when the header itself serves as the table: its bytes name no blocks that may be written."""
+        if not self.node.header.refcount_table_offset and self.table:
+            raise self.node.mark_corrupt("Preventing invalid write on metadata (overlaps with qcow2_header)", offset=0)
+
     def _new_values(self, block: Table, at: int, step: int, delta: int, cluster: int) -> int | list[int]:
         same = self.counts.uniform(block.data, at, step)
         if same is not None:
@@ -144,7 +171,7 @@ class Refcounts:
     def _check(self, value: int, cluster: int) -> None:
         if value < 0:
             raise ImageCorrupt(
-                f"the reference count of cluster {cluster} would fall below zero", path=self.node.filename,
+                f"the reference count of cluster {cluster} would fall below zero", qemu="Invalid argument", path=self.node.filename,
                 offset=cluster * self.cluster_size, hint="Run check.",
             )  # fmt: skip
         if value > self.counts.maximum:
@@ -171,6 +198,9 @@ class Refcounts:
                 self.free_index = min(self.free_index, place)
             return
         offset = place * self.cluster_size
+        if not offset:
+            raise node.mark_corrupt("Preventing invalid allocation of refcount block at offset 0", offset=0)
+        self._check_table()
         node.check_overlap(offset, self.cluster_size)
         block = Table(bytearray(self.cluster_size), offset)
         own = place // self.per_block == index

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 _MAX_CLUSTERS = (1 << 31) - 1
 
 
-def _failed(exam: Examination, line: str, error: CowhandError) -> Stopped:
-    exam.say(line)
+def _failed(exam: Examination, line: str | None, error: CowhandError) -> Stopped:
+    if line is not None:
+        exam.say(line)
     exam.counters.check_errors += 1
     return Stopped(error)
 
@@ -30,13 +31,35 @@ def _failed(exam: Examination, line: str, error: CowhandError) -> Stopped:
 def _conflict(exam: Examination, host: int, length: int, own: str) -> CowhandError | None:
     """Return an error when ``[host, host + length)``, about to be written as *own* kind of table, is some other metadata as well."""
     node = exam.node
-    if exam.claimed is None:
-        exam.claimed = [region for region in overlap.regions(node) if region.name not in (overlap.ACTIVE_L2, overlap.INACTIVE_L2)]
+    if exam.regions is None:
+        exam.regions = [region for region in overlap.regions(node) if region.name != overlap.INACTIVE_L2]
     for cluster in range(host // node.cluster_size, (host + length - 1) // node.cluster_size + 1):
-        for region in exam.claimed:
-            if cluster in region.clusters:
-                return node.mark_corrupt(f"Preventing invalid write on {own} (overlaps with {region.name})", offset=host)
+        for region in exam.regions:
+            if region.name != own and cluster in region.clusters:
+                exam.say(
+                    f"qcow2: Marking image as corrupt: Preventing invalid write on metadata (overlaps with {region.name}); "
+                    "further corruption events will be suppressed"
+                )
+                node.set_corrupt_mark()
+                return ImageCorrupt(
+                    f"{own} at {host:#x} overlaps with {region.name}", qemu="Input/output error", path=node.filename, offset=host
+                )
     return None
+
+
+def uncounted(exam: Examination) -> set[int]:
+    """Return the clusters that metadata occupies although nothing was counted of it, since its place or its size is not possible.
+
+    Nobody may take them: what lies there may be all that is left of it.
+    """
+    node, walk = exam.node, exam.walk
+    found: set[int] = set()
+    for region in overlap.regions(node):
+        clusters = region.clusters
+        if isinstance(clusters, range):
+            clusters = range(clusters.start, min(clusters.stop, walk.clusters))
+        found.update(cluster for cluster in clusters if cluster < walk.clusters and not walk.tally.get(cluster))
+    return found
 
 
 # -- entries
@@ -69,10 +92,13 @@ def zero_entry(exam: Examination, host: int, index: int, active: bool) -> bool:
 def flag_l1(exam: Examination, index: int, entry: int) -> None:
     """Give L1 entry *index* the COPIED bit that *entry* has."""
     node = exam.node
+    error = _conflict(exam, node.header.l1_offset + index * 8, 8, overlap.ACTIVE_L1)
+    if error is not None:
+        raise _failed(exam, None, error)
     try:
         node.write_metadata(node.header.l1_offset + index * 8, L.U64.pack(entry))
-    except CowhandError as error:
-        raise _failed(exam, f"ERROR: Could not write L1 table: {error.qemu_message}", error) from error
+    except CowhandError as failure:
+        raise _failed(exam, f"ERROR: Could not write L1 table: {failure.qemu_message}", failure) from failure
     L.U64.pack_into(node.mapping.l1.data, index * 8, entry)
 
 
@@ -109,8 +135,10 @@ def lengthen(exam: Examination, offset: int) -> bool:
     """Make the file so long that the refcount block at *offset* lies inside; it reads as zeroes. False when that is not possible."""
     node, walk = exam.node, exam.walk
     end = offset + walk.size
-    reason = "File too large"
-    if end <= L.MAX_HOST_OFFSET and end // walk.size <= _MAX_CLUSTERS:
+    # The table that counts so long a file has to keep its limit.
+    entries = -(-end // walk.size // exam.per_block)
+    reason = "Invalid argument" if end > (1 << 63) - 1 else "File too large"
+    if entries * L.ENTRY_SIZE <= L.MAX_REFCOUNT_TABLE_BYTES and end // walk.size <= _MAX_CLUSTERS:
         try:
             node.file.node.resize(end)
         except CowhandError as error:
@@ -119,9 +147,7 @@ def lengthen(exam: Examination, offset: int) -> bool:
             walk.length = max(walk.length, end)
             walk.clusters = max(walk.clusters, end // walk.size)
             return True
-    exam.rebuild = True
     exam.say(f"ERROR could not resize image: {reason}")
-    exam.counters.corruptions += 1
     return False
 
 
@@ -135,22 +161,24 @@ class _Rebuilding:
         self.per_table_cluster = exam.walk.size // 8
         # Where a part of the image could not be followed, what looks free may not be: then only what lies behind everything is taken.
         self.lowest = self.end if exam.walk.uncertain else 0
+        self.taboo = set(exam.walk.behind) | uncounted(exam)
         self.blocks: dict[int, int] = {}
         self.table_clusters = 0
 
     def take(self, count: int, first: int) -> int:
         """Return the lowest run of *count* free clusters from *first* on, now counted; behind the end all is free."""
-        begin, position = max(first, self.lowest), max(first, self.lowest)
-        while position - begin < count and position < self.end:
-            position += 1
-            if self.tally.get(position - 1):
-                begin = position = self._next_free(position)
+        begin = position = max(first, self.lowest)
+        while position - begin < count:
+            if position in self.taboo or (position < self.end and self.tally.get(position)):
+                begin = position = self._next_free(position + 1)
+            else:
+                position += 1
         self.tally.add(begin, count)
         self.end = max(self.end, begin + count)
         return begin
 
     def _next_free(self, cluster: int) -> int:
-        """Return the first free cluster from *cluster* on, looking at many at once."""
+        """Return the first cluster from *cluster* on that nothing is counted of, looking at many at once."""
         while cluster < self.end:
             step = min(4096, self.end - cluster)
             piece = self.tally.piece(cluster, step)
@@ -205,11 +233,13 @@ def rebuild_counts(exam: Examination) -> None:
     exam.calculate(fix=False)
     found = counters.copy()
     counters.assign(Counters())
-    exam.compare(leaks=True, errors=False)
+    # A file that was cut is longer now, and what its tables named behind the end lies inside.
+    exam.compare(leaks=True, errors=True, fresh=True)
     if exam.rebuild:
         exam.say("ERROR rebuilt refcount structure is still broken")
-    fresh_leaks = counters.leaks
+    fresh_leaks, unmended = counters.leaks, counters.corruptions
     counters.assign(found)
+    counters.corruptions += unmended
     counters.corruptions_fixed += max(0, old.corruptions - counters.corruptions)
     counters.leaks_fixed += max(0, old.leaks - counters.leaks)
     counters.leaks += fresh_leaks
@@ -219,6 +249,9 @@ def rebuild_counts(exam: Examination) -> None:
 def _write_structure(exam: Examination) -> None:
     node = exam.node
     size = node.cluster_size
+    if exam.walk.behind_many:
+        error = ImageCorrupt("too much is referred to behind the end of the file to find free space", qemu="File too large", path=node.filename)
+        raise _failed(exam, "ERROR allocating refblock: File too large", error)
     new = _Rebuilding(exam)
     place = new.place()
     table = bytearray(new.table_clusters * size)
@@ -237,7 +270,7 @@ def _write_structure(exam: Examination) -> None:
     node.header.refcount_table_offset, node.header.refcount_table_clusters = place * size, new.table_clusters
     node.refcounts.table = table
     node.refcounts.cache.clear()
-    exam.claimed = None
+    exam.regions = None
 
 
 # -- snapshots and marks
