@@ -12,6 +12,7 @@ from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.node import BlockNode
 from cowhand.block.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
+from cowhand.block.snapshots import apply_snapshot, create_snapshot, delete_snapshot, open_snapshot
 from cowhand.drivers import REGISTRY
 
 SNAPSHOTS = hasattr(Qcow2Node, "create_snapshot")
@@ -73,26 +74,20 @@ def open_over(file: BlockNode, backing: BlockNode | None = None, *, writable: bo
 
 def snapshot_create(disk: Disk, name: str) -> None:
     """Take an internal snapshot."""
-    from cowhand.block.snapshots import create_snapshot
-
     create_snapshot(disk, name)
-
-
-def _ident(disk: Disk, name: str) -> str:
-    node = disk.root
-    assert isinstance(node, Qcow2Node)
-    return next(snapshot.id for snapshot in node.snapshots if snapshot.name == name)
 
 
 def snapshot_apply(disk: Disk, name: str) -> None:
     """Go back to a snapshot."""
-    from cowhand.block.snapshots import apply_snapshot
-
-    apply_snapshot(disk, _ident(disk, name))
+    apply_snapshot(disk, name)
 
 
 def snapshot_delete(disk: Disk, name: str) -> None:
     """Delete a snapshot."""
-    from cowhand.block.snapshots import delete_snapshot
+    delete_snapshot(disk, name)
 
-    delete_snapshot(disk, _ident(disk, name))
+
+def snapshot_read(disk: Disk, name: str) -> bytes:
+    """Return what a snapshot holds, by way of a view of it."""
+    with open_snapshot(disk, name) as view:
+        return view.read(0, view.size)

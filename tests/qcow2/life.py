@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cowhand.block.disk import Disk
@@ -63,6 +65,7 @@ class Life:
         self.size = shape.size
         self.expected = ExpectedContent(self.log, shape.size, start + self.base[len(start) : shape.size])
         self.snapshots: list[_SnapshotLife] = []
+        self.reflagging: list[tuple[int, int]] = []  #: when an operation on snapshots was under way
         self.verdicts = Verdicts()
         self.steps: list[str] = []
 
@@ -175,7 +178,7 @@ class Life:
         name = f"s{len(self.snapshots)}"
         life = _SnapshotLife(name, self.disk.read(0, self.size), (self.log.now(), None))
         self.snapshots.append(life)
-        with self.expected.flushing():
+        with self.expected.flushing(), self._reflagging():
             images.snapshot_create(self.disk, name)
         life.made = (life.made[0], self.log.now())
 
@@ -184,7 +187,7 @@ class Life:
             return
         chosen = self.rng.choice(self._living())
         self._tell("apply " + chosen.name)
-        with self.expected.replacing(chosen.content):
+        with self.expected.replacing(chosen.content), self._reflagging():
             images.snapshot_apply(self.disk, chosen.name)
         self.size = len(chosen.content)
 
@@ -195,8 +198,15 @@ class Life:
         self._tell("delete " + chosen.name)
         begin = self.log.now()
         chosen.deleted = (begin, None)
-        images.snapshot_delete(self.disk, chosen.name)
+        with self._reflagging():
+            images.snapshot_delete(self.disk, chosen.name)
         chosen.deleted = (begin, self.log.now())
+
+    @contextmanager
+    def _reflagging(self) -> Iterator[None]:
+        begin = self.log.now()
+        yield
+        self.reflagging.append((begin, self.log.now()))
 
     def _tell(self, verb: str, offset: int = 0, length: int = 0) -> None:
         self.steps.append(f"{self.log.now()}: {verb} {offset:#x}+{length:#x}")
@@ -221,7 +231,11 @@ class Life:
         findings = image.check()
         assert findings.corruptions == []
         self.verdicts.leaking += bool(findings.leaks)
-        self.verdicts.stale_flags += bool(findings.flags)
+        if findings.flags or findings.lost_flags:
+            # Counts and bits of many clusters change in many writes, and qcow2 has no way to change them at once. Inside such an operation
+            # the bits of clusters that one table refers to may lag behind; nothing depends on them then.
+            assert any(begin < moment <= end for begin, end in self.reflagging), findings.flags + findings.lost_flags
+            self.verdicts.stale_flags += 1
         content = image.content()
         self.expected.check(content, moment)
         listed = {snapshot.name: snapshot for snapshot in image.snapshots}
@@ -238,21 +252,40 @@ class Life:
         return content
 
     def _use_on(self, state: CrashState, content: bytes) -> None:
-        """Open what is left and go on with it: it reads the same, and stays sound."""
+        """Open what is left and go on with it: it reads the same, and it and its snapshots stay sound."""
         self.verdicts.used_on += 1
         node = state.image
+        kept = {s.name: self._content_of(s.name) for s in oracle.Image(node.snapshot_bytes(), self.base).snapshots}
         keeper = Disk(node)
         with images.open_over(node, self._backing(), writable=True) as disk:
             compare(content, disk.read(0, disk.size), "the driver's reading of the image")
             model = bytearray(content)
-            for _ in range(6):
-                cluster = self.shape.cluster
-                length = min(self.rng.choice((512, cluster, 4 * cluster)), len(model))
-                offset = self.rng.randrange(len(model) - length + 1)
-                data = self.rng.randbytes(length)
-                disk.write(offset, data)
-                model[offset : offset + length] = data
+            self._write_some(disk, model)
+            if self.shape.snapshots:
+                images.snapshot_create(disk, "after")
+                kept["after"] = bytes(model)
+                if len(kept) > 1 and self.rng.random() < 0.5:
+                    gone = self.rng.choice(sorted(kept))
+                    images.snapshot_delete(disk, gone)
+                    del kept[gone]
+                self._write_some(disk, model)
         keeper.close()
         image = oracle.Image(node.snapshot_bytes(), self.base if self.shape.backed else b"")
         assert image.check().corruptions == []
         compare(bytes(model), image.content(), "the image after it was used on")
+        assert {s.name for s in image.snapshots} == set(kept)
+        for snapshot in image.snapshots:
+            compare(
+                kept[snapshot.name], image.content(snapshot), f"snapshot {snapshot.name} after the image was used on"
+            )
+
+    def _content_of(self, name: str) -> bytes:
+        return next(snapshot.content for snapshot in self.snapshots if snapshot.name == name)
+
+    def _write_some(self, disk: Disk, model: bytearray) -> None:
+        for _ in range(4):
+            length = min(self.rng.choice((512, self.shape.cluster, 4 * self.shape.cluster)), len(model))
+            offset = self.rng.randrange(len(model) - length + 1)
+            data = self.rng.randbytes(length)
+            disk.write(offset, data)
+            model[offset : offset + length] = data

@@ -18,15 +18,16 @@ OFFSET = 0x00FFFFFFFFFFFE00
 
 @dataclass(slots=True)
 class Findings:
-    """What is wrong: ``corruptions`` endanger data, ``leaks`` waste space, ``flags`` are COPIED bits that do not fit the reference count.
+    """What is wrong: ``corruptions`` endanger data, ``leaks`` waste space.
 
-    A COPIED bit on what several tables really share is a corruption; one that only disagrees with a count that is too high (or is missing
-    though the count is one) can cost a needless copy, never data.
+    A COPIED bit on what several tables share is a corruption. ``flags`` are bits that are right, but for a count that leaks; ``lost_flags``
+    are missing although the count is one: harmless too, but no repair of leaks brings them back.
     """
 
     corruptions: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
+    lost_flags: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -60,8 +61,10 @@ class Image:
     # -- tables
 
     def words(self, offset: int, count: int) -> tuple[int, ...]:
-        data = self.data[offset : offset + 8 * count].ljust(8 * count, b"\0")
-        return struct.unpack(f">{count}Q", data)
+        """Return the 8-byte entries at *offset*, at most *count*; zeroes at the end are left off."""
+        data = self.data[offset : offset + 8 * count].rstrip(b"\0")
+        count = -(-len(data) // 8)
+        return struct.unpack(f">{count}Q", data.ljust(8 * count, b"\0"))
 
     def _read_snapshots(self) -> list[Snapshot]:
         found, at = [], self.snapshots_offset
@@ -85,13 +88,11 @@ class Image:
             offset = entry & ~0x1FF
             if not offset:
                 continue
-            block = self.data[offset : offset + self.cluster].ljust(self.cluster, b"\0")
-            if not any(block):
-                continue
-            for number in range(per_block):
+            block = self.data[offset : offset + self.cluster].rstrip(b"\0")
+            for number in range(-(-len(block) * 8 // width)):
                 if width >= 8:
                     size = width // 8
-                    count = int.from_bytes(block[number * size : (number + 1) * size], "big")
+                    count = int.from_bytes(block[number * size : (number + 1) * size].ljust(size, b"\0"), "big")
                 else:
                     count = block[number * width // 8] >> (number * width % 8) & ((1 << width) - 1)
                 if count:
@@ -166,12 +167,12 @@ class Image:
             elif count > references:
                 findings.leaks.append(f"cluster {cluster} has count {count} and {references} references")
         for what, cluster, copied in self._flagged:
-            if copied and self._references[cluster] > 1:
-                findings.corruptions.append(f"{what}: COPIED on cluster {cluster}, which is shared")
-            elif copied != (counts.get(cluster, 0) == 1):
-                findings.flags.append(
-                    f"{what}: COPIED is {copied} on cluster {cluster} with count {counts.get(cluster, 0)}"
-                )
+            count, references = counts.get(cluster, 0), self._references[cluster]
+            text = f"{what}: COPIED is {copied} on cluster {cluster} with count {count} and {references} references"
+            if copied and references > 1:
+                findings.corruptions.append(text)
+            elif copied != (count == 1):
+                (findings.flags if count > references else findings.lost_flags).append(text)
         return findings
 
     def _refer(self, what: str, offset: int, length: int, *, whole: bool = True) -> None:

@@ -19,7 +19,7 @@ from cowhand.block.protocols.memory import MemoryNode
 from cowhand.testing import replay
 from tests.qcow2.images import Shape
 from tests.qcow2.life import Life
-from tests.tools.qemu import assert_clean, require_qemu
+from tests.tools.qemu import assert_clean, qemu_img, require_qemu
 
 SCALE = float(os.environ.get("COWHAND_TEST_SCALE", "1"))
 SAMPLES = 200
@@ -98,4 +98,13 @@ def test_qemu_agrees_about_what_a_power_failure_left(shape: Shape, seed: int, tm
     states = [*replay.prefixes(life.log), *replay.sampled(life.log, SAMPLES, seed=seed)]
     for state in random.Random(seed).sample(states, 30):
         path.write_bytes(state.image.snapshot_bytes())
-        assert_clean(path, leaks_allowed=True)
+        busy = any(begin < state.moment <= end for begin, end in life.reflagging)
+        if not busy:
+            assert_clean(path, leaks_allowed=True)
+            continue
+        # In the middle of an operation on snapshots qemu-img also names COPIED bits that lag behind, and puts them right.
+        report = qemu_img("check", "-f", "qcow2", path, check=False)
+        errors = [line for line in (report.stdout + report.stderr).splitlines() if line.startswith("ERROR")]
+        assert all(line.startswith("ERROR OFLAG_COPIED") for line in errors), errors
+        qemu_img("check", "-r", "all", "-f", "qcow2", path)
+        assert_clean(path)

@@ -296,6 +296,8 @@ def go_on(bench: Bench, wanted: Reference, what: str) -> None:
     bench.keeper.close()
     image = bench.look(f"{what}, closed")
     same_but_for_growth(bytes(content), image, wanted, f"{what}, the disk closed")
+    findings = image.check()
+    assert findings.flags + findings.lost_flags == [], what
     check_snapshots(image, wanted, what)
 
 

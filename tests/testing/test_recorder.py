@@ -295,3 +295,31 @@ def test_the_inner_node_may_be_any_node(tmp_path: Path) -> None:
     wrapped.write(1, (b"X",))
     assert wrapped.log.initial.snapshot_bytes() == b"abc"
     assert wrapped.log.changes[0].data == b"X"
+
+
+def test_check_accepts_exactly_what_is_allowed(rng: random.Random) -> None:
+    recorder = RecorderNode(MemoryNode())
+    expected = ExpectedContent(recorder.log, 2 * SECTOR)
+    moments, contents = [], {bytes(SECTOR)}
+    for _ in range(60):
+        data = bytes([rng.randrange(1, 256)]) * SECTOR
+        action = rng.randrange(6)
+        if action == 0:
+            with expected.flushing():
+                pass
+        elif action == 1:
+            with expected.discarding(0, SECTOR):
+                moments.append(recorder.log.now())
+        else:
+            contents.add(data)
+            with expected.writing(0, data, fua=action == 2):
+                moments.append(recorder.log.now())
+        moments.append(recorder.log.now())
+    for moment in moments:
+        allowed = expected.allowed(0, moment)
+        for content in contents:
+            if content in allowed:
+                expected.check(content + bytes(SECTOR), moment)
+            else:
+                with pytest.raises(ContentLost):
+                    expected.check(content + bytes(SECTOR), moment)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cowhand.block.disk import Disk
@@ -41,6 +41,7 @@ def machine_settings(examples: int, steps: int) -> settings:
         stateful_step_count=steps,
         derandomize="COWHAND_TEST_RANDOM" not in os.environ,
         database=None,
+        phases=[phase for phase in Phase if phase is not Phase.explain],
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
@@ -94,7 +95,9 @@ class DiskMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="cowhand-machine-"))
+        # In memory where that is possible: thousands of flushes of a real disk take minutes and prove nothing here.
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="cowhand-machine-", dir=memory))
         self.unit = 65536
         self.disk: Disk | None = None
         self.model = DiskModel(0)

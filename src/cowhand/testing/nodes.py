@@ -175,10 +175,10 @@ class NodeContract:
     def test_native_zeroing_needs_no_fallback(self, disk: Disk, model: DiskModel) -> None:
         if disk.root.capabilities.zeroes is not Zeroing.NATIVE:
             with pytest.raises(NotSupported):
-                disk.write_zeroes(0, 131072, fallback=False)
+                disk.write_zeroes(0, self.size, fallback=False)
         else:
-            disk.write_zeroes(0, 131072, fallback=False)
-            model.write_zeroes(0, 131072)
+            disk.write_zeroes(0, self.size, fallback=False)
+            model.write_zeroes(0, self.size)
         model.compare(disk.read(0, self.size))
 
     def test_discarded_ranges_keep_their_content_or_become_zeroes(self, disk: Disk, model: DiskModel) -> None:

@@ -1,0 +1,96 @@
+"""qcow2 keeps to the contract of formats, at its extremes of version, cluster size and reference count width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowhand.block import graph
+from cowhand.block.create import create
+from cowhand.block.disk import Disk
+from cowhand.block.node import BlockNode
+from cowhand.block.opening import Opening
+from cowhand.drivers import REGISTRY
+from cowhand.testing.formats import FormatContract
+from tests.qcow2 import oracle
+
+
+class Qcow2Contract(FormatContract):
+    """An image in a file; the tests' own reader reads and checks it."""
+
+    options: dict[str, str] = {}
+
+    def make_node(self, folder: Path, content: bytes, writable: bool = True) -> BlockNode:
+        create(folder / "disk.qcow2", "qcow2", len(content), self.options)
+        node = self.open_again(folder)
+        with Disk(node, writable=True) as disk:
+            disk.write(0, content)
+        return self.open_again(folder, writable)
+
+    def make_overlay(self, folder: Path, backing: BlockNode, size: int) -> BlockNode:
+        create(folder / "disk.qcow2", "qcow2", size, self.options)
+        self.backing = bytearray(backing.size)
+        backing.read_into(0, self.backing)
+        return self.open_again(folder, backing=backing)
+
+    def open_again(self, folder: Path, writable: bool = True, backing: BlockNode | None = None) -> BlockNode:
+        description: dict[str, Any] = {
+            "driver": "qcow2",
+            "file": {"driver": "file", "filename": str(folder / "disk.qcow2")},
+        }
+        return Opening(REGISTRY).open({**description, "backing": backing, "read-only": not writable})
+
+    def raw_content(self, folder: Path, node: BlockNode) -> bytes:
+        return oracle.Image((folder / "disk.qcow2").read_bytes()).content()
+
+    def check_image(self, folder: Path) -> None:
+        findings = oracle.Image((folder / "disk.qcow2").read_bytes()).check()
+        assert findings.corruptions + findings.flags + findings.lost_flags == []
+
+
+class TestDefault(Qcow2Contract):
+    """64 KiB clusters, version 3."""
+
+
+class TestTinyClusters(Qcow2Contract):
+    """Clusters of one sector: every table grows and moves."""
+
+    options = {"cluster_size": "512"}
+
+
+class TestHugeClusters(Qcow2Contract):
+    """2 MiB: the whole disk is one cluster."""
+
+    options = {"cluster_size": "2M"}
+
+
+class TestOldVersion(Qcow2Contract):
+    """Version 2 has no zero clusters."""
+
+    options = {"compat": "0.10", "cluster_size": "4k"}
+
+
+class TestNarrowCounts(Qcow2Contract):
+    """Counts of one bit."""
+
+    options = {"refcount_bits": "1", "cluster_size": "1k"}
+
+
+class TestWideCounts(Qcow2Contract):
+    """Counts of 64 bits: a block of them is soon full."""
+
+    options = {"refcount_bits": "64", "cluster_size": "512"}
+
+
+@pytest.mark.parametrize("options", [{}, {"cluster_size": "512"}, {"compat": "0.10"}], ids=str)
+def test_an_image_that_nobody_writes_is_not_touched(options: dict[str, str], tmp_path: Path) -> None:
+    contract = Qcow2Contract()
+    contract.options = options
+    graph.close_node(contract.make_node(tmp_path, contract.content()))
+    before = (tmp_path / "disk.qcow2").read_bytes()
+    with Disk(contract.open_again(tmp_path), writable=True) as disk:
+        disk.flush()
+        disk.discard(0, 0)
+    assert (tmp_path / "disk.qcow2").read_bytes() == before
