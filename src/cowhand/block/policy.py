@@ -7,7 +7,7 @@ An image's header may name other files: a backing file, an external data file, e
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from cowhand.core.errors import PolicyRefused
 
@@ -15,9 +15,8 @@ from cowhand.core.errors import PolicyRefused
 MAX_DEPTH = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Rules for implicit opening. Immutable; narrow it with ``dataclasses.replace``.
+class Policy(NamedTuple):
+    """Rules for implicit opening. Immutable; narrow it with ``_replace``.
 
     ``implicit``: whether anything at all is opened on an image's word. ``drivers``: the protocol and format drivers allowed then, None for all.
     ``directories``: where such files may lie (after links are followed), None for anywhere. ``json_names``: whether an image may carry a
@@ -63,7 +62,7 @@ class Policy:
 
     def within(self, *directories: str) -> Policy:
         """Return this policy with implicit files limited to *directories*."""
-        return replace(self, directories=directories)
+        return self._replace(directories=directories)
 
 
 #: As safe as users of qemu-img can bear: everything that QEMU follows is followed.

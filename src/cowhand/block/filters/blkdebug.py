@@ -10,7 +10,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block import graph
@@ -45,7 +44,6 @@ _PERMISSIONS = {
 _INT_MAX = (1 << 31) - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BlkDebugOptions(NodeOptions):
     """Options that have one value; rules and permissions are lists and are read by the driver."""
 

@@ -7,7 +7,6 @@ sector another format's header is refused, as in QEMU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.createoptions import FILE_OPTIONS, CreateOption
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from cowhand.block.opening import Opening
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RawOptions(NodeOptions):
     """Options of a raw image (QEMU ``qapi/block-core.json``, BlockdevOptionsRaw)."""
 

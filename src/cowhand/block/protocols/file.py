@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.node import ALL_PERMISSIONS, Capabilities, Limits, Run, Zeroing
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FileOptions(NodeOptions):
     """Options of "file" and "host_device"."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.node import BlockNode, Capabilities, Limits, Zeroing
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 PAGE = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryOptions(NodeOptions):
     """What the memory driver takes."""
 

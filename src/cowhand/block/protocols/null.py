@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.node import READ, BlockNode, Capabilities, Request, Zeroing
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = 1 << 30  #: QEMU's
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NullOptions(NodeOptions):
     """Options of both drivers."""
 
