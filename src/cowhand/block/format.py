@@ -101,6 +101,8 @@ class FormatNode(BlockNode):
         self.poison: CowhandError | None = None
         self._reserved: list[Reservation] = []
         self._writing = False
+        #: During ``reserve``: the same request has written what lies before.
+        self.continues = False
         self._detects_zeroes = options.detect_zeroes != "off"
         #: Something was, or may have been, written since the last flush began. Set after the bytes are down, so that none escapes a flush.
         self.changed = False
@@ -219,12 +221,7 @@ class FormatNode(BlockNode):
     def check_writable(self) -> None:
         """Raise unless changes may be made; the first call prepares the image for them."""
         if self.poison is not None:
-            raise Poisoned(
-                f"'{self.filename}' failed before and is not written any more: {self.poison.message}",
-                path=self.filename,
-                errno=self.poison.errno,
-                hint="Close it and open it again; check it first.",
-            )
+            raise self._poisoned()
         if not self._writing:
             if not self.writable:
                 raise ReadOnly(f"'{self.filename}' is open for reading only", path=self.filename)
@@ -232,6 +229,13 @@ class FormatNode(BlockNode):
                 if not self._writing:
                     self.begin_writing()
                     self._writing = True
+
+    def _poisoned(self) -> Poisoned:
+        assert self.poison is not None
+        return Poisoned(
+            f"'{self.filename}' failed before and is not written any more: {self.poison.message}",
+            qemu=self.poison.qemu_message, path=self.filename, errno=self.poison.errno, hint="Close it and open it again; check it first.",
+        )  # fmt: skip
 
     @property
     def may_write_directly(self) -> bool:
@@ -282,7 +286,7 @@ class FormatNode(BlockNode):
                 child.write(host, _slice(views, skip, count))
                 self.changed = True
                 return count
-            reservation = self.claim(offset, length, Kind.DATA)
+            reservation = self.claim(offset, length, Kind.DATA, continues=skip > 0)
             if reservation is not None:
                 break
         count = min(length, reservation.offset + reservation.length - offset)
@@ -351,9 +355,10 @@ class FormatNode(BlockNode):
 
     # -- the in-flight table
 
-    def claim(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
+    def claim(self, offset: int, length: int, kind: Kind, nbytes: int = 0, *, continues: bool = False) -> Reservation | None:
         """Reserve the beginning of ``[offset, offset + length)`` once nobody else owns a unit of it; None: write in place.
 
+        *continues*: the same request has written what lies before it, so that new space is best taken right behind.
         The reservation ends with :meth:`finish` or :meth:`give_up`. The copy engine calls this too, and puts the bytes itself.
         """
         unit = self.allocation_unit
@@ -364,9 +369,10 @@ class FormatNode(BlockNode):
             waiter = None
             with self.lock:
                 if self.poison is not None:
-                    raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename)
+                    raise self._poisoned()
                 other, limit = self._owner_of(begin, end)
                 if other is None:
+                    self.continues = continues
                     try:
                         reservation = self.reserve(offset, min(length, limit - offset), kind, nbytes)
                     except Unprepared as signal:
@@ -404,6 +410,9 @@ class FormatNode(BlockNode):
         with self.lock:
             self.changed = True
             try:
+                if self.poison is not None:
+                    # Found while the bytes were on their way: what was reserved may be somebody else's.
+                    raise self._poisoned()
                 self.link(reservation)
             except CowhandError:
                 self.abandon(reservation)
@@ -533,6 +542,8 @@ class FormatNode(BlockNode):
         whole = -(-end // unit) * unit if end == self.size else end - end % unit
         if begin < whole:
             self.change(begin, whole - begin, Kind.DISCARD)
+        if (offset < begin or whole < end) and self.poison is not None:
+            raise self._poisoned()  # the rest changes nothing, but is a request like any other
 
     def write_compressed(self, offset: int, payload: Buffer) -> None:
         """Store *payload*, the encoded form of the one allocation unit at *offset*. Raises NotSupported where the unit holds data already."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.cache import Table
 from cowhand.block.format import Kind, Reservation, Unprepared
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.core.errors import NotSupported
+from cowhand.core.errors import CowhandError, NotSupported
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -94,7 +94,7 @@ def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> N
             node.mark_corrupt(f"Cannot free unaligned cluster {offset:#x}", offset=offset, fatal=False)
             continue
         cluster = offset >> bits
-        if cluster in metadata.clusters:
+        if cluster in metadata.clusters and not _counted_apart(node, cluster):
             _keep_metadata(node, offset)
             continue
         if count and cluster == begin + count:
@@ -105,6 +105,14 @@ def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> N
         begin, count = cluster, 1
     if count:
         allocator.free(begin, count, discard=discard)
+
+
+def _counted_apart(node: Qcow2Node, cluster: int) -> bool:
+    """Tell whether metadata's count includes the guest's reference to it, so that the one can go without the other (after a repair)."""
+    try:
+        return node.refcounts.get(cluster) > node.allocator.waiting(cluster) + 1
+    except CowhandError:
+        return False
 
 
 def _keep_metadata(node: Qcow2Node, offset: int) -> None:
@@ -130,7 +138,7 @@ def writable_table(node: Qcow2Node, index: int) -> Table:
         assert table is not None
         return table
     old = mapping.table(index)
-    cluster = node.allocator.take(1)
+    cluster = node.allocator.take(1, "L2 table")
     host = cluster << mapping.cluster_bits
     node.fire("l2_alloc_write")
     data = bytearray(old.data) if old is not None else bytearray(mapping.cluster_size)
@@ -187,7 +195,9 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
         return _reserve_new(node, table, first, count, begin)
     host = entry & L.L2_OFFSET_MASK
     if host & (size - 1):
-        raise mapping.bad_entry(entry, table, first * 8)
+        kind = "Preallocated zero" if action else "Data"
+        text = f"{kind} cluster offset {host:#x} unaligned (guest offset: {L.c_hex(offset)})"
+        raise node.mark_corrupt(text, offset=table.host + first * 8)
     run = 1
     while run < count and L.U64.unpack_from(data, (first + run) * 8)[0] == entry + run * size:
         run += 1
@@ -203,7 +213,16 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
 
 def _reserve_new(node: Qcow2Node, table: Table, first: int, count: int, begin: int) -> Reservation:
     size, bits = node.mapping.cluster_size, node.mapping.cluster_bits
-    cluster = node.allocator.take(count)
+    cluster = 0
+    if node.continues and first:
+        before = L.U64.unpack_from(table.data, first * 8 - 8)[0]
+        if not before & (L.ENTRY_COMPRESSED | (size - 1) & L.L2_OFFSET_MASK) and before & L.L2_OFFSET_MASK:
+            following = ((before & L.L2_OFFSET_MASK) >> bits) + 1
+            have = node.allocator.take_at(following, count)
+            if have:
+                cluster, count = following, have
+    if not cluster:
+        cluster = node.allocator.take(count)
     host = cluster << bits
     fresh = node.allocator.fresh
     entries = array("Q", range(host | L.COPIED, (host | L.COPIED) + count * size, size))

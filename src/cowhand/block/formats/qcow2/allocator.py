@@ -56,8 +56,8 @@ class Allocator:
         self.high_water = max(self.high_water, end)
         return fresh
 
-    def take(self, count: int) -> int:
-        """Return the first of *count* adjoining clusters, counted.
+    def take(self, count: int, what: str | None = None) -> int:
+        """Return the first of *count* adjoining clusters, counted; *what* they are for, where the first cluster of all is refused by a name.
 
         Raises :class:`cowhand.block.format.Unprepared` when a refcount block must be made first (with the write-back lock), NoSpace, and
         ImageCorrupt when what counts as free is metadata.
@@ -66,9 +66,11 @@ class Allocator:
         self.node.fire("cluster_alloc")
         while True:
             first = refcounts.find_free(refcounts.free_index, count)
-            self.node.check_overlap(first * self.cluster_size, count * self.cluster_size)
             refcounts.free_index = first + count
             try:
+                refcounts.need_blocks(first, count)
+                self._refuse_first(first, what)
+                self.node.check_overlap(first * self.cluster_size, count * self.cluster_size)
                 refcounts.change(first, count, 1)
             except MissingBlock as missing:
                 self._prepare(missing.cluster, first)
@@ -78,6 +80,27 @@ class Allocator:
                 raise
             self.fresh = self.use(first, count)
             return first
+
+    def take_at(self, first: int, count: int) -> int:
+        """Take those of *count* clusters from *first* on that lie before the first in use; return how many."""
+        refcounts = self.refcounts
+        have = refcounts.free_run(first, count)
+        if not have:
+            return 0
+        try:
+            refcounts.need_blocks(first, have)
+            self.node.check_overlap(first * self.cluster_size, have * self.cluster_size)
+            refcounts.change(first, have, 1)
+        except MissingBlock as missing:
+            self._prepare(missing.cluster, refcounts.free_index)
+            return self.take_at(first, count)
+        self.fresh = self.use(first, have)
+        return have
+
+    def _refuse_first(self, cluster: int, what: str | None) -> None:
+        """Raise ImageCorrupt when damaged counts call the header's cluster free."""
+        if not cluster and what is not None:
+            raise self.node.mark_corrupt(f"Preventing invalid allocation of {what} at offset 0", offset=0)
 
     def _prepare(self, cluster: int, first: int) -> None:
         """Have the block made that counts *cluster*, which a run from *first* on needs; it is put behind that run."""
@@ -117,6 +140,7 @@ class Allocator:
         room = size - offset % size if offset else 0
         if room < nbytes:
             fresh = refcounts.find_free(refcounts.free_index, 1)
+            self._refuse_first(fresh, "compressed cluster")
             if not offset or -(-offset // size) != fresh:
                 offset = fresh * size
             self.node.check_overlap(fresh * size, size)
@@ -135,10 +159,20 @@ class Allocator:
     # -- giving back
 
     def free(self, cluster: int, count: int, *, discard: bool = False) -> None:
-        """Put clusters that just lost a reference in memory into quarantine."""
+        """Put clusters that just lost a reference in memory into quarantine; on a damaged image they leak."""
+        try:
+            self.refcounts.get(cluster)
+        except CowhandError as error:
+            diagnostics.report(f"qcow2_free_clusters failed: {error.qemu()}")
+            return
         self._unflushed.append(Freed(cluster, count, discard))
         self.held += count * self.cluster_size
         self.unflushed_bytes += count * self.cluster_size
+
+    def waiting(self, cluster: int) -> int:
+        """Return how many references to *cluster* are in quarantine."""
+        parts = [*self._unflushed, *(part for _, freed in self._stamped for part in freed)]
+        return sum(part.cluster <= cluster < part.cluster + part.clusters for part in parts)
 
     def collect(self) -> list[Freed]:
         """Return what was freed before the flush that begins now."""

@@ -20,8 +20,8 @@ from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zer
 from cowhand.block.options import NodeOptions, option
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
-from cowhand.core.extents import ENCODED
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, Poisoned, UnsupportedFeature
+from cowhand.core.extents import ENCODED
 from cowhand.core.locks import RANK_OPERATION, ranked_lock
 
 if TYPE_CHECKING:
