@@ -92,12 +92,15 @@ class Creation:
             self.write(file.temporary, fresh=True)
             file.appear()
 
-    def write(self, path: str, *, fresh: bool) -> None:
-        """Make the image at *path*, which need not be its final name; with *fresh* the file must not exist, and is removed on an error."""
+    def write(self, path: str, *, fresh: bool, durable: bool = True) -> None:
+        """Make the image at *path*, which need not be its final name; with *fresh* the file must not exist, and is removed on an error.
+
+        Without *durable* nothing waits for the medium.
+        """
         made = fresh or not os.path.lexists(path)
         self._make_file(path, exclusive=fresh)
         try:
-            self._format_file(path)
+            self._format_file(path, durable)
         except BaseException:
             if made and local_path(path) is not None:
                 os.unlink(path)
@@ -112,12 +115,18 @@ class Creation:
             settings["exclusive"] = exclusive
         cls.create(path, 0, **settings)
 
-    def _format_file(self, path: str) -> None:
+    def _format_file(self, path: str, durable: bool) -> None:
         from cowhand.block import graph
         from cowhand.block.opening import Opening
 
         node = Opening(self._registry, backing=False).open(
-            {"driver": self.protocol.name, "filename": path, "read-only": False, "discard": "unmap"}
+            {
+                "driver": self.protocol.name,
+                "filename": path,
+                "read-only": False,
+                "discard": "unmap",
+                "cache.no-flush": not durable,
+            }
         )
         try:
             creator = cast("type[Creator]", self.format.load())

@@ -76,7 +76,7 @@ def create_target(
 
     file = NewFile(path)
     try:
-        creation.write(file.temporary, fresh=True)
+        creation.write(file.temporary, fresh=True, durable=cache != "unsafe")
         disk = _open(file.temporary, creation.format.name, cache, policy, discard)
     except BaseException as error:
         if isinstance(error, CowhandError):
