@@ -6,12 +6,14 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from cowhand.block.disk import Disk
 from cowhand.block.node import WRITE_REQUEST, BlockNode, Request
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.testing.expected import ContentLost, ExpectedContent
+from cowhand.testing.expected import SECTOR, ContentLost, ExpectedContent
 from cowhand.testing.model import compare
+from cowhand.testing.nodes import in_threads
 from cowhand.testing.recorder import RecorderNode
 from cowhand.testing.replay import CrashState
 from tests.qcow2 import images, oracle
@@ -95,6 +97,34 @@ class Life:
         for _ in range(steps):
             self.rng.choice(verbs)()
         self.finish()
+
+    def run_threads(self, threads: int, steps: int) -> None:
+        """Let several threads write, zero, discard and flush, each in its own part of the disk, and close the image."""
+        share = self.size // threads // SECTOR * SECTOR
+        # Parts do not end on clusters, so that neighbours meet in one.
+        in_threads(
+            [partial(self._live_in, n * share, share, steps, random.Random(self.rng.random())) for n in range(threads)]
+        )
+        self.finish()
+
+    def _live_in(self, begin: int, share: int, steps: int, rng: random.Random) -> None:
+        for _ in range(steps):
+            length = min(share, rng.choice((SECTOR, self.shape.cluster, 3 * self.shape.cluster)))
+            offset = begin + rng.randrange((share - length) // SECTOR + 1) * SECTOR
+            action = rng.randrange(10)
+            if action < 6:
+                data = rng.randbytes(length)
+                with self.expected.writing(offset, data):
+                    self.disk.write(offset, data)
+            elif action == 6:
+                with self.expected.zeroing(offset, length):
+                    self.disk.write_zeroes(offset, length, unmap=rng.random() < 0.5)
+            elif action == 7:
+                with self.expected.discarding(offset, length):
+                    self.disk.discard(offset, length)
+            else:
+                with self.expected.flushing():
+                    self.disk.flush()
 
     def finish(self) -> None:
         """Close everything; what is left is the log."""

@@ -80,6 +80,15 @@ def test_a_power_failure_while_the_refcount_table_grows(seed: int) -> None:
     replay.replay(replay.sampled(life.log, SAMPLES // 4, seed=seed), life.judge)
 
 
+@pytest.mark.parametrize("seed", range(max(1, int(3 * SCALE))))
+@pytest.mark.parametrize("shape", [Shape(backed=True), Shape(cluster=4096, size=256 << 10), Shape(version=2)], ids=str)
+def test_a_power_failure_under_writing_threads(shape: Shape, seed: int) -> None:
+    """What is under way in other threads when one of them flushes may be there or not; what was acknowledged before is."""
+    life = Life(shape, random.Random(f"threads {shape} {seed}"), sector=512)
+    life.run_threads(4, steps=20)
+    assert replay.replay(replay.crash_states(life.log, samples=SAMPLES, seed=seed), life.judge) > SAMPLES
+
+
 def table_offset(image: MemoryNode) -> int:
     """Return where the header says that the refcount table lies."""
     field = bytearray(8)
