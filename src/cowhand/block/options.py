@@ -72,7 +72,7 @@ class Declared:
         return tuple(getattr(self, declaration.field) for declaration in self.declared_options.values())
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and isinstance(other, Declared) and other._values() == self._values()
+        return isinstance(other, Declared) and type(other) is type(self) and other._values() == self._values()
 
     def __hash__(self) -> int:
         return hash((type(self), self._values()))

@@ -22,6 +22,7 @@ class CowhandError(Exception):
     exit_code = 1
     qmp_class = "GenericError"
     default_errno = _errno.EINVAL
+    errno: int | None  #: never None here; the type is that of OSError, which some subclasses are too
 
     def __init__(
         self,
@@ -43,6 +44,11 @@ class CowhandError(Exception):
         self.offset = offset
         self.facts: dict[str, Any] = facts
         self.frames: list[tuple[str | None, str | None]] = []
+
+    @property
+    def number(self) -> int:
+        """The errno, which is never missing here."""
+        return self.errno if self.errno is not None else self.default_errno
 
     def within(self, where: str | None = None, *, qemu: str | None = None) -> CowhandError:
         """Add one frame of context around the error and return it: *where* for people, *qemu* for QEMU's rendering."""

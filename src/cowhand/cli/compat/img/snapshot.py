@@ -68,7 +68,7 @@ def _create(disk: Disk, name: str) -> None:
             create_snapshot(disk, name, icount=0)
             return
     except CowhandError as error:
-        number = error.errno
+        number = error.number
     raise Failure(f"Could not create snapshot '{name}': -{number} ({os.strerror(number)})")
 
 

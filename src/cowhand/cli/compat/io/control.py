@@ -151,7 +151,7 @@ def break_command(session: Session, words: Sequence[str]) -> bool:
     try:
         _debug_node(session, what).breakpoint(words[1], words[2])
     except CowhandError as error:
-        raise Complaint(f"{what}: {os.strerror(error.errno)}") from error
+        raise Complaint(f"{what}: {os.strerror(error.number)}") from error
     return True
 
 
@@ -161,7 +161,7 @@ def remove_break(session: Session, words: Sequence[str]) -> bool:
     try:
         _debug_node(session, what).remove_breakpoint(words[1])
     except CowhandError as error:
-        raise Complaint(f"{what}: {os.strerror(error.errno)}") from error
+        raise Complaint(f"{what}: {os.strerror(error.number)}") from error
     return True
 
 
@@ -171,7 +171,7 @@ def resume(session: Session, words: Sequence[str]) -> bool:
     try:
         _debug_node(session, what).resume(words[1])
     except CowhandError as error:
-        raise Complaint(f"{what}: {os.strerror(error.errno)}") from error
+        raise Complaint(f"{what}: {os.strerror(error.number)}") from error
     return True
 
 

@@ -63,7 +63,7 @@ def verify(data: bytes | bytearray | memoryview, byte: int, offset: int) -> bool
 
 def number_of(error: CowhandError) -> int:
     """Return the errno that QEMU reports for *error*: a request beyond the end is an input/output error there."""
-    return errno.EIO if isinstance(error, OutOfRange) else error.errno
+    return errno.EIO if isinstance(error, OutOfRange) else error.number
 
 
 def failed(what: str, error: CowhandError) -> Complaint:
