@@ -57,14 +57,15 @@ class Kind(IntEnum):
 class Reservation:
     """Allocation units ``[offset, offset + length)`` on their way to a new state; made by a driver's ``reserve``.
 
-    ``child`` and ``host`` say where the bytes go (kinds DATA and COMPRESSED); ``fresh`` that the new place reads as zeroes by itself.
+    ``child`` and ``host`` say where the bytes go (kinds DATA and COMPRESSED); ``fresh`` that the new place reads as zeroes by itself, ``blank`` that the
+    old content is known to read as zeroes (False: not known).
     ``state`` is the driver's own.
     """
 
-    __slots__ = ("child", "fresh", "host", "kind", "length", "offset", "state", "waiters")
+    __slots__ = ("blank", "child", "fresh", "host", "kind", "length", "offset", "state", "waiters")
 
     def __init__(
-        self, offset: int, length: int, kind: Kind, child: Child | None = None, host: int = NO_HOST, *, fresh: bool = False, state: Any = None
+        self, offset: int, length: int, kind: Kind, child: Child | None = None, host: int = NO_HOST, *, fresh: bool = False, blank: bool = False, state: Any = None
     ) -> None:
         self.offset = offset
         self.length = length
@@ -72,6 +73,7 @@ class Reservation:
         self.child = child
         self.host = host
         self.fresh = fresh
+        self.blank = blank
         self.state = state
         self.waiters: list[Any] = []
 
@@ -333,7 +335,7 @@ class FormatNode(BlockNode):
         """Return what is to be copied to ``[offset, offset + length)`` of new units; nothing where both old and new read as zeroes."""
         if length <= 0:
             return []
-        if self._known_zero(offset, length):
+        if reservation.blank or self._known_zero(offset, length):
             if reservation.fresh:
                 return []
             return [ZEROES[: min(ZEROES_SIZE, length - at)] for at in range(0, length, ZEROES_SIZE)]

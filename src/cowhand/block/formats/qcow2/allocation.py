@@ -185,6 +185,8 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
     entry = L.U64.unpack_from(data, first * 8)[0]
     action = _action(entry)
     begin = (offset >> bits) << bits
+    if count == 1 and not entry:
+        return _reserve_new(node, table, first, 1, begin, blank=node.backing is None)
     if action == 2:
         piece = bytes(data[first * 8 : (first + count) * 8])
         if piece.count(0) != len(piece):
@@ -211,7 +213,9 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
     return Reservation(begin, run << bits, Kind.DATA, node.data_child, host, state=change)
 
 
-def _reserve_new(node: Qcow2Node, table: Table, first: int, count: int, begin: int) -> Reservation:
+def _reserve_new(
+    node: Qcow2Node, table: Table, first: int, count: int, begin: int, *, blank: bool = False
+) -> Reservation:
     size, bits = node.mapping.cluster_size, node.mapping.cluster_bits
     cluster = 0
     if node.continues and first:
@@ -228,7 +232,7 @@ def _reserve_new(node: Qcow2Node, table: Table, first: int, count: int, begin: i
     entries = array("Q", range(host | L.COPIED, (host | L.COPIED) + count * size, size))
     entries.byteswap()
     change = EntryChange(table, first, entries.tobytes(), taken=cluster, taken_count=count)
-    return Reservation(begin, count << bits, Kind.DATA, node.data_child, host, fresh=fresh, state=change)
+    return Reservation(begin, count << bits, Kind.DATA, node.data_child, host, fresh=fresh, blank=blank, state=change)
 
 
 def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservation | None:

@@ -134,12 +134,13 @@ class Refcounts:
             index, at = divmod(position, self.per_block)
             step = min(left, self.per_block - at)
             self.node.fire("refblock_alloc")
-            if not self.block_offset(index):
+            block = self.cache.tables.get(index)
+            if block is None and not self.block_offset(index):
                 if delta > 0:
                     raise MissingBlock(position)
                 raise ImageCorrupt(f"cluster {position} has no reference count to take away", path=self.node.filename)
             self.node.fire("refblock_load")
-            block = self.block(index)
+            block = block or self.block(index)
             assert block is not None
             parts.append((block, at, step, self._new_values(block, at, step, delta, position)))
             position += step
