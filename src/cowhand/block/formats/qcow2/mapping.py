@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 #: Bytes of L2 tables kept in memory, as QEMU's default: at 64 KiB clusters this covers 256 GiB.
 CACHE_LIMIT = 32 << 20
 
+#: L2 tables that are read for one batch: a batch takes its time for them, and tells of less than was asked.
+_TABLES_IN_BATCH = 4096
+#: L1 entries that are compared at once.
+_L1_STRETCH = 1 << 13
+
 _NORMAL = DATA | ALLOCATED | OFFSET
 _COMPRESSED = DATA | ALLOCATED | COMPRESSED
 #: An entry that cannot be followed: who reads it is told so by ``decode``, and who writes by ``reserve``, in other words.
@@ -209,22 +214,64 @@ class Mapping:
         end = offset + length
         node = self.node
         recurse = RECURSE if node.metadata_preallocated else 0
-        while offset < end and len(out) < MAX_ROWS:
+        length_of_file = node.file.node.size
+        tables = 0
+        alike: tuple[int, int] | None = None  #: (L1 entry, flags) of a table whose entries are all alike, and name no place
+        while offset < end and len(out) < MAX_ROWS and tables < _TABLES_IN_BATCH:
             index = offset >> self.table_shift
+            entry = self.l1_entry(index)
+            host = entry & L.L1_OFFSET_MASK
+            if index not in self.tables and (not host or (host >= length_of_file and not host & self._within)):
+                # There is no table, or it lies beyond the end of the file, where all is zero.
+                stop = self._skip_l1(index, end, entry) if host else self.skip_missing(index, end)
+                out.add(offset, stop - offset, 0)
+                offset = stop
+                tables += bool(host)
+                continue
+            if alike is not None and alike[0] == entry:
+                # Millions of L1 entries may name one table: what is all alike is told at once.
+                stop = self._skip_l1(index, end, entry)
+                out.add(offset, stop - offset, alike[1], node=node if alike[1] else None)
+                offset = stop
+                continue
             stop = min(end, (index + 1) << self.table_shift)
             table = self.find(index)
             if table is None:
-                stop = self.skip_missing(index, end)
-                out.add(offset, stop - offset, 0)
-                offset = stop
-                continue
+                continue  # it was taken away meanwhile
+            tables += 1
             # A copy of the part that is asked for, so that the rows of one table are of one moment.
             first = offset >> self.cluster_bits & (self.entries - 1)
             last = ((stop - 1) >> self.cluster_bits & (self.entries - 1)) + 1
             entries = array("Q", bytes(table.data[first * 8 : last * 8]))
             entries.byteswap()
+            alike = self._alike(entries, entry)
             offset = self._rows(out, entries, table, first, offset, stop, recurse)
         return out
+
+    def _alike(self, entries: array[int], l1_entry: int) -> tuple[int, int] | None:
+        """Return (*l1_entry*, flags) when the whole table *entries* is unallocated, plain zeroes, or compressed."""
+        first = entries[0]
+        if len(entries) != self.entries or (first & L.L2_OFFSET_MASK and not first & L.ENTRY_COMPRESSED):
+            return None
+        if entries.count(first) != len(entries):
+            return None
+        return l1_entry, _COMPRESSED if first & L.ENTRY_COMPRESSED else _ZERO_PLAIN if first & L.ENTRY_ZERO else 0
+
+    def _skip_l1(self, index: int, end: int, entry: int) -> int:
+        """Return where the run of L1 entries that equal *entry* ends, or *end*."""
+        limit = min(len(self.l1.data) // 8, -(-end >> self.table_shift))
+        pattern = L.U64.pack(entry)
+        step = 1
+        while index < limit:
+            piece = self.l1.data[index * 8 : (index + step) * 8]
+            if piece != pattern * (len(piece) // 8):
+                if step == 1:
+                    break
+                step = 1
+                continue
+            index += len(piece) // 8
+            step = min(step * 4, _L1_STRETCH)
+        return min(end, index << self.table_shift)
 
     def skip_missing(self, index: int, end: int) -> int:
         """Return where the next L2 table begins, or *end*."""
@@ -232,7 +279,9 @@ class Mapping:
         tables = self.l1.data
         index += 1
         while index < limit and not _unpack(tables, index * 8)[0] & L.L1_OFFSET_MASK:
-            index += 1
+            piece = tables[index * 8 : (index + _L1_STRETCH) * 8]
+            empty = len(piece) - len(piece.lstrip(b"\0"))
+            index += max(1, empty // 8)
         return min(end, index << self.table_shift) if index < limit else end
 
     def _rows(

@@ -10,7 +10,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.core.errors import CowhandError, UnsupportedFeature
@@ -55,6 +55,11 @@ class ManyClusters:
         for cluster in self._ordered:
             if cluster not in self._removed:
                 yield cluster
+
+    @property
+    def ordered(self) -> array[int] | None:
+        """All of them as one array, where nothing was changed."""
+        return self._ordered if not self._added and not self._removed else None
 
     def update(self, clusters: Clusters) -> None:
         for cluster in clusters:
@@ -122,10 +127,20 @@ def _united(one: Pool, other: Clusters) -> Pool:
     if isinstance(one, set) and len(one) + len(other) <= _SET_LIMIT:
         one.update(other)
         return one
+    if not one and isinstance(other, ManyClusters):
+        return other
     import numpy
 
-    arrays = [numpy.fromiter(part, "u8", len(part)) for part in (one, other)]
-    return ManyClusters(array("Q", numpy.union1d(*arrays).tobytes()))
+    return ManyClusters(array("Q", numpy.union1d(_column(one), _column(other)).tobytes()))
+
+
+def _column(clusters: Clusters) -> Any:
+    """Return *clusters* as a numpy array."""
+    import numpy
+
+    if isinstance(clusters, ManyClusters) and clusters.ordered is not None:
+        return numpy.frombuffer(clusters.ordered, "u8")
+    return numpy.fromiter(clusters, "u8", len(clusters))
 
 
 def _common(one: Clusters, other: Clusters) -> int | None:
