@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat.images import cache_mode, open_image
-from cowhand.cli.compat.img.common import Command, ProgressLine
+from cowhand.cli.compat.img.command import Command, ProgressLine
 from cowhand.cli.compat.optionstrings import CreateOptions, help_lines
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError

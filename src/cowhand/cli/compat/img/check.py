@@ -9,7 +9,7 @@ from cowhand.block.options import CACHE_MODES
 from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image, output_format
 from cowhand.cli.compat.images import cache_mode, describe
-from cowhand.cli.compat.img.common import Command, failing_as
+from cowhand.cli.compat.img.command import Command, failing_as
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError, NotSupported
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cowhand.block.options import nest
 from cowhand.cli.compat.images import cache_mode, describe, open_image, warn_of_guess
-from cowhand.cli.compat.img.common import Command, ProgressLine
+from cowhand.cli.compat.img.command import Command, ProgressLine
 from cowhand.cli.compat.program import UsageFailure
 from cowhand.cli.compat.sizes import size_argument
 

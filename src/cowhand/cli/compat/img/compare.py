@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cowhand.cli.compat.images import cache_mode, open_image
-from cowhand.cli.compat.img.common import Command, ProgressLine
+from cowhand.cli.compat.img.command import Command, ProgressLine
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat import program
 from cowhand.cli.compat.images import cache_mode, open_image
-from cowhand.cli.compat.img.common import Command, ProgressLine
+from cowhand.cli.compat.img.command import Command, ProgressLine
 from cowhand.cli.compat.img.snapshotnames import Wanted
 from cowhand.cli.compat.optionstrings import CreateOptions, known_options, print_help
 from cowhand.cli.compat.program import Failure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-from cowhand.cli.compat.img.common import Command, failing_as
+from cowhand.cli.compat.img.command import Command, failing_as
 from cowhand.cli.compat.optionstrings import CreateOptions, known_options, print_help
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import size_argument

@@ -7,7 +7,7 @@ from typing import Any
 
 from cowhand.cli.compat.arguments import one_image, output_format
 from cowhand.cli.compat.images import open_image
-from cowhand.cli.compat.img.common import Command
+from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.records import as_text, image_info
 from cowhand.cli.compat.program import Failure
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cowhand.cli.compat.arguments import one_image, output_format
 from cowhand.cli.compat.images import open_image
-from cowhand.cli.compat.img.common import Command
+from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import size_argument

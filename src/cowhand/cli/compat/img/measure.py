@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import output_format
 from cowhand.cli.compat.images import open_image
-from cowhand.cli.compat.img.common import Command
+from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.snapshotnames import Wanted
 from cowhand.cli.compat.optionstrings import CreateOptions, known_options
 from cowhand.cli.compat.program import Failure

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cowhand.block.options import CACHE_MODES
 from cowhand.cli.compat.images import open_image
-from cowhand.cli.compat.img.common import Command, failing_as
+from cowhand.cli.compat.img.command import Command, failing_as
 from cowhand.cli.compat.program import Failure, UsageFailure
 
 

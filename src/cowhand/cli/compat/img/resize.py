@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cowhand.cli.compat import program
 from cowhand.cli.compat.images import open_image
-from cowhand.cli.compat.img.common import Command
+from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import MAX_SIZE, size_option
 

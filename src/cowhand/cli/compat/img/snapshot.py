@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image
 from cowhand.cli.compat.images import open_image
-from cowhand.cli.compat.img.common import Command
+from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.records import snapshot_info, snapshot_table
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError, SnapshotNotFound
@@ -83,7 +84,9 @@ def _apply(disk: Disk, name: str) -> None:
     except SnapshotNotFound:
         reason = f"Failed to load snapshot: {os.strerror(errno.ENOENT)}"
     except CowhandError as error:
-        reason = error.qemu()
+        reason = f"Failed to load snapshot: {os.strerror(error.number)}"
+        if error.qemu() != os.strerror(error.number):
+            program.error(error.qemu())
     raise Failure(f"Could not apply snapshot '{name}': {reason}")
 
 
