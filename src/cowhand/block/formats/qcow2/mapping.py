@@ -214,14 +214,13 @@ class Mapping:
         end = offset + length
         node = self.node
         recurse = RECURSE if node.metadata_preallocated else 0
-        length_of_file = node.file.node.size
         tables = 0
         alike: tuple[int, int] | None = None  #: (L1 entry, flags) of a table whose entries are all alike, and name no place
         while offset < end and len(out) < MAX_ROWS and tables < _TABLES_IN_BATCH:
             index = offset >> self.table_shift
             entry = self.l1_entry(index)
             host = entry & L.L1_OFFSET_MASK
-            if index not in self.tables and (not host or (host >= length_of_file and not host & self._within)):
+            if index not in self.tables and (not host or (host >= node.file.node.size and not host & self._within)):
                 # There is no table, or it lies beyond the end of the file, where all is zero.
                 stop = self._skip_l1(index, end, entry) if host else self.skip_missing(index, end)
                 out.add(offset, stop - offset, 0)
@@ -244,7 +243,7 @@ class Mapping:
             last = ((stop - 1) >> self.cluster_bits & (self.entries - 1)) + 1
             entries = array("Q", bytes(table.data[first * 8 : last * 8]))
             entries.byteswap()
-            alike = self._alike(entries, entry)
+            alike = self._alike(entries, entry) if self.l1_entry(index + 1) == entry else None
             offset = self._rows(out, entries, table, first, offset, stop, recurse)
         return out
 
