@@ -68,10 +68,8 @@ class Allocator:
             first = refcounts.find_free(refcounts.free_index, count)
             refcounts.free_index = first + count
             try:
-                refcounts.need_blocks(first, count)
-                self._refuse_first(first, what)
-                self.node.check_overlap(first * self.cluster_size, count * self.cluster_size)
                 refcounts.change(first, count, 1)
+                self._refuse_metadata(first, count, what)
             except MissingBlock as missing:
                 self._prepare(missing.cluster, first)
                 continue
@@ -88,14 +86,23 @@ class Allocator:
         if not have:
             return 0
         try:
-            refcounts.need_blocks(first, have)
-            self.node.check_overlap(first * self.cluster_size, have * self.cluster_size)
             refcounts.change(first, have, 1)
+            self._refuse_metadata(first, have, None)
         except MissingBlock as missing:
             self._prepare(missing.cluster, refcounts.free_index)
             return self.take_at(first, count)
         self.fresh = self.use(first, have)
         return have
+
+    def _refuse_metadata(self, first: int, count: int, what: str | None) -> None:
+        """Raise, and take what was counted back, when clusters that counted as free are metadata, or may be."""
+        try:
+            self._refuse_first(first, what)
+            self.node.check_overlap(first * self.cluster_size, count * self.cluster_size)
+        except CowhandError:
+            self.refcounts.change(first, count, -1)
+            self.node.changed = True
+            raise
 
     def _refuse_first(self, cluster: int, what: str | None) -> None:
         """Raise ImageCorrupt when damaged counts call the header's cluster free."""

@@ -153,7 +153,7 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], None] | None) -> 
     except CowhandError as error:
         if error.errno != 5:
             diagnostics.report(error.qemu(), as_tool=True)
-        error.qemu_message = os.strerror(error.errno)
+        error.qemu_message = os.strerror(error.number)
         raise error.within(qemu="Failed to turn zero into data clusters") from None
     _rewrite(node, lambda: _become_version_2(node))
 

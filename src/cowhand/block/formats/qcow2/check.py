@@ -15,7 +15,7 @@ from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped, Walk, words_of
 from cowhand.block.formats.qcow2.snapshots import REQUIRED_EXTRA, Reading, read_table
 from cowhand.block.formats.qcow2.tally import native
-from cowhand.core.errors import CowhandError, InvalidFormat
+from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -43,6 +43,7 @@ class Examination:
         self.regions: list[Region] | None = None  #: metadata that must not be written by mistake; once it is known
         self.wrote_counts = False
         self._told_unaligned = False
+        self.marked = False  #: marked corrupt by this check: a new refcount structure may be made, but no count of the old one is touched
         self._kept: set[int] | None = None
         self._mismatched: list[int] = []  #: refcount blocks that differ from the tally
         self._compared = 0  #: clusters that the last comparison went over
@@ -70,6 +71,9 @@ class Examination:
                 from cowhand.block.formats.qcow2.repair import rewrite_snapshots
 
                 rewrite_snapshots(self, snapshots)
+            if self.marked and self.fix_leaks:
+                # What the damaged structure held was not put right: that takes another look, at the new one.
+                raise Stopped(ImageCorrupt("the image was marked corrupt on the way", qemu="No medium found", path=self.node.filename, errno=123))
         except Stopped as stopped:
             result.failure = stopped.error
         for name in Counters.__slots__:
@@ -276,6 +280,7 @@ class Examination:
             if self.node.writable:
                 self.say(f"qcow2: Marking image as corrupt: {error.message}; further corruption events will be suppressed")
                 self.node.set_corrupt_mark()
+                self.marked = True
             else:
                 self.say(f"qcow2: Image is corrupt: {error.message}; further non-fatal corruption events will be suppressed")
         self.unreadable.add(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowhand.block.formats.qcow2 import layout as L
@@ -39,9 +40,23 @@ def references(node: Qcow2Node, l1: bytes) -> Tally:
     )  # fmt: skip
     for host, times in l2_tables(node, l1).items():
         tally.add(host // node.cluster_size, 1, times)
-        if scanner.scan(read_table(node, host), times) is None:
+        data = read_table(node, host)
+        if scanner.scan(data, times) is None:
+            _refuse_unreachable(node, data)
             raise node.mark_corrupt(f"L2 table at {host:#x} has entries that are not possible", offset=host, fatal=False)
     return tally
+
+
+def _refuse_unreachable(node: Qcow2Node, data: bytes) -> None:
+    """Raise InvalidFormat when an entry of the L2 table *data* names a cluster that no refcount table is large enough for."""
+    limit = L.MAX_REFCOUNT_TABLE_BYTES // L.ENTRY_SIZE * node.refcounts.per_block * node.cluster_size
+    for (entry,) in L.U64.iter_unpack(data):
+        host = entry & L.L2_OFFSET_MASK
+        if not entry & L.ENTRY_COMPRESSED and host >= limit:
+            raise InvalidFormat(
+                f"a cluster at {host:#x} cannot be counted: reference counts end at {limit:#x}", qemu="File too large",
+                path=node.filename, offset=host, errno=errno.EFBIG,
+            )  # fmt: skip
 
 
 def l2_tables(node: Qcow2Node, l1: bytes) -> dict[int, int]:
@@ -99,7 +114,9 @@ def plan(node: Qcow2Node, change: Tally, sign: int) -> CountChange:
         block = refcounts.block(index)
         if block is None:
             at = (len(delta) - len(delta.lstrip(b"\0"))) // change.width
-            raise _wrong(node, first + at)
+            wrong = _wrong(node, first + at)
+            wrong.errno = errno.EAGAIN  # as QEMU says of a cluster that no block counts
+            raise wrong
         old = native(block.data, change.order)
         new = _added(node, change, first, old, delta, sign)
         if sign < 0:

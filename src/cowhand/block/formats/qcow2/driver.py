@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping as Mapping_, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping as Mapping_, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +41,18 @@ class Qcow2Options(NodeOptions):
     pass_discard_snapshot: bool = option(True, kind="bool", help="hand down what deleting a snapshot frees", strong=False)
     pass_discard_other: bool = option(False, kind="bool", help="hand down what else is freed", strong=False)
     overlap_check: str | None = option(help="what writes are checked against", choices=("none", "constant", "cached", "all"), strong=False)
+    overlap_template: str | None = option(
+        name="overlap-check.template", help="the same", choices=("none", "constant", "cached", "all"), strong=False
+    )
+    overlap_main_header: bool | None = option(kind="bool", name="overlap-check.main-header", help="accepted; always on", strong=False)
+    overlap_active_l1: bool | None = option(kind="bool", name="overlap-check.active-l1", help="accepted; always on", strong=False)
+    overlap_active_l2: bool | None = option(kind="bool", name="overlap-check.active-l2", help="accepted; always on", strong=False)
+    overlap_refcount_table: bool | None = option(kind="bool", name="overlap-check.refcount-table", help="accepted; always on", strong=False)
+    overlap_refcount_block: bool | None = option(kind="bool", name="overlap-check.refcount-block", help="accepted; always on", strong=False)
+    overlap_snapshot_table: bool | None = option(kind="bool", name="overlap-check.snapshot-table", help="accepted; always on", strong=False)
+    overlap_inactive_l1: bool | None = option(kind="bool", name="overlap-check.inactive-l1", help="accepted; always on", strong=False)
+    overlap_inactive_l2: bool | None = option(kind="bool", name="overlap-check.inactive-l2", help="with snapshots, or fail", strong=False)
+    overlap_bitmap_directory: bool | None = option(kind="bool", name="overlap-check.bitmap-directory", help="accepted; always on", strong=False)
     cache_size: int | None = option(kind="size", help="bytes for L2 tables and refcount blocks", strong=False)
     l2_cache_size: int | None = option(kind="size", help="bytes for L2 tables", strong=False)
     l2_cache_entry_size: int | None = option(kind="size", help="accepted; whole tables are cached", strong=False)
@@ -70,7 +82,8 @@ class Qcow2Node(FormatNode):
         self.snapshots: list[Snapshot] = []
         self.snapshot_table_bytes = 0
         self.metadata = overlap.MetadataMap()
-        self.metadata_clusters: overlap.Pool = self.metadata.clusters
+        self.metadata_clusters: Container[int] = self.metadata.clusters
+        self._unprotected = False  #: protection was asked for that cannot be given: nothing is written
         self._preallocated: bool | None = None
         self.exclusive_held = False
         #: Reference counts are written when the image is closed; until then the dirty bit says that they are not to be relied on.
@@ -266,6 +279,8 @@ class Qcow2Node(FormatNode):
         """Write metadata at host *offset*; *in_flush*: by a write-back, which flushes it itself. Nothing is written once the node is poisoned."""
         if self.poison is not None:
             raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno)
+        if self._unprotected:
+            self._refuse_unprotected()
         if not in_flush:
             self.changed = True
         # Also when it is given up later: what a failed operation left there is not fresh.
@@ -310,8 +325,15 @@ class Qcow2Node(FormatNode):
         """Raise ImageCorrupt, and mark the image so, when a write to host ``[offset, offset + length)`` would hit metadata."""
         bits = self.header.cluster_bits
         first, last = offset >> bits, (offset + length - 1) >> bits
+        if self._unprotected:
+            self._refuse_unprotected()
         if self.metadata.hit(first, last) is not None:
             raise self._overlapping(overlap.owner(self, first, last) or "metadata", offset)
+
+    def _refuse_unprotected(self) -> None:
+        unknown = overlap.unknown(self)
+        if unknown is not None:
+            raise unknown
 
     def _overlapping(self, name: str, offset: int) -> CowhandError:
         return self.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {name})", offset=offset, fatal=True)
@@ -439,7 +461,8 @@ class Qcow2Node(FormatNode):
         """Learn anew where this image's metadata lies (lock held)."""
         fresh = overlap.build(self)
         self.metadata = fresh
-        self.metadata_clusters = fresh.clusters
+        self._unprotected = overlap.unknown(self) is not None
+        self.metadata_clusters = overlap.EVERY if self._unprotected else fresh.clusters
 
     def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
         from cowhand.block.formats.qcow2.resize import grow_l1

@@ -224,14 +224,15 @@ def _parse_extensions(header: Header, data: bytes, backing_offset: int, path: st
     """Read extensions up to the end mark, the backing file's name or the end of the first cluster."""
     end = min(len(data), backing_offset or header.cluster_size, header.cluster_size)
     at = header.header_length
-    while at + 8 <= end:
-        kind, length = L.U32.unpack_from(data, at)[0], L.U32.unpack_from(data, at + 4)[0]
+    while at < end:
+        # The last one's own head may reach past the end: then its length is too large, whatever it is.
+        kind, length = (L.U32.unpack_from(data[at : at + 8].ljust(8, b"\0"), position)[0] for position in (0, 4))
         at += 8
         if kind == L.EXT_END:
             return
         if length > end - at:
             raise InvalidFormat(
-                f"header extension {kind:#010x} of {length} bytes is longer than the {end - at} bytes left for it",
+                f"header extension {kind:#010x} of {length} bytes is longer than the {max(0, end - at)} bytes left for it",
                 qemu="Header extension too large", path=path, offset=at - 8,
             )  # fmt: skip
         content = bytes(data[at : at + length])
@@ -273,7 +274,7 @@ def _check_tables(header: Header, path: str, for_repair: bool) -> None:
             f"{header.snapshot_count} snapshots are more than {L.MAX_SNAPSHOTS}", qemu="Snapshot table too large", path=path,
             offset=L.OFFSET_SNAPSHOTS,
         )  # fmt: skip
-    if header.snapshot_count and not for_repair:
+    if not for_repair:
         _check_table(
             header.snapshots_offset, header.snapshot_count, L.SNAPSHOT_HEADER.size, L.MAX_SNAPSHOT_TABLE_BYTES, cluster,
             "Snapshot table", L.OFFSET_SNAPSHOTS, path,

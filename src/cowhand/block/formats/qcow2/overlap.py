@@ -79,6 +79,16 @@ Clusters: TypeAlias = "set[int] | range | ManyClusters"
 Pool: TypeAlias = "set[int] | ManyClusters"
 
 
+class _Every:
+    """All clusters: where nothing may be written in place."""
+
+    def __contains__(self, cluster: object) -> bool:
+        return True
+
+
+EVERY = _Every()
+
+
 class Region(NamedTuple):
     """Metadata of one kind (QEMU's name) and the host clusters that it occupies.
 
@@ -227,7 +237,7 @@ def regions(node: Qcow2Node) -> Iterator[Region]:
 
 
 def _snapshots(node: Qcow2Node) -> Iterator[Region]:
-    """Yield the L1 tables of snapshots and what these name. Raises for an impossible table where ``overlap-check=all`` was asked for."""
+    """Yield the L1 tables of snapshots and what these name."""
     from cowhand.block.formats.qcow2.snapshots import check_l1, read_l1
 
     seen: set[tuple[int, int]] = set()
@@ -240,8 +250,6 @@ def _snapshots(node: Qcow2Node) -> Iterator[Region]:
         try:
             check_l1(node, snapshot)
         except CowhandError:
-            if node.options.overlap_check == "all":
-                raise
             continue  # nobody can follow it
         total += max(_LEAST_L1_BYTES, snapshot.l1_size * L.ENTRY_SIZE)
         if total > MAX_INACTIVE_L1_BYTES:
@@ -250,8 +258,30 @@ def _snapshots(node: Qcow2Node) -> Iterator[Region]:
                 path=node.filename, hint="Open the image with overlap-check=cached to write without that protection.", errno=27,
             )  # fmt: skip
         yield Region(INACTIVE_L1, _span(node, snapshot.l1_offset, snapshot.l1_size * L.ENTRY_SIZE))
-        if node.options.overlap_check in (None, "all"):
+        if _inactive_asked(node) is not False:
             yield Region(INACTIVE_L2, _named(read_l1(node, snapshot), L.L1_OFFSET_MASK, node.header.cluster_bits)[0])
+
+
+def _inactive_asked(node: Qcow2Node) -> bool | None:
+    """Say whether what snapshots refer to is to be protected; None where nobody asked, and it is done as far as possible."""
+    options = node.options
+    if options.overlap_inactive_l2 is not None:
+        return options.overlap_inactive_l2
+    template = options.overlap_template or options.overlap_check
+    return None if template is None else template == "all"
+
+
+def unknown(node: Qcow2Node) -> CowhandError | None:
+    """Return why what snapshots refer to cannot be known, where its protection was asked for."""
+    from cowhand.block.formats.qcow2.snapshots import check_l1
+
+    if _inactive_asked(node):
+        for snapshot in node.snapshots:
+            try:
+                check_l1(node, snapshot)
+            except CowhandError as error:
+                return error
+    return None
 
 
 def build(node: Qcow2Node) -> MetadataMap:
@@ -272,14 +302,14 @@ def conflict(node: Qcow2Node) -> tuple[str, int] | None:
         for name, clusters in seen.items():
             if region.name == name and name in _OF_SNAPSHOTS:
                 continue  # they are only read
-            if region.name == REFCOUNT_TABLE and name == HEADER and 0 in region.clusters:
+            if region.name in (REFCOUNT_TABLE, REFCOUNT_BLOCK) and not node.header.refcount_table_offset:
                 # The header's bytes count nothing: every allocation finds cluster 0 free, and is refused with words of its own.
                 continue
             shared_well = region.name == ACTIVE_L2 and name == INACTIVE_L2
             cluster = _common(region.alone if shared_well else region.clusters, clusters)
             if cluster is not None:
                 return name, cluster
-        if region.repeated is not None:
+        if region.repeated is not None and node.header.refcount_table_offset:
             return region.name, region.repeated
         seen[region.name] = _united(seen.get(region.name, set()), region.clusters)
     return None

@@ -113,12 +113,6 @@ class Refcounts:
                 break
         return have
 
-    def need_blocks(self, first: int, count: int) -> None:
-        """Raise MissingBlock unless there is a block for each of *count* clusters from *first* on."""
-        for index in range(first // self.per_block, (first + count - 1) // self.per_block + 1):
-            if not self.block_offset(index):
-                raise MissingBlock(max(first, index * self.per_block))
-
     # -- changing
 
     def change(self, cluster: int, count: int, delta: int) -> None:
@@ -126,7 +120,7 @@ class Refcounts:
 
         Raises MissingBlock when counts rise where no block is, ImageCorrupt when one would fall below zero, InvalidFormat on overflow.
         """
-        if delta < 0:
+        if delta < 0 and self.node.poison is None:
             self._check_table()
         parts = []
         position, left = cluster, count

@@ -122,6 +122,8 @@ def flag_l2(exam: Examination, host: int, data: bytes, changed: list[tuple[int, 
 def write_counts(exam: Examination, index: int, values: bytes | bytearray) -> None:
     """Write the first counts of refcount block *index*, native *values*; the block's others, behind the end of the file, stay."""
     node = exam.node
+    if exam.marked:
+        return
     host = L.U64.unpack_from(node.refcounts.table, index * 8)[0] & L.REFCOUNT_TABLE_OFFSET_MASK
     try:
         whole = exam.disk_block(index) or b""

@@ -67,21 +67,16 @@ def _drop_tables(node: Qcow2Node, size: int) -> None:
 def _drop_refblocks(node: Qcow2Node) -> None:
     """Free refcount blocks that count nothing but themselves."""
     refcounts = node.refcounts
+    unused: list[tuple[int, int]] = []
     with node.exclusive():
         for index in range(len(refcounts.table) // 8):
-            offset = refcounts.block_offset(index)
+            offset = L.U64.unpack_from(refcounts.table, index * 8)[0] & L.REFCOUNT_TABLE_OFFSET_MASK
             if not offset:
                 continue
-            cluster = offset // node.cluster_size
-            if refcounts.get_or_none(cluster) is None:
-                text = f"Refblock at {offset:#x} is not covered by the refcount structures"
-                raise node.mark_corrupt(text, offset=node.header.refcount_table_offset + index * 8)
-            block = refcounts.block(index)
-            assert block is not None
-            own = cluster % refcounts.per_block if cluster // refcounts.per_block == index else None
-            used = refcounts.per_block - refcounts.counts.zeros(block.data, 0, refcounts.per_block)
-            if used > (1 if own is not None and refcounts.counts.get(block.data, own) else 0):
-                continue
+            if _counts_nothing(node, index, offset):
+                unused.append((index, offset // node.cluster_size))
+        # No entry is left that names what is then freed; nor one for a block that cannot be.
+        for index, cluster in unused:
             at = node.header.refcount_table_offset + index * 8
             with node.publishing(at, bytes(refcounts.table[index * 8 : index * 8 + 8])):
                 node.write_metadata(at, bytes(8))
@@ -89,8 +84,29 @@ def _drop_refblocks(node: Qcow2Node) -> None:
             refcounts.table[index * 8 : index * 8 + 8] = bytes(8)
             refcounts.cache.drop(index)
             node.metadata.remove(cluster, 1)
-            if own is None:
-                refcounts.change(cluster, 1, -1)
+        for index, cluster in unused:
+            if cluster // refcounts.per_block == index:
+                continue  # its count is gone with it
+            if refcounts.get_or_none(cluster) is None:
+                text = f"Refblock at {cluster * node.cluster_size:#x} is not covered by the refcount structures"
+                raise node.mark_corrupt(text, offset=node.header.refcount_table_offset + index * 8)
+            refcounts.change(cluster, 1, -1)
+
+
+def _counts_nothing(node: Qcow2Node, index: int, offset: int) -> bool:
+    """Tell whether refcount block *index*, which lies at *offset*, counts nothing but itself."""
+    refcounts = node.refcounts
+    if offset % node.cluster_size:
+        text = f"Cannot get entry from refcount block cache: Offset {offset:#x} is unaligned"
+        raise node.mark_corrupt(text, offset=node.header.refcount_table_offset + index * 8)
+    if offset >= node.file.node.size:
+        return True  # behind the end of the file lie zeroes
+    block = refcounts.block(index)
+    assert block is not None
+    cluster = offset // node.cluster_size
+    used = refcounts.per_block - refcounts.counts.zeros(block.data, 0, refcounts.per_block)
+    own = cluster // refcounts.per_block == index and refcounts.counts.get(block.data, cluster % refcounts.per_block) != 0
+    return used == own
 
 
 def _cut_tail(node: Qcow2Node) -> None:
