@@ -551,6 +551,24 @@ class Qcow2Node(FormatNode):
             resize(self, size, preallocation=preallocation, shrink=shrink)
 
     def close(self) -> None:
+        try:
+            self._write_what_is_left()
+        finally:
+            self._drop_tables()
+
+    def _drop_tables(self) -> None:
+        """Give memory back: nodes and edges name one another, so the collector may come late, and tables are large."""
+        self.snapshots = []
+        self.metadata = overlap.MetadataMap()
+        self.metadata_clusters = self.metadata.clusters
+        if hasattr(self, "mapping"):
+            self.mapping.cache.clear()
+            self.mapping.l1.data = bytearray()
+        if hasattr(self, "refcounts"):
+            self.refcounts.cache.clear()
+            self.refcounts.table = bytearray()
+
+    def _write_what_is_left(self) -> None:
         if not self.writable or not self._writing:
             return
         if isinstance(self.poison, ImageCorrupt):

@@ -24,7 +24,7 @@ _LEAST_L1_BYTES = 8 << 10
 #: Entries of a table above which numpy, which takes 100 ms to import, finds the distinct ones faster.
 _PLAIN_ENTRIES = 1 << 16
 #: Clusters above which a sorted array replaces the set, whose elements take ten times the space.
-_SET_LIMIT = 1 << 20
+_SET_LIMIT = 1 << 17
 
 HEADER, ACTIVE_L1, REFCOUNT_TABLE, REFCOUNT_BLOCK = "qcow2_header", "active L1 table", "refcount table", "refcount block"
 SNAPSHOT_TABLE, INACTIVE_L1, INACTIVE_L2, ACTIVE_L2 = "snapshot table", "inactive L1 table", "inactive L2 table", "active L2 table"
@@ -141,7 +141,15 @@ def _united(one: Pool, other: Clusters) -> Pool:
         return other
     import numpy
 
-    return ManyClusters(array("Q", numpy.union1d(_column(one), _column(other)).tobytes()))
+    both = numpy.concatenate((_column(one), _column(other)))
+    both.sort()
+    return ManyClusters(_ascending(both[numpy.append(True, both[1:] != both[:-1])]))
+
+
+def _ascending(column: Any) -> array[int]:
+    out = array("Q")
+    out.frombytes(memoryview(column).cast("B"))
+    return out
 
 
 def _column(clusters: Clusters) -> Any:
@@ -191,13 +199,11 @@ def _many_named(table: bytes | bytearray, mask: int, bits: int) -> tuple[Cluster
     words = words[(words & numpy.uint64((1 << bits) - 1) == 0) & (words != 0)] >> numpy.uint64(bits)
     words.sort()
     equal = words[1:] == words[:-1]
-    if not equal.any():
-        distinct, repeated = words, None
-    else:
+    repeated = None
+    if equal.any():
         repeated = int(words[1:][equal][0])
-        distinct = numpy.concatenate((words[:1], words[1:][~equal]))
-    clusters = set(distinct.tolist()) if len(distinct) <= _SET_LIMIT else ManyClusters(array("Q", distinct.tobytes()))
-    return clusters, repeated
+        words = numpy.concatenate((words[:1], words[1:][~equal]))
+    return set(words.tolist()) if len(words) <= _SET_LIMIT else ManyClusters(_ascending(words)), repeated
 
 
 def _alone(table: bytearray, bits: int) -> Clusters:

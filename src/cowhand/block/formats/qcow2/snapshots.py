@@ -30,14 +30,14 @@ class Snapshot:
     """One entry of the snapshot table. Immutable by convention; ``unknown_extra`` is kept as it was found."""
 
     __slots__ = (
-        "date_nsec", "date_sec", "disk_size", "extra_size", "icount", "id", "l1_offset", "l1_size", "name", "unknown_extra",
+        "_id", "_name", "date_nsec", "date_sec", "disk_size", "extra_size", "icount", "l1_offset", "l1_size", "unknown_extra",
         "vm_clock_nsec", "vm_state_size",
     )  # fmt: skip
 
     def __init__(
         self,
-        id: str,
-        name: str,
+        id: str | bytes,
+        name: str | bytes,
         l1_offset: int,
         l1_size: int,
         disk_size: int,
@@ -50,8 +50,9 @@ class Snapshot:
         extra_size: int = KNOWN_EXTRA,
         unknown_extra: bytes = b"",
     ) -> None:
-        self.id = id
-        self.name = name
+        # As bytes: what is no text at all takes several times the space as one, and there may be 64 MiB of it.
+        self._id = _encode_text(id) if isinstance(id, str) else id
+        self._name = _encode_text(name) if isinstance(name, str) else name
         self.l1_offset = l1_offset
         self.l1_size = l1_size
         self.disk_size = disk_size
@@ -64,13 +65,21 @@ class Snapshot:
         self.unknown_extra = unknown_extra
 
     @property
+    def id(self) -> str:
+        return _decode_text(self._id)
+
+    @property
+    def name(self) -> str:
+        return _decode_text(self._name)
+
+    @property
     def extra_data(self) -> bytes:
         """The extra data as it is written: never less than what is known."""
         return L.U64.pack(self.vm_state_size) + L.U64.pack(self.disk_size) + L.U64.pack(self.icount) + self.unknown_extra
 
     def encode(self) -> bytes:
         """Return the table entry, without the padding that follows it."""
-        ident, name, extra = _encode_text(self.id), _encode_text(self.name), self.extra_data
+        ident, name, extra = self._id, self._name, self.extra_data
         # What does not fit in 32 bits is a disk-only snapshot to readers that do not know the extra data.
         small_state = self.vm_state_size if self.vm_state_size < 1 << 32 else 0
         head = L.SNAPSHOT_HEADER.pack(
@@ -107,24 +116,26 @@ def _encode_text(text: str) -> bytes:
 
 
 def _decode_text(data: bytes) -> str:
-    return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _text(data: bytes) -> bytes:
+    """Return the text in *data*, which a zero byte ends before its length does."""
+    return data.split(b"\0", 1)[0]
 
 
 def encode_table(snapshots: list[Snapshot], *, path: str) -> bytes:
     """Return the table of *snapshots*. Raises InvalidFormat when it would be larger than may be read again."""
-    parts: list[bytes] = []
-    length = 0
+    table = bytearray()
     for snapshot in snapshots:
         entry = snapshot.encode()
-        pad = -length % 8
-        length += pad + len(entry)
-        if length > L.MAX_SNAPSHOT_TABLE_BYTES:
+        table += bytes(-len(table) % 8)
+        table += entry
+        if len(table) > L.MAX_SNAPSHOT_TABLE_BYTES:
             raise InvalidFormat(
                 f"the snapshot table would be larger than {L.MAX_SNAPSHOT_TABLE_BYTES} bytes", qemu="File too large", path=path, errno=27
             )
-        parts.append(bytes(pad))
-        parts.append(entry)
-    return b"".join(parts)
+    return bytes(table)
 
 
 class _Window:
@@ -219,7 +230,7 @@ def _read_entry(
         icount = L.U64.unpack_from(extra, 16)[0]
     text = window.read(offset, id_length + name_length)
     snapshot = Snapshot(
-        _decode_text(text[:id_length]), _decode_text(text[id_length:]), l1_offset, l1_size, disk_size,
+        _text(text[:id_length]), _text(text[id_length:]), l1_offset, l1_size, disk_size,
         vm_state_size=state_size, date_sec=date_sec, date_nsec=date_nsec, vm_clock_nsec=clock, icount=icount,
         extra_size=kept, unknown_extra=extra[KNOWN_EXTRA:],
     )  # fmt: skip
