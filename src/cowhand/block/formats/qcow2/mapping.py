@@ -8,7 +8,7 @@ have seen it has ended (quarantine).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table, TableCache
@@ -48,6 +48,8 @@ _ZERO_PLAIN = ZERO | ALLOCATED
 _ZERO_HOST = ZERO | ALLOCATED | OFFSET
 
 _unpack = L.U64.unpack_from
+#: Tables in one batch above which numpy, whose import takes 100 ms, finds the runs.
+_MANY_TABLES = 256
 
 
 class Mapping:
@@ -214,6 +216,7 @@ class Mapping:
         end = offset + length
         node = self.node
         recurse = RECURSE if node.metadata_preallocated else 0
+        find_ends = self._run_finder(length)
         tables = 0
         alike: tuple[int, int] | None = None  #: (L1 entry, flags) of a table whose entries are all alike, and name no place
         while offset < end and len(out) < MAX_ROWS and tables < _TABLES_IN_BATCH:
@@ -244,8 +247,17 @@ class Mapping:
             entries = array("Q", bytes(table.data[first * 8 : last * 8]))
             entries.byteswap()
             alike = self._alike(entries, entry) if self.l1_entry(index + 1) == entry else None
-            offset = self._rows(out, entries, table, first, offset, stop, recurse)
+            ends = find_ends(entries, self.cluster_size) if find_ends is not None else None
+            offset = self._rows(out, entries, table, first, offset, stop, recurse, ends)
         return out
+
+    def _run_finder(self, length: int) -> Callable[[array[int], int], list[int]] | None:
+        """Return what finds runs by numpy when so many tables are asked for that importing it pays."""
+        if length >> self.table_shift <= _MANY_TABLES or self.l1.data.count(0x80) <= _MANY_TABLES:
+            return None
+        from cowhand.block.formats.qcow2.ramps import ends_of_runs
+
+        return ends_of_runs
 
     def _alike(self, entries: array[int], l1_entry: int) -> tuple[int, int] | None:
         """Return (*l1_entry*, flags) when the whole table *entries* is unallocated, plain zeroes, or compressed."""
@@ -284,30 +296,41 @@ class Mapping:
         return min(end, index << self.table_shift) if index < limit else end
 
     def _rows(
-        self, out: ExtentBatch, entries: array[int], table: Table, first: int, offset: int, stop: int, recurse: int
+        self,
+        out: ExtentBatch,
+        entries: array[int],
+        table: Table,
+        first: int,
+        offset: int,
+        stop: int,
+        recurse: int,
+        ends: list[int] | None,
     ) -> int:
         size, bits = self.cluster_size, self.cluster_bits
         node = self.node
         owner: BlockNode = node
-        position, count = 0, len(entries)
+        position, count, number = 0, len(entries), 0
         while position < count:
             entry = entries[position]
             begin = position
             position += 1
+            if ends is not None:
+                position = ends[number]
+                number += 1
             if entry & L.ENTRY_COMPRESSED:
-                while position < count and entries[position] & L.ENTRY_COMPRESSED:
+                while ends is None and position < count and entries[position] & L.ENTRY_COMPRESSED:
                     position += 1
                 flags, host, owner = _COMPRESSED, NO_HOST, node
             elif entry & L.L2_OFFSET_MASK:
                 if entry & self._bad:
                     raise self.bad_entry(entry, table, (first + begin) * 8)
-                position = _ramp(entries, begin, size)
+                position = position if ends is not None else _ramp(entries, begin, size)
                 zero = entry & L.ENTRY_ZERO
                 flags = _ZERO_HOST if zero else _NORMAL | recurse
                 host, owner = entry & L.L2_OFFSET_MASK, node.data_child.node
             else:
                 kind = entry & L.ENTRY_ZERO
-                while position < count and entries[position] & (L.L2_OFFSET_MASK | L.ENTRY_COMPRESSED | 1) == kind:
+                while ends is None and position < count and entries[position] & (L.L2_OFFSET_MASK | L.ENTRY_COMPRESSED | 1) == kind:
                     position += 1
                 flags, host, owner = (_ZERO_PLAIN if kind else 0), NO_HOST, node
             end = min(stop, ((offset >> bits) + position - begin) << bits)
