@@ -124,7 +124,9 @@ class Qcow2Node(FormatNode):
         node.load(for_repair=opening.for_repair)
         if backing is None or not opening.with_backing:
             return node
-        if backing != "":
+        if isinstance(backing, dict) and node.header.backing_name and not {"file", "filename"} & backing.keys():
+            opening.implicit_backing(node, node.header.backing_name, node.header.backing_format, backing)
+        elif backing != "":
             opening.backing(node, backing)
         elif node.header.backing_name:
             opening.implicit_backing(node, node.header.backing_name, node.header.backing_format)
@@ -575,8 +577,8 @@ class Qcow2Node(FormatNode):
             return  # it was said when it was found, and nothing may be written
         failure: CowhandError | None = None
         steps = [("L2 table", self._close_tables), ("refcount block", self._close_counts)]
-        if not self.mapping.cache.dirty and not self.mapping.l1.dirty:
-            del steps[0]  # what is left to be written are counts
+        if self._unprotected:
+            del steps[0]  # all writing was refused, so that no table was changed; counts that were taken back are all there is
         for what, step in steps:
             try:
                 step()

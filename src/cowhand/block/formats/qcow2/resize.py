@@ -84,6 +84,9 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
         raise InvalidArgument(f"preallocation mode '{preallocation}' is not known", hint="One of: off, metadata, falloc, full.")
     node.check_writable()
     node.flush()
+    if node.snapshots and node.header.version < 3 and size != old:
+        # Its snapshots need not say how large the disk was.
+        raise NotSupported("Can't resize a v2 image which has snapshots", path=node.filename)
     if size < old:
         if not shrink:
             raise InvalidArgument("shrinking was not asked for")
@@ -93,8 +96,6 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
 
         shrink_to(node, size)
         return
-    if any(snapshot.disk_size is None for snapshot in node.snapshots) and size != old:
-        raise NotSupported("Can't resize a version 2 image which has snapshots", path=node.filename)
     grow_l1(node, -(-size // (1 << node.mapping.table_shift)), exact=True)
     if size == old:
         return
