@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.format import Kind
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.core import diagnostics
-from cowhand.core.errors import CowhandError, NotSupported
+from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -22,8 +22,6 @@ def shrink_to(node: Qcow2Node, size: int) -> None:
     """Make the disk *size* bytes long, less than it is. Nobody else uses the node meanwhile."""
     from cowhand.block.formats.qcow2.resize import set_size
 
-    if node.snapshots and node.header.version < 3:
-        raise NotSupported("Can't resize a version 2 image which has snapshots", path=node.filename)
     unit = node.cluster_size
     begin, end = -(-size // unit) * unit, -(-node.header.size // unit) * unit
     if begin < end:
