@@ -73,6 +73,11 @@ class Snapshot:
         return _decode_text(self._name)
 
     @property
+    def text_bytes(self) -> int:
+        """Bytes of id and name."""
+        return len(self._id) + len(self._name)
+
+    @property
     def extra_data(self) -> bytes:
         """The extra data as it is written: never less than what is known."""
         return L.U64.pack(self.vm_state_size) + L.U64.pack(self.disk_size) + L.U64.pack(self.icount) + self.unknown_extra
@@ -164,7 +169,7 @@ def read_table(
     count, begin = header.snapshot_count, header.snapshots_offset
     window = _Window(node)
     snapshots: list[Snapshot] = []
-    offset, length = begin, 0
+    offset, length, text = begin, 0, 0
     for index in range(min(count, L.MAX_SNAPSHOTS)):
         before = offset
         offset += -offset % 8
@@ -173,11 +178,13 @@ def read_table(
             window, offset, index, node.header.size, reading, repair=repair, path=path, say=say
         )
         length += size
-        if length > L.MAX_SNAPSHOT_TABLE_BYTES or offset - begin > _MAX_TABLE_SPAN:
+        text += snapshot.text_bytes
+        if length > L.MAX_SNAPSHOT_TABLE_BYTES or offset - begin > _MAX_TABLE_SPAN or text > L.MAX_SNAPSHOT_TEXT_BYTES:
             left = count - index
             if not repair:
                 raise InvalidFormat(
-                    f"the snapshot table is larger than {L.MAX_SNAPSHOT_TABLE_BYTES} bytes", qemu="Snapshot table is too big",
+                    f"the snapshot table is larger than {L.MAX_SNAPSHOT_TABLE_BYTES} bytes, or its text than {L.MAX_SNAPSHOT_TEXT_BYTES}",
+                    qemu="Snapshot table is too big",
                     path=path, offset=begin, hint=f"A repair of everything removes the {left} snapshots that are too many.", errno=27,
                     advice=f"You can force-remove all {left} overhanging snapshots with qemu-img check -r all",
                 )  # fmt: skip
