@@ -12,7 +12,7 @@ from typing import Any
 
 from measuring import Row, program, spawn
 
-HEADER = ("work", "peer", "goal", "today", "quartiles", "ours s", "peer s", "ours cpu", "size")
+HEADER = ("work", "peer", "goal", "today", "quartiles", "ours s", "peer s", "ours cpu", "peer cpu", "size")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -20,8 +20,9 @@ def cells(row: Row) -> tuple[str, ...]:
     ours = statistics.median(sample.wall for sample in row.ours)
     cpu = statistics.median(sample.cpu for sample in row.ours)
     if not row.peer:
-        return (row.name, row.peer_name, f"{row.goal:.3f}", mark(row), "", f"{ours:.3f}", "", f"{cpu:.3f}", "")
+        return (row.name, row.peer_name, f"{row.goal:.3f}", mark(row), "", f"{ours:.3f}", "", f"{cpu:.3f}", "", "")
     peer = statistics.median(sample.wall for sample in row.peer)
+    peer_cpu = statistics.median(sample.cpu for sample in row.peer)
     low, high = row.spread
     size = "" if row.size_ratio is None else f"{row.size_ratio:.3f} (≤ {row.size_goal:g})"
     return (
@@ -33,6 +34,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{ours:.3f}",
         f"{peer:.3f}",
         f"{cpu:.3f}",
+        f"{peer_cpu:.3f}" if peer_cpu else "",
         size,
     )
 

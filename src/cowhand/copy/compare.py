@@ -240,6 +240,7 @@ def _read(disk: Disk, offset: int, buffer: bytearray) -> None:
     except CowhandError as error:
         if error.offset is None:
             error.offset = offset
+        error.facts["disk_offset"] = offset
         raise error.within(
             f"comparing at {offset:#x}", qemu=f"Error while reading offset {offset} of {disk.filename}"
         ) from None

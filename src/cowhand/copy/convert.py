@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.disk import Disk
 from cowhand.copy import plan
-from cowhand.copy.engine import MAX_WORKERS, WORKERS, Engine
+from cowhand.copy.engine import Engine
 from cowhand.copy.opening import Image, open_source
 from cowhand.copy.plan import Policy
+from cowhand.copy.settings import DEFAULT_SPARSE, Settings, check_request, parse_sparse, workers_for
 from cowhand.copy.source import SECTOR, SalvagingSource, Source
 from cowhand.copy.target import Target, check_room, create_target, existing_target
 from cowhand.core.errors import CowhandError, InvalidArgument, NoSpace, NotSupported
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from cowhand.block.policy import Policy as OpenPolicy
     from cowhand.block.registry import Registry
     from cowhand.copy.sink import Sink
-
-#: Zeroes that are worth leaving out of a target, as in qemu-img.
-DEFAULT_SPARSE = 4096
-MAX_SPARSE = 16 << 20
 
 
 class ConvertResult(NamedTuple):
@@ -40,20 +37,6 @@ class ConvertResult(NamedTuple):
     zeroes: int
     skipped: int
     unreadable: tuple[int, ...] = ()
-
-
-class Settings(NamedTuple):
-    """How bytes are moved; see :func:`convert`."""
-
-    compressed: bool = False
-    compression_level: int | None = None
-    sparse_size: int = DEFAULT_SPARSE
-    workers: int | None = None
-    in_order: bool = True
-    salvage: bool = False
-    copy_range: bool = False
-    reflink: bool = True
-    rate_limit: int = 0
 
 
 def convert(
@@ -105,7 +88,7 @@ def convert(
     settings = Settings(
         compressed,
         compression_level,
-        _sparse(sparse_size),
+        parse_sparse(sparse_size),
         workers,
         in_order,
         salvage,
@@ -115,7 +98,7 @@ def convert(
     )
     inputs: Sequence[Image] = sources if isinstance(sources, (list, tuple)) else (sources,)
     skip_create = skip_create or isinstance(target, Disk)
-    _check(settings, inputs, skip_create, target_is_zero, backing, options, snapshot)
+    check_request(settings, inputs, skip_create, target_is_zero, backing, options, snapshot)
     with ExitStack() as stack:
         disks = [
             open_source(
@@ -140,19 +123,10 @@ def convert(
         unreadable: list[int] = []
         source = _source(disks, settings, has_backing, unreadable, warn)
         if creation is not None:
-            from cowhand.copy.space import check_space
-
-            check_space(source, creation, settings, overwrite=overwrite, warn=warn)
-            try:
-                destination = create_target(
-                    creation, overwrite=overwrite, cache=cache, policy=policy, discard=settings.sparse_size > 0
-                )
-            except CowhandError as error:
-                raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
+            destination = _new_target(source, creation, settings, overwrite, cache, policy, warn)
         else:
-            destination = existing_target(
-                target, target_format, cache=cache, policy=policy, discard=settings.sparse_size > 0
-            )
+            discard = settings.sparse_size > 0
+            destination = existing_target(target, target_format, cache=cache, policy=policy, discard=discard)
         with destination:
             check_room(destination.disk, source.size)
             moved = transfer(
@@ -214,7 +188,7 @@ def transfer(
     engine = Engine(
         source,
         sink,
-        workers=_workers(settings),
+        workers=workers_for(settings),
         in_order=settings.in_order,
         progress=progress,
         cancel=cancel,
@@ -231,55 +205,6 @@ def transfer(
         raise
     progress.finish()
     return totals
-
-
-def _sparse(value: int | str) -> int:
-    size = parse_size(value)
-    if size % SECTOR or size > MAX_SPARSE:
-        raise InvalidArgument(
-            f"Invalid buffer size for sparse output specified. Valid sizes are multiples of {SECTOR} up to {MAX_SPARSE}. "
-            "Select 0 to disable sparse detection (fully allocates output)."
-        )
-    return size
-
-
-def _check(
-    settings: Settings,
-    inputs: Sequence[Image],
-    skip_create: bool,
-    target_is_zero: bool,
-    backing: str | None,
-    options: Mapping[str, Any] | None,
-    snapshot: str | None,
-) -> None:
-    """Refuse what contradicts itself, before anything is opened."""
-    if not inputs:
-        raise InvalidArgument("Must specify image file name")
-    if settings.workers is not None and not 1 <= settings.workers <= MAX_WORKERS:
-        raise InvalidArgument(
-            f"Invalid number of coroutines. Allowed number of coroutines is between 1 and {MAX_WORKERS}"
-        )
-    for wrong, message in (
-        (settings.compressed and settings.copy_range, "Cannot enable copy offloading when -c is used"),
-        (
-            settings.copy_range and settings.sparse_size != DEFAULT_SPARSE,
-            "Cannot enable copy offloading when -S is used",
-        ),
-        (settings.copy_range and settings.salvage, "Cannot use copy offloading in salvaging mode"),
-        (skip_create and options, "-o has no effect when skipping image creation"),
-        (target_is_zero and not skip_create, "--target-is-zero requires use of -n flag"),
-        (
-            target_is_zero and backing is not None,
-            "Cannot use --target-is-zero when the destination image has a backing file",
-        ),
-        (snapshot is not None and len(inputs) > 1, "No support for concatenating multiple snapshot"),
-        (
-            backing is not None and len(inputs) > 1,
-            "Having a backing file for the target makes no sense when concatenating multiple input images",
-        ),
-    ):
-        if wrong:
-            raise InvalidArgument(message)
 
 
 def _prepare(
@@ -311,6 +236,26 @@ def _prepare(
         registry=registry,
         policy=policy,
     )
+
+
+def _new_target(
+    source: Source,
+    creation: Creation,
+    settings: Settings,
+    overwrite: bool,
+    cache: str,
+    policy: OpenPolicy | None,
+    warn: Callable[[str], None] | None,
+) -> Target:
+    from cowhand.copy.space import check_space
+
+    check_space(source, creation, settings, overwrite=overwrite, warn=warn)
+    try:
+        return create_target(
+            creation, overwrite=overwrite, cache=cache, policy=policy, discard=settings.sparse_size > 0
+        )
+    except CowhandError as error:
+        raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
 
 
 def _check_creation(settings: Settings, creation: Creation, sources: int) -> None:
@@ -361,9 +306,4 @@ def _sink(disk: Disk, settings: Settings, *, reads_zero: bool) -> Sink:
     return choose(disk, sparse=settings.sparse_size, reads_zero=reads_zero)
 
 
-def _workers(settings: Settings) -> int:
-    cores = os.cpu_count() or 1
-    if settings.compressed:
-        # Compression is bound by the processor: all of it, and one more to read meanwhile.
-        return min(settings.workers if settings.workers is not None else MAX_WORKERS, cores + 1)
-    return settings.workers if settings.workers is not None else WORKERS
+__all__ = ["DEFAULT_SPARSE", "ConvertResult", "Settings", "can_compress", "convert", "transfer"]

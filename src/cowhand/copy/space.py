@@ -14,7 +14,7 @@ from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
-    from cowhand.copy.convert import Settings
+    from cowhand.copy.settings import Settings
     from cowhand.copy.source import Source
     from cowhand.core.progress import Progress
 
