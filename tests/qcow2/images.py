@@ -27,6 +27,7 @@ class Shape:
     refcount_bits: int = 16
     size: int = 128 << 10
     backed: bool = False
+    cache: int = 0  #: bytes of tables that an open image keeps, 0 for the default
     filled: int = 0  #: bytes of the disk that hold data when the test begins
 
     @property
@@ -47,6 +48,7 @@ class Shape:
             f"v{self.version}-{self.cluster}-{self.refcount_bits}"
             + "-backed" * self.backed
             + "-filled" * bool(self.filled)
+            + "-cache" * bool(self.cache)
         )
 
 
@@ -65,9 +67,11 @@ def create(shape: Shape, content: bytes = b"") -> MemoryNode:
     return node.copy()
 
 
-def open_over(file: BlockNode, backing: BlockNode | None = None, *, writable: bool = False) -> Disk:
-    """Open the qcow2 image that *file* holds; *backing* lies under it."""
+def open_over(file: BlockNode, backing: BlockNode | None = None, *, writable: bool = False, cache: int = 0) -> Disk:
+    """Open the qcow2 image that *file* holds; *backing* lies under it; *cache* bounds the bytes of tables in memory."""
     description: dict[str, Any] = {"driver": "qcow2", "file": file, "backing": backing, "read-only": not writable}
+    if cache:
+        description |= {"l2-cache-size": cache, "refcount-cache-size": cache}
     root = Opening(REGISTRY).open(description)
     return Disk(root, writable=writable)
 

@@ -32,6 +32,7 @@ SHAPES = [
     (Shape(version=2, cluster=1024, backed=True), 4),
     (Shape(refcount_bits=64, backed=True), 6),
     (Shape(refcount_bits=1), 3),
+    (Shape(backed=True, refcount_bits=64, cache=1024), 4),
     (Shape(cluster=4096, size=512 << 10, backed=True), 4),
     (Shape(cluster=65536, size=512 << 10), 1),
 ]

@@ -23,7 +23,7 @@ class Qcow2Machine(DiskMachine):
     largest = 768 << 10
 
     def create(self, draw: Draw) -> DiskModel:
-        version = draw(st.sampled_from(self.versions))
+        version = self.version = draw(st.sampled_from(self.versions))
         self.unit = draw(st.sampled_from(self.clusters))
         bits = draw(st.sampled_from((1, 2, 4, 8, 16, 32, 64))) if version > 2 else 16
         self.snapshots = images.SNAPSHOTS and bits >= 4
@@ -31,6 +31,7 @@ class Qcow2Machine(DiskMachine):
         options = {"compat": "0.10" if version == 2 else "1.1", "cluster_size": str(self.unit)}
         if version > 2:
             options["refcount_bits"] = str(bits)
+        self.caching = draw(st.sampled_from(({}, {}, {"l2-cache-size": "2k", "refcount-cache-size": "2k"})))
         depth = draw(st.sampled_from(self.depths))
         self.backing = self._backing(depth, draw) if depth else b""
         self.path = self.folder / "disk.qcow2"
@@ -59,7 +60,11 @@ class Qcow2Machine(DiskMachine):
         return bytes(model.content)
 
     def open(self, writable: bool = True) -> Disk:
-        return cowhand.open(self.path, writable=writable, format="qcow2")
+        return cowhand.open(self.path, writable=writable, format="qcow2", options=self.caching)
+
+    def may_grow(self) -> bool:
+        # Version 2 does not say how large the disk of a snapshot was, so QEMU and the driver refuse.
+        return self.version > 2 or not self.model.snapshots
 
     def examine(self) -> None:
         image = oracle.Image(self.path.read_bytes(), self.backing)
@@ -114,7 +119,7 @@ class WritethroughMachine(Qcow2Machine):
     """Every request is stable when it returns, with direct writes to the file's tables after each."""
 
     def open(self, writable: bool = True) -> Disk:
-        return cowhand.open(self.path, writable=writable, format="qcow2", cache="writethrough")
+        return cowhand.open(self.path, writable=writable, format="qcow2", cache="writethrough", options=self.caching)
 
 
 TestModel = Qcow2Machine.TestCase

@@ -259,7 +259,7 @@ class NodeContract:
         in_threads([partial(write, pieces[index::8]) for index in range(8)])
         model.compare(disk.read(0, self.size))
 
-    def test_readers_see_old_or_new_sectors(self, disk: Disk) -> None:
+    def test_readers_see_old_or_new_bytes(self, disk: Disk) -> None:
         old, new = b"o" * 65536, b"n" * 65536
         disk.write(0, old)
         seen: list[bytes] = []
@@ -273,9 +273,9 @@ class NodeContract:
                 disk.write(0, content)
 
         in_threads([read, read, write])
+        # Not even sectors are whole: the kernel copies out of its page cache while it is written.
         for found in seen:
-            sectors = {found[at : at + 512] for at in range(0, 65536, 512)}
-            assert sectors <= {old[:512], new[:512]}, "a reader saw a sector that nobody wrote"
+            assert set(found) <= set(b"on"), "a reader saw bytes that nobody wrote"
 
     # -- what is where
 
