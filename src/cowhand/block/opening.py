@@ -129,15 +129,9 @@ class Opening:
     def describe(self, name: str) -> dict[str, Any]:
         """Return the description that the file *name* means."""
         if name.startswith("json:"):
-            import json
+            from cowhand.block.descriptions import parse_json_name
 
-            try:
-                given = json.loads(name[5:])
-            except (ValueError, RecursionError) as error:
-                raise InvalidArgument("Could not parse the JSON options", path=name[:200]) from error
-            if not isinstance(given, dict):
-                raise InvalidArgument("Invalid JSON object given", path=name[:200])
-            return given
+            return parse_json_name(name)
         return {"filename": name}
 
     # -- for drivers
@@ -190,9 +184,17 @@ class Opening:
         """Open what the user gave as *node*'s backing file once *node* itself is complete (a chain is opened without recursion)."""
         self._waiting.append(_Waiting(node, description, "", self._path))
 
-    def implicit_backing(self, node: BlockNode, reference: str, format: str | None) -> None:
-        """The same for the backing file that *node*'s header names as *reference*, if the policy lets it; raises PolicyRefused."""
-        self._waiting.append(_Waiting(node, self._implied(node, reference, format, "backing file"), reference, self._path))
+    def implicit_backing(
+        self, node: BlockNode, reference: str, format: str | None, given: Mapping[str, Any] | None = None
+    ) -> None:
+        """The same for the backing file that *node*'s header names as *reference*, if the policy lets it; raises PolicyRefused.
+
+        *given* are options that the user gave for it beside.
+        """
+        if given and "driver" in given:
+            format = None
+        description = {**self._implied(node, reference, format, "backing file"), **(given or {})}
+        self._waiting.append(_Waiting(node, description, reference, self._path))
 
     def implicit_child(
         self, node: BlockNode, name: str, reference: str, format: str | None, role: Role, *, what: str
@@ -310,10 +312,10 @@ class Opening:
     ) -> BlockNode:
         cls = entry.load()
         filename = given.get("filename")
-        if entry.kind != "protocol" and filename is not None and "file" not in given and "image" not in given:
+        if entry.kind != "protocol" and filename is not None and "file" not in given:
             if entry.prefixes:
                 given = {**nest(cls.parse_filename(str(given.pop("filename")))), **given}
-            else:
+            elif "image" not in given:
                 given["file"] = self.describe(str(given.pop("filename")))
         elif entry.kind == "protocol" and filename is not None and has_protocol(str(filename)):
             prefix = str(filename).split(":", 1)[0]

@@ -102,6 +102,8 @@ class BlkDebugNode(BlockNode):
             raise InvalidArgument('A block device must be specified for "image"')
         if isinstance(image, str):
             image = opening.describe(image)
+        elif options.x_image is not None and isinstance(image, dict):
+            image = {**opening.describe(options.x_image), **image}
         # A file below a filter is not looked at for a format, so it is asked for as PRIMARY.
         child = opening.child(node, "image", image, Role.PRIMARY)
         child.role = Role.FILTERED

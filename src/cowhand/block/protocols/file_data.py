@@ -51,7 +51,8 @@ class DescriptorNode(BlockNode):
 
     @property
     def filename(self) -> str:
-        return self.path
+        # A name that begins like a protocol's would mean something else to who reads it: QEMU writes it so, too.
+        return f"./{self.path}" if ":" in self.path.split("/", 1)[0] else self.path
 
     def _failed(self, error: OSError, doing: str, offset: int | None = None) -> CowhandError:
         raised = from_os_error(error, self.path, doing=doing)

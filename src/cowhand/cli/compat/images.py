@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ def cache_mode(text: str, what: str = "cache") -> str:
 
 
 def describe(name: str, image_opts: bool, implied: str | None = "file") -> str | Mapping[str, Any]:
-    """Return what :func:`cowhand.open` takes for the argument *name*. Raises Failure for what is not a description.
+    """Return what :func:`cowhand.open` takes for the argument *name*. Raises Failure, CowhandError for what is not a description.
 
     *implied* is the option that a first word without a name sets.
     """
@@ -43,22 +42,16 @@ def describe(name: str, image_opts: bool, implied: str | None = "file") -> str |
             raise Failure("Must specify either driver or file")
         return given
     if name.startswith("json:"):
-        return _parse_json(name[5:])
+        return _parse_json(name)
     if not name:
         raise Failure("The 'file' block driver requires a file name")
     return name
 
 
-def _parse_json(text: str) -> Mapping[str, Any]:
-    try:
-        given = json.loads(text)
-    except RecursionError:
-        raise Failure("Could not parse the JSON options: JSON parse error, nesting too deep") from None
-    except ValueError as error:
-        reason = "premature EOI" if getattr(error, "pos", 0) >= len(text.rstrip()) else str(error)
-        raise Failure(f"Could not parse the JSON options: JSON parse error, {reason}") from None
-    if not isinstance(given, dict):
-        raise Failure("Invalid JSON object given")
+def _parse_json(name: str) -> Mapping[str, Any]:
+    from cowhand.block.descriptions import parse_json_name
+
+    given = parse_json_name(name)
     if "driver" not in given and not any(key == "file" or key.startswith("file.") for key in given):
         raise Failure("Must specify either driver or file")
     return given

@@ -83,7 +83,8 @@ class CreateOptions:
 
     @property
     def wants_help(self) -> bool:
-        return any(part in ("help", "?") for text in self._lists for part in text.split(","))
+        words = (word for text in self._lists for word in text.replace(",,", "\0").split(","))
+        return any(word in ("help", "?") for word in words)
 
     def values(self, known: Mapping[str, CreateOption]) -> dict[str, Any]:
         """Return {name: value} as the drivers' tables *known* say. Raises Failure in QEMU's words."""

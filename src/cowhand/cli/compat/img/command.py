@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat.arguments import Grammar, options
 from cowhand.cli.compat.img import show_help
@@ -59,6 +60,8 @@ class ProgressLine:
         self._shown = shown
         self._last = -1.0
         self._asked = False
+        self._handler: Any = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> ProgressLine:
         if not self._shown:
@@ -70,6 +73,10 @@ class ProgressLine:
     def __exit__(self, *error: object) -> None:
         if self._shown:
             print()
+        elif self._handler is not None:
+            import signal
+
+            signal.signal(signal.SIGUSR1, self._handler)
 
     def _answer_signals(self) -> None:
         import signal
@@ -78,7 +85,15 @@ class ProgressLine:
             self._asked = True
 
         if hasattr(signal, "SIGUSR1"):
-            signal.signal(signal.SIGUSR1, ask)
+            self._handler = signal.signal(signal.SIGUSR1, ask)
+
+    def progress(self) -> Progress:
+        """Return what counts an operation's bytes and tells of every step."""
+        from cowhand.core.progress import Progress
+
+        counter = Progress(listener=self.hear)
+        counter.INTERVAL = 0.0
+        return counter
 
     def hear(self, progress: Progress) -> None:
         """Take news from an operation; called from its threads."""
@@ -91,10 +106,11 @@ class ProgressLine:
             sys.stderr.flush()
 
     def show(self, percent: float) -> None:
-        if percent - self._last >= 1 or percent in (0.0, 100.0):
-            self._last = percent
-            sys.stdout.write(f"    ({percent:3.2f}/100%)\r")
-            sys.stdout.flush()
+        with self._lock:
+            if percent - self._last >= 1 or percent in (0.0, 100.0):
+                self._last = percent
+                sys.stdout.write(f"    ({percent:3.2f}/100%)\r")
+                sys.stdout.flush()
 
     def show_part(self, done: int, whole: int) -> None:
         """Show that *done* of *whole* equal parts are done; quietly where no progress was asked for."""

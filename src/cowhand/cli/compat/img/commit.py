@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from cowhand.block.opening import combine, location
 from cowhand.block.options import nest
+from cowhand.block.status import skip_filters
 from cowhand.cli.compat.images import cache_mode, describe, open_image, warn_of_guess
 from cowhand.cli.compat.img.command import Command, ProgressLine
-from cowhand.cli.compat.program import UsageFailure
+from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import size_argument
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+
+
+def _find(disk: Disk, base: str) -> None:
+    """Refuse a *base* that is no layer under *disk*: a relative name is relative to the image above the layer, as in headers."""
+    node = skip_filters(disk.root)
+    while (below := node.backing) is not None:
+        layer = skip_filters(below.node)
+        recorded = getattr(getattr(node, "header", None), "backing_name", None)
+        full = os.path.realpath(combine(location(node), base))
+        if base == recorded or full == os.path.realpath(layer.filename):
+            return
+        node = layer
+    raise Failure(f"Did not find '{base}' in the backing chain of '{disk.filename}'")
 
 
 def run(words: Sequence[str]) -> int:
@@ -41,12 +61,13 @@ def run(words: Sequence[str]) -> int:
         raise UsageFailure("Expecting one image file name")
     name = command.positional[0]
     cache = cache_mode(cache)
-    from cowhand.core.progress import Progress
     from cowhand.jobs.commit import commit
 
     # Opened once for its words and warnings; the commit itself opens the chain from the base up.
     with open_image(name, format=format, image_opts=image_opts, cache=cache) as disk:
         warn_of_guess(disk)
+        if base is not None:
+            _find(disk, base)
     what = describe(name, image_opts)
     top = what if isinstance(what, str) else "json:" + json.dumps(nest(what))
     with ProgressLine(shown and not quiet) as line:
@@ -57,7 +78,7 @@ def run(words: Sequence[str]) -> int:
             drop=drop,
             rate_limit=rate,
             cache=cache,
-            progress=Progress(listener=line.hear),
+            progress=line.progress(),
         )
     if not quiet:
         print("Image committed.")

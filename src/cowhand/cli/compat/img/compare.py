@@ -44,7 +44,6 @@ def run(words: Sequence[str]) -> int:
     except Failure as failure:
         raise Failure(failure.message, status=_CANNOT_OPEN) from None
     from cowhand.copy.compare import compare
-    from cowhand.core.progress import Progress
 
     with ProgressLine(shown and not quiet) as line:
         disks = []
@@ -60,10 +59,12 @@ def run(words: Sequence[str]) -> int:
                         status=_CANNOT_OPEN,
                     )
                 )
-            result = compare(disks[0], disks[1], strict=strict, progress=Progress(listener=line.hear))
+            result = compare(disks[0], disks[1], strict=strict, progress=line.progress())
         except CowhandError as error:
-            where = f" offset {error.offset}" if error.offset is not None else ""
-            raise Failure(f"Error while reading{where}: {error.qemu()}", status=_CANNOT_READ) from error
+            beyond = error.facts.get("disk_offset", 0) >= min(disk.size for disk in disks)
+            if beyond and not quiet and disks[0].size != disks[1].size:
+                print("Warning: Image size mismatch!")
+            raise Failure(error.qemu(), status=_CANNOT_READ) from error
         finally:
             for disk in disks:
                 disk.close()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cowhand.block.disk import Disk
 
 SECTOR = 512
+_DEFAULT_SPARSE = 4096
 _MAX_SPARSE = 16 << 20
 _WORKERS = "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16"
 _SPARSE = (
@@ -213,8 +214,7 @@ def _check_bitmaps(disks: Sequence[Disk], line: _Line) -> None:
 def _convert(
     line: _Line, disks: Sequence[Disk], target: Disk | str, options: dict[str, Any], snapshot: str | None
 ) -> None:
-    from cowhand.copy.convert import DEFAULT_SPARSE, convert
-    from cowhand.core.progress import Progress
+    from cowhand.copy.convert import convert
 
     flags = line.flags
     backing = options.pop("backing_file", line.backing)
@@ -231,7 +231,7 @@ def _convert(
             overwrite=True,
             snapshot=snapshot,
             compressed="compressed" in flags,
-            sparse_size=DEFAULT_SPARSE if line.sparse is None else line.sparse,
+            sparse_size=_DEFAULT_SPARSE if line.sparse is None else line.sparse,
             workers=line.workers,
             in_order="out_of_order" not in flags,
             salvage="salvage" in flags,
@@ -239,5 +239,5 @@ def _convert(
             rate_limit=line.rate,
             cache=line.cache,
             warn=program.warning,
-            progress=Progress(listener=shown.hear),
+            progress=shown.progress(),
         )

@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.filters.blkdebug import BlkDebugNode
+    from cowhand.block.node import BlockNode
     from cowhand.cli.compat.io.session import Session
 
 _PREALLOCATION = ("off", "metadata", "falloc", "full")
@@ -81,14 +82,7 @@ def reopen(session: Session, words: Sequence[str]) -> bool:
 
 def _reopen(session: Session, writable: bool | None, cache: str | None, options: dict[str, str]) -> None:
     root = the_disk(session).root
-    known = declared(type(root.options))
-    for option in options:
-        if option not in known:
-            raise Failure(f"Cannot change the option '{option}'")
-    try:
-        parse(NodeOptions, {k: v for k, v in options.items() if k in declared(NodeOptions)}, driver=root.driver)
-    except CowhandError as error:
-        raise Failure(error.qemu()) from None
+    options = _changes(root, options)
     before, name = session.how, session.name
     how = copy(before)
     how.format = None if "driver" in before.options or before.image_opts else root.driver
@@ -104,6 +98,33 @@ def _reopen(session: Session, writable: bool | None, cache: str | None, options:
     except Failure:
         session.open(name, before, anew=True)
         raise
+
+
+def _changes(node: BlockNode, options: Mapping[str, str], prefix: str = "") -> dict[str, str]:
+    """Return those of *options* that change something of *node* or its children. Raises Failure for what cannot be changed."""
+    known = declared(type(node.options))
+    own, out = {}, {}
+    below: dict[str, dict[str, str]] = {}
+    for option, value in options.items():
+        head, dot, rest = option.partition(".")
+        if dot and head in node.children:
+            below.setdefault(head, {})[rest] = value
+        elif option in ("driver", "node-name"):
+            if value != (node.driver if option == "driver" else node.name):
+                raise Failure(f"Cannot change the option '{option}'")
+        elif option not in known and head not in known:
+            raise Failure(f"Cannot change the option '{option}'")
+        else:
+            out[prefix + option] = value
+            if option in declared(NodeOptions):
+                own[option] = value
+    try:
+        parse(NodeOptions, own, driver=node.driver)
+    except CowhandError as error:
+        raise Failure(error.qemu()) from None
+    for head, inner in below.items():
+        out.update(_changes(node.children[head].node, inner, f"{prefix}{head}."))
+    return out
 
 
 def flush(session: Session, words: Sequence[str]) -> bool:
