@@ -181,17 +181,39 @@ class FormatNode(BlockNode):
 
     def read_backing(self, offset: int, view: memoryview) -> None:
         """Fill *view* with what shows through at *offset*: the backing file, and zeroes behind its end."""
-        below = self.children.get("backing")
-        inside = 0
-        if below is not None:
-            # Not beyond this layer's end either: the VM state lies there, and what a shrunken layer hides of its base.
-            inside = max(0, min(len(view), below.node.size - offset, self.size - offset))
-            if inside:
-                if self.event_sink is not None:
-                    self.event_sink("read_backing_aio")
-                below.read_into(offset, view[:inside])
-        if inside < len(view):
-            fill_zero(view[inside:])
+        # A stack instead of recursion: a chain may be longer than Python's.
+        pending: list[tuple[FormatNode, int, memoryview]] = [(self, offset, view)]
+        while pending:
+            node, start, part = pending.pop()
+            below = node.children.get("backing")
+            inside = 0
+            if below is not None:
+                # Not beyond this layer's end either: the VM state lies there, and what a shrunken layer hides of its base.
+                inside = max(0, min(len(part), below.node.size - start, node.size - start))
+            if inside < len(part):
+                fill_zero(part[inside:])
+            if not inside or below is None:
+                continue
+            if node.event_sink is not None:
+                node.event_sink("read_backing_aio")
+            if isinstance(below.lane, FormatNode) and type(below.lane).read_into is FormatNode.read_into:
+                pending.extend(below.lane.read_own(start, part[:inside]))
+            else:
+                below.read_into(start, part[:inside])
+
+    def read_own(self, offset: int, view: memoryview) -> list[tuple[FormatNode, int, memoryview]]:
+        """Fill of *view* what this layer decides; return, as (this node, offset, piece), what shows through from below."""
+        missing: list[tuple[FormatNode, int, memoryview]] = []
+        position, length = 0, len(view)
+        while position < length:
+            run = self.map(offset + position, length - position)
+            piece = view[position : position + run[0]]
+            if run[1] & (DATA | ZERO):
+                self._read_run(run, offset + position, piece)
+            else:
+                missing.append((self, offset + position, piece))
+            position += run[0]
+        return missing
 
     def reads_zero(self, offset: int, length: int) -> bool:
         """Tell whether ``[offset, offset + length)`` is known, without reading data, to read as zeroes."""

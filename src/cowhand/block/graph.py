@@ -73,29 +73,49 @@ def _check_conflict(edge: Edge, perm: int, shared: int) -> None:
 
 def set_permissions(edge: Edge, perm: int, shared: int) -> None:
     """Give *edge* its permissions and carry the consequences down; on an error everything is as before."""
-    _check_conflict(edge, perm, shared)
-    before = (edge.perm, edge.shared)
-    edge.perm, edge.shared = perm, shared
-    try:
-        refresh(edge.node)
-    except BaseException:
-        edge.perm, edge.shared = before
-        with contextlib.suppress(Exception):
-            refresh(edge.node)
-        raise
+    _carry_down([(edge, perm, shared)])
 
 
 def refresh(node: BlockNode) -> None:
     """Recompute what *node*'s users need, tell the node, and do the same for its children."""
+    _carry_down(_tell(node))
+
+
+def _carry_down(pending: list[tuple[Edge, int, int]]) -> None:
+    """Give edges their permissions, and what follows from that, down to the last child: all of it, or nothing.
+
+    Without recursion, since a chain may be longer than Python's stack.
+    """
+    changed: list[tuple[Edge, int, int]] = []
+    try:
+        while pending:
+            edge, perm, shared = pending.pop()
+            _check_conflict(edge, perm, shared)
+            changed.append((edge, edge.perm, edge.shared))
+            edge.perm, edge.shared = perm, shared
+            pending.extend(_tell(edge.node))
+    except BaseException:
+        for edge, perm, shared in reversed(changed):
+            edge.perm, edge.shared = perm, shared
+        for edge, _, _ in changed:
+            with contextlib.suppress(Exception):
+                _tell(edge.node)
+        raise
+
+
+def _tell(node: BlockNode) -> list[tuple[Edge, int, int]]:
+    """Tell *node* what its users need, and return what changes by that for its children's edges."""
     perm, shared = 0, ALL_PERMISSIONS
     for edge in node.parents:
         perm |= edge.perm
         shared &= edge.shared
     node.update_permissions(perm, shared)
+    changes: list[tuple[Edge, int, int]] = []
     for child in node.children.values():
         need, share = node.child_permissions(child, perm, shared)
         if (need, share) != (child.perm, child.shared):
-            set_permissions(child, need, share)
+            changes.append((child, need, share))
+    return changes
 
 
 def attach(parent: BlockNode, name: str, node: BlockNode, role: Role) -> Child:
@@ -150,6 +170,12 @@ def release(edge: Edge) -> None:
 
 
 def _detach(edge: Edge) -> None:
+    if _unhook(edge):
+        close_node(edge.node)
+
+
+def _unhook(edge: Edge) -> bool:
+    """Take *edge* away and tell whether nobody else uses its node, which is then to be closed."""
     node = edge.node
     if edge in node.parents:
         node.parents.remove(edge)
@@ -159,23 +185,22 @@ def _detach(edge: Edge) -> None:
         if not node.closed:
             with contextlib.suppress(Exception):
                 refresh(node)
-        return
-    close_node(node)
+        return False
+    return True
 
 
 def close_node(node: BlockNode) -> None:
     """Close an unused *node*, then release its children. The first error is raised after everything is closed."""
     failure: BaseException | None = None
-    node.closed = True
-    try:
-        node.close()
-    except Exception as error:  # noqa: BLE001 - kept, and raised at the end
-        failure = error
-    for child in list(node.children.values()):
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        current.closed = True
         try:
-            _detach(child)
+            current.close()
         except Exception as error:  # noqa: BLE001 - kept, and raised at the end
             failure = failure or error
+        pending.extend(child.node for child in reversed(list(current.children.values())) if _unhook(child))
     if failure is not None:
         raise failure
 
