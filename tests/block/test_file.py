@@ -33,7 +33,7 @@ from cowhand.core.errors import (
     Poisoned,
 )
 from cowhand.core.extents import DATA, MAX_ROWS, ZERO
-from cowhand.testing.nodes import NodeContract, in_threads
+from cowhand.testing.nodes import NodeContract
 from tests.tools.programs import find, run
 from tests.tools.qemu import qemu_io, qemu_map, require_qemu
 
@@ -110,22 +110,6 @@ class MediumContract(NodeContract):
     def raw_content(self, folder: Path, node: BlockNode) -> bytes:
         with open(self.medium.path, "rb") as file:
             return file.read()
-
-    def test_readers_see_old_or_new_sectors(self, disk: Disk) -> None:
-        # Less than the contract: Linux copies out of the page cache while a writer copies in, so a sector may be half old and half new.
-        disk.write(0, b"o" * 65536)
-        seen: list[bytes] = []
-
-        def read() -> None:
-            for _ in range(50):
-                seen.append(disk.read(0, 65536))
-
-        def write() -> None:
-            for content in (b"n" * 65536, b"o" * 65536) * 25:
-                disk.write(0, content)
-
-        in_threads([read, read, write])
-        assert set(b"".join(seen)) <= set(b"on")
 
 
 class TestBufferedFile(MediumContract):
