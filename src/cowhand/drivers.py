@@ -14,12 +14,20 @@ def _probe_qcow2(data: bytes, filename: str) -> int:
 REGISTRY = Registry()
 for _entry in (
     DriverEntry("file", "protocol", "cowhand.block.protocols.file", "FileNode", prefixes=("file",)),
-    DriverEntry("host_device", "protocol", "cowhand.block.protocols.file_device", "HostDeviceNode", prefixes=("host_device",)),
+    DriverEntry(
+        "host_device", "protocol", "cowhand.block.protocols.file_device", "HostDeviceNode", prefixes=("host_device",)
+    ),
     DriverEntry("memory", "protocol", "cowhand.block.protocols.memory", "MemoryNode", creatable=False),
-    DriverEntry("null-co", "protocol", "cowhand.block.protocols.null", "NullNode", prefixes=("null-co",), creatable=False),
-    DriverEntry("null-aio", "protocol", "cowhand.block.protocols.null", "NullAioNode", prefixes=("null-aio",), creatable=False),
+    DriverEntry(
+        "null-co", "protocol", "cowhand.block.protocols.null", "NullNode", prefixes=("null-co",), creatable=False
+    ),
+    DriverEntry(
+        "null-aio", "protocol", "cowhand.block.protocols.null", "NullAioNode", prefixes=("null-aio",), creatable=False
+    ),
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
     DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
-    DriverEntry("blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False),
+    DriverEntry(
+        "blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False
+    ),
 ):
     REGISTRY.add(_entry)

@@ -160,4 +160,6 @@ def check_node(
 
 def unsupported(driver: str) -> NotSupported:
     """Return the error of a format that has no check."""
-    return NotSupported(f"images of format '{driver}' cannot be checked", qemu="This image format does not support checks")
+    return NotSupported(
+        f"images of format '{driver}' cannot be checked", qemu="This image format does not support checks"
+    )

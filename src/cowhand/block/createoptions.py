@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import parse_size
 
-
 _TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
 
 
@@ -64,7 +63,9 @@ def convert(option: CreateOption, value: Any) -> Any:
         return value in _TRUE
     if option.kind in ("size", "int"):
         try:
-            return parse_size(value) if option.kind == "size" else int(value) if isinstance(value, int) else int(value, 0)
+            return (
+                parse_size(value) if option.kind == "size" else int(value) if isinstance(value, int) else int(value, 0)
+            )
         except (TypeError, ValueError) as error:
             text = f"Parameter '{option.name}' expects a non-negative number below 2^64"
             suffixes = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."

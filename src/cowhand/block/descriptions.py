@@ -28,7 +28,9 @@ def parse_json_name(name: str) -> dict[str, Any]:
     try:
         given = json.loads(_STRING.sub(_in_double_quotes, text))
     except RecursionError:
-        raise InvalidArgument("Could not parse the JSON options: JSON parse error, nested too deep", path=where) from None
+        raise InvalidArgument(
+            "Could not parse the JSON options: JSON parse error, nested too deep", path=where
+        ) from None
     except ValueError as error:
         rest = text[getattr(error, "pos", 0) :].strip()
         reason = str(error) if rest else "premature EOI"

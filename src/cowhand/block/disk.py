@@ -78,7 +78,9 @@ class Gate:
         last = clock.monotonic() + deadline
         with self._condition:
             if not self._condition.wait_for(lambda: self._holder in (None, mine), deadline):
-                raise DeadlineExceeded(f"disk '{self._disk.name}' is being changed by another thread for more than {deadline:g} s")
+                raise DeadlineExceeded(
+                    f"disk '{self._disk.name}' is being changed by another thread for more than {deadline:g} s"
+                )
             self._holder = mine
             self._depth += 1
             drained = self.drained = self.drained or threading.Event()
@@ -144,7 +146,9 @@ class Disk:
         self.read_only = not writable
         self.write_through = write_through
         self.in_flight: dict[int, tuple[str, int, int, int]] = {}
-        self.statistics = [0] * 12  #: by request kind: count at [kind], bytes at [6 + kind]; read them with :meth:`counters`
+        self.statistics = [
+            0
+        ] * 12  #: by request kind: count at [kind], bytes at [6 + kind]; read them with :meth:`counters`
         self.gate = Gate(self)
         self.edge = DiskEdge(self)
         self._closed = False
@@ -219,11 +223,15 @@ class Disk:
 
     def _refuse_range(self, offset: int, length: int) -> OutOfRange:
         return OutOfRange(
-            f"bytes {offset} to {offset + length} are not inside the disk of {self._size} bytes", path=self.filename, offset=offset
+            f"bytes {offset} to {offset + length} are not inside the disk of {self._size} bytes",
+            path=self.filename,
+            offset=offset,
         )
 
     def _refuse_writing(self) -> ReadOnly:
-        return ReadOnly(f"disk '{self.name}' is open for reading only", path=self.filename, hint="Open it with writable=True.")
+        return ReadOnly(
+            f"disk '{self.name}' is open for reading only", path=self.filename, hint="Open it with writable=True."
+        )
 
     # Every request checks its range inside the gate: the size does not change while it is in flight.
 
@@ -480,7 +488,9 @@ class Disk:
     def __enter__(self) -> Disk:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
             return

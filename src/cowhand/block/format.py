@@ -57,15 +57,23 @@ class Kind(IntEnum):
 class Reservation:
     """Allocation units ``[offset, offset + length)`` on their way to a new state; made by a driver's ``reserve``.
 
-    ``child`` and ``host`` say where the bytes go (kinds DATA and COMPRESSED); ``fresh`` that the new place reads as zeroes by itself, ``blank`` that the
-    old content is known to read as zeroes (False: not known).
-    ``state`` is the driver's own.
+    ``child`` and ``host`` say where the bytes go (kinds DATA and COMPRESSED); ``fresh`` that the new place reads as zeroes by itself,
+    ``blank`` that the old content is known to read as zeroes (False: not known). ``state`` is the driver's own.
     """
 
     __slots__ = ("blank", "child", "fresh", "host", "kind", "length", "offset", "state", "waiters")
 
     def __init__(
-        self, offset: int, length: int, kind: Kind, child: Child | None = None, host: int = NO_HOST, *, fresh: bool = False, blank: bool = False, state: Any = None
+        self,
+        offset: int,
+        length: int,
+        kind: Kind,
+        child: Child | None = None,
+        host: int = NO_HOST,
+        *,
+        fresh: bool = False,
+        blank: bool = False,
+        state: Any = None,
     ) -> None:
         self.offset = offset
         self.length = length
@@ -379,7 +387,9 @@ class FormatNode(BlockNode):
 
     # -- the in-flight table
 
-    def claim(self, offset: int, length: int, kind: Kind, nbytes: int = 0, *, continues: bool = False) -> Reservation | None:
+    def claim(
+        self, offset: int, length: int, kind: Kind, nbytes: int = 0, *, continues: bool = False
+    ) -> Reservation | None:
         """Reserve the beginning of ``[offset, offset + length)`` once nobody else owns a unit of it; None: write in place.
 
         *continues*: the same request has written what lies before it, so that new space is best taken right behind.
@@ -510,7 +520,11 @@ class FormatNode(BlockNode):
         inside = min(unit, self.size - begin)
         _, flags, _, _ = self.map(begin, inside)
         around = self.capabilities.zeroes is Zeroing.NATIVE and not flags & DATA
-        if around and self.reads_zero(begin, offset - begin) and self.reads_zero(offset + length, begin + inside - offset - length):
+        if (
+            around
+            and self.reads_zero(begin, offset - begin)
+            and self.reads_zero(offset + length, begin + inside - offset - length)
+        ):
             try:
                 self._zero_unit_unless_written(begin, inside, kind)
                 return
@@ -518,7 +532,9 @@ class FormatNode(BlockNode):
                 if self.reads_zero(offset, length):
                     return
         if not fallback:
-            raise NotSupported("less than an allocation unit can only be zeroed by writing bytes", path=self.filename, offset=offset)
+            raise NotSupported(
+                "less than an allocation unit can only be zeroed by writing bytes", path=self.filename, offset=offset
+            )
         self._zero_bytes(offset, length)
 
     def _zero_unit_unless_written(self, begin: int, inside: int, kind: Kind) -> None:
@@ -574,7 +590,9 @@ class FormatNode(BlockNode):
         self.check_writable()
         reservation = self.claim(offset, self.allocation_unit, Kind.COMPRESSED, len(payload))
         if reservation is None:
-            raise NotSupported("compressed data can only be written to unallocated clusters", path=self.filename, offset=offset)
+            raise NotSupported(
+                "compressed data can only be written to unallocated clusters", path=self.filename, offset=offset
+            )
         try:
             assert reservation.child is not None
             if self.event_sink is not None:

@@ -51,7 +51,9 @@ def _set_methods(edge: Edge, access: BlockNode | HookedAccess | AlignedAccess) -
 def describe(edge: Edge) -> str:
     """Name the user behind *edge* for an error message."""
     owner = edge.owner
-    return f"'{owner.name}' ({owner.driver}, as {edge.name})" if isinstance(owner, BlockNode) else f"disk '{owner.name}'"
+    return (
+        f"'{owner.name}' ({owner.driver}, as {edge.name})" if isinstance(owner, BlockNode) else f"disk '{owner.name}'"
+    )
 
 
 def _check_conflict(edge: Edge, perm: int, shared: int) -> None:

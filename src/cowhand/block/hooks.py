@@ -32,7 +32,9 @@ class HookedAccess:
         finally:
             self.fire(offset, length)
 
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False) -> None:
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
+    ) -> None:
         try:
             self.node.write_zeroes(offset, length, unmap=unmap, fallback=fallback, fua=fua)
         finally:

@@ -32,7 +32,12 @@ WRITE_UNCHANGED = 0x04
 RESIZE = 0x08
 ALL_PERMISSIONS = 0x0F
 
-PERMISSION_NAMES = {CONSISTENT_READ: "consistent read", WRITE: "write", WRITE_UNCHANGED: "write unchanged", RESIZE: "resize"}
+PERMISSION_NAMES = {
+    CONSISTENT_READ: "consistent read",
+    WRITE: "write",
+    WRITE_UNCHANGED: "write unchanged",
+    RESIZE: "resize",
+}
 
 # Requests of a batch: plain tuples, since making an object for each costs as much as the whole mapping.
 #: (READ, offset, writable buffer), (WRITE, offset, buffer), (ZERO, offset, length), (ZERO_UNMAP, offset, length),
@@ -192,7 +197,9 @@ class BlockNode(ABC):
         """Write *buffers*, one behind the other, at *offset*; with *fua* they are stable when it returns."""
         raise NotSupported(f"driver '{self.driver}' cannot write")
 
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False) -> None:
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
+    ) -> None:
         """Make the bytes read as zeroes; *unmap* allows giving their space back; without *fallback* raise NotSupported rather than write."""
         raise NotSupported(f"driver '{self.driver}' cannot write zeroes")
 

@@ -24,6 +24,7 @@ _PROTOCOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.\-_]*:")
 #: Options that a child takes over from its parent unless its own description says otherwise.
 _INHERITED = ("cache_direct", "cache_no_flush", "force_share")
 
+
 def has_protocol(name: str) -> bool:
     """Tell whether *name* begins with a protocol ("nbd:"), as QEMU decides it: a colon before the first slash."""
     return _PROTOCOL.match(name) is not None and "/" not in name.split(":", 1)[0]
@@ -165,7 +166,13 @@ class Opening:
         return self._probed(file, given, parent, role)
 
     def child(
-        self, node: BlockNode, name: str, description: Mapping[str, Any] | str | BlockNode, role: Role, *, read_only: bool | None = None
+        self,
+        node: BlockNode,
+        name: str,
+        description: Mapping[str, Any] | str | BlockNode,
+        role: Role,
+        *,
+        read_only: bool | None = None,
     ) -> Child:
         """Open *description* (or take an open node) as child *name* of *node*. Backing files and read-only parents open for reading only."""
         if isinstance(description, BlockNode):
@@ -304,12 +311,12 @@ class Opening:
         """Split a description without a driver: what the protocol takes (below) and what the probed format takes."""
         common = declared(NodeOptions)
         if below:
-            return {n: v for n, v in given.items() if n not in ("node-name", "backing") and (n in common or n == "filename")}
+            return {
+                n: v for n, v in given.items() if n not in ("node-name", "backing") and (n in common or n == "filename")
+            }
         return {n: v for n, v in given.items() if n != "filename"}
 
-    def _make(
-        self, entry: DriverEntry, given: dict[str, Any], parent: NodeOptions, role: Role | None
-    ) -> BlockNode:
+    def _make(self, entry: DriverEntry, given: dict[str, Any], parent: NodeOptions, role: Role | None) -> BlockNode:
         cls = entry.load()
         filename = given.get("filename")
         if entry.kind != "protocol" and filename is not None and "file" not in given:

@@ -86,12 +86,20 @@ class NodeOptions(Declared):
 
     node_name: str | None = option(help="name of the node in the graph", strong=False)
     read_only: bool | None = option(kind="bool", help="open for reading only", strong=False)
-    auto_read_only: bool = option(False, kind="bool", help="open for reading where writing is not possible", strong=False)
+    auto_read_only: bool = option(
+        False, kind="bool", help="open for reading where writing is not possible", strong=False
+    )
     force_share: bool = option(False, kind="bool", help="take no locks: others may write meanwhile", strong=False)
     discard: str | None = option(help="hand discards down", choices=("ignore", "unmap"), strong=False)
-    detect_zeroes: str = option("off", help="turn writes of zeroes into write_zeroes", choices=("off", "on", "unmap"), strong=False)
-    cache_direct: bool = option(False, kind="bool", name="cache.direct", help="bypass the host's page cache", strong=False)
-    cache_no_flush: bool = option(False, kind="bool", name="cache.no-flush", help="ignore flushes (unsafe)", strong=False)
+    detect_zeroes: str = option(
+        "off", help="turn writes of zeroes into write_zeroes", choices=("off", "on", "unmap"), strong=False
+    )
+    cache_direct: bool = option(
+        False, kind="bool", name="cache.direct", help="bypass the host's page cache", strong=False
+    )
+    cache_no_flush: bool = option(
+        False, kind="bool", name="cache.no-flush", help="ignore flushes (unsafe)", strong=False
+    )
 
 
 def declared(cls: type[NodeOptions]) -> dict[str, Option]:

@@ -38,12 +38,16 @@ class Policy(NamedTuple):
         if not self.implicit:
             raise PolicyRefused(f"the {what} '{reference}' is not opened", path=owner, hint=hint)
         if reference.startswith("json:") and not self.json_names:
-            raise PolicyRefused(f"the {what} is a json: description, which this policy does not follow", path=owner, hint=hint)
+            raise PolicyRefused(
+                f"the {what} is a json: description, which this policy does not follow", path=owner, hint=hint
+            )
 
     def check_driver(self, driver: str, *, owner: str, what: str) -> None:
         """Raise PolicyRefused unless *driver* may be used for something that an image names."""
         if self.drivers is not None and driver not in self.drivers:
-            raise PolicyRefused(f"the {what} asks for driver '{driver}', which policy '{self.name}' does not allow", path=owner)
+            raise PolicyRefused(
+                f"the {what} asks for driver '{driver}', which policy '{self.name}' does not allow", path=owner
+            )
 
     def check_path(self, path: str, *, owner: str, what: str) -> None:
         """Raise PolicyRefused unless the file *path*, links followed, lies where the policy allows."""

@@ -38,7 +38,9 @@ def _holder(disk: Disk) -> BlockNode:
 
 def _check_writable(disk: Disk) -> None:
     if disk.read_only:
-        raise ReadOnly(f"disk '{disk.name}' is open for reading only", path=disk.filename, hint="Open it with writable=True.")
+        raise ReadOnly(
+            f"disk '{disk.name}' is open for reading only", path=disk.filename, hint="Open it with writable=True."
+        )
 
 
 def find_snapshot(disk: Disk, id_or_name: str) -> SnapshotInfo:
@@ -54,7 +56,10 @@ def choose(snapshots: list[SnapshotInfo], id_or_name: str, path: str) -> Snapsho
                 return snapshot
     known = ", ".join(f"{s.id} ({s.name})" for s in snapshots[:10])
     raise SnapshotNotFound(
-        f"there is no snapshot '{id_or_name}'", qemu="snapshot not found", path=path, hint=f"There are: {known}" if known else None
+        f"there is no snapshot '{id_or_name}'",
+        qemu="snapshot not found",
+        path=path,
+        hint=f"There are: {known}" if known else None,
     )
 
 

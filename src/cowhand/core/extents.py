@@ -114,9 +114,7 @@ class ExtentBatch:
         self.node.append(index)
         self.depth.append(depth)
 
-    def extend_columns(
-        self, starts: Any, lengths: Any, flags: Any, hosts: Any, node: Any, depth: int = 0
-    ) -> None:
+    def extend_columns(self, starts: Any, lengths: Any, flags: Any, hosts: Any, node: Any, depth: int = 0) -> None:
         """Append many rows at once from buffers of the columns' types; all lie in one node and depth. Rows are not merged."""
         index = self.index_of(node)
         count = len(starts)
@@ -136,9 +134,7 @@ class ExtentBatch:
 
     def total(self, flag: int) -> int:
         """Return the number of bytes in rows that have all bits of *flag*."""
-        return sum(
-            length for length, flags in zip(self.length, self.flags, strict=True) if flags & flag == flag
-        )
+        return sum(length for length, flags in zip(self.length, self.flags, strict=True) if flags & flag == flag)
 
 
 def merged(batches: Iterable[ExtentBatch], mask: int = 0xFFFF) -> Iterator[Extent]:

@@ -7,7 +7,9 @@ import re
 from cowhand.core.errors import InvalidArgument
 
 _SUFFIX = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_NUMBER = re.compile(r"\s*(0[xX][0-9a-fA-F]+|\d+(?:\.\d*)?|\.\d+)\s*([bBkKmMgGtTpPeE]?)(?:(?<=[kKmMgGtTpPeE])i?[bB])?\s*\Z")
+_NUMBER = re.compile(
+    r"\s*(0[xX][0-9a-fA-F]+|\d+(?:\.\d*)?|\.\d+)\s*([bBkKmMgGtTpPeE]?)(?:(?<=[kKmMgGtTpPeE])i?[bB])?\s*\Z"
+)
 
 #: The largest size that a disk may have: offsets are signed 64-bit numbers everywhere below.
 MAX_SIZE = (1 << 63) - 512
@@ -24,7 +26,8 @@ def parse_size(text: str | int, default_suffix: str = "") -> int:
         match = _NUMBER.match(text)
         if match is None:
             raise InvalidArgument(
-                f"'{text}' is not a size", hint="Write a number with an optional suffix k, M, G, T, P or E, such as 512M or 1.5G."
+                f"'{text}' is not a size",
+                hint="Write a number with an optional suffix k, M, G, T, P or E, such as 512M or 1.5G.",
             )
         number, suffix = match.group(1), (match.group(2) or default_suffix).lower()
         shift = _SUFFIX[suffix]

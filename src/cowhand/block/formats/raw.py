@@ -34,7 +34,9 @@ class RawNode(BlockNode):
     driver: ClassVar[str] = "raw"
     options_class: ClassVar[type[NodeOptions]] = RawOptions
     is_format: ClassVar[bool] = True
-    create_options: ClassVar[tuple[CreateOption, ...]] = tuple(o for o in FILE_OPTIONS if o.name in ("size", "preallocation"))
+    create_options: ClassVar[tuple[CreateOption, ...]] = tuple(
+        o for o in FILE_OPTIONS if o.name in ("size", "preallocation")
+    )
     options: RawOptions
     file: Child
 
@@ -43,15 +45,25 @@ class RawNode(BlockNode):
         """Make the open, writable protocol node *file* exactly *size* bytes of zeroes."""
         mode = options.get("preallocation") or "off"
         if mode not in ("off", "falloc", "full"):
-            qemu = f"Unsupported preallocation mode: {mode}" if mode == "metadata" else f"invalid parameter value: {mode}"
-            raise InvalidArgument(f"a raw image cannot be preallocated as '{mode}'", qemu=qemu, hint="preallocation is off, falloc or full.")
+            qemu = (
+                f"Unsupported preallocation mode: {mode}" if mode == "metadata" else f"invalid parameter value: {mode}"
+            )
+            raise InvalidArgument(
+                f"a raw image cannot be preallocated as '{mode}'",
+                qemu=qemu,
+                hint="preallocation is off, falloc or full.",
+            )
         file.resize(0, shrink=True)
         if size:
             file.resize(size, preallocation=mode)
 
     @classmethod
     def measure(
-        cls, options: Mapping[str, Any], size: int | None, source_size: int | None, data_in_units: Callable[[int], int] | None
+        cls,
+        options: Mapping[str, Any],
+        size: int | None,
+        source_size: int | None,
+        data_in_units: Callable[[int], int] | None,
     ) -> tuple[int, int, int]:
         """Return (required, fully allocated, allocation unit) of a new image: holes count towards the length of a raw file."""
         total = -(-(size or 0) // 512) * 512 if source_size is None else -(-source_size // 512) * 512
@@ -63,7 +75,7 @@ class RawNode(BlockNode):
         node = cls(options)
         file = given.pop("file", None)
         if file is None:
-            raise InvalidArgument("a raw image needs a 'file'", qemu="A block device must be specified for \"file\"")
+            raise InvalidArgument("a raw image needs a 'file'", qemu='A block device must be specified for "file"')
         if given.pop("backing", None) is not None:
             raise NotSupported("Driver doesn't support backing files")
         opening.track(node)

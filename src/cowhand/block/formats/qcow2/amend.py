@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-_TAKEN = ("backing_file", "backing_fmt", "compat", "data_file", "data_file_raw", "encrypt.iter-time", "lazy_refcounts", "refcount_bits", "size")
+_TAKEN = (
+    "backing_file",
+    "backing_fmt",
+    "compat",
+    "data_file",
+    "data_file_raw",
+    "encrypt.iter-time",
+    "lazy_refcounts",
+    "refcount_bits",
+    "size",
+)
 
 #: What is understood as an option of a change; not all of it can be changed.
 AMEND_OPTIONS = (
@@ -41,11 +51,15 @@ def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, 
     header = node.header
     version = header.version if options.get("compat") is None else _VERSIONS.get(options["compat"])
     if version is None:
-        raise InvalidArgument(f"Unknown compatibility level {options['compat']}", hint="compat is 0.10 (v2) or 1.1 (v3).")
+        raise InvalidArgument(
+            f"Unknown compatibility level {options['compat']}", hint="compat is 0.10 (v2) or 1.1 (v3)."
+        )
     _refuse(node, options, version)
     lazy = options.get("lazy_refcounts")
     if lazy and version < 3:
-        raise InvalidArgument("Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)")
+        raise InvalidArgument(
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)"
+        )
     node.check_writable()
     with graph.quiesce(node):
         node.settle()
@@ -70,7 +84,9 @@ def _refuse(node: Qcow2Node, options: Mapping[str, Any], version: int) -> None:
         if bits < 1 or bits & (bits - 1) or bits > 64:
             raise InvalidArgument("Refcount width must be a power of two and may not exceed 64 bits")
         if bits != header.refcount_bits and version < 3:
-            raise InvalidArgument("Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)")
+            raise InvalidArgument(
+                "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"
+            )
         if bits != header.refcount_bits:
             raise NotSupported(
                 f"the width of reference counts ({header.refcount_bits} bits) cannot be changed in place", path=node.filename,
@@ -81,7 +97,9 @@ def _refuse(node: Qcow2Node, options: Mapping[str, Any], version: int) -> None:
     for name, present in (("backing_file", header.backing_name), ("backing_fmt", header.backing_format)):
         if name in options and options[name] != (present or ""):
             advice = "You can use 'qemu-img rebase' instead."
-            raise NotSupported("Cannot amend the backing file", path=node.filename, hint="Rebase the image instead.", advice=advice)
+            raise NotSupported(
+                "Cannot amend the backing file", path=node.filename, hint="Rebase the image instead.", advice=advice
+            )
 
 
 def _rewrite(node: Qcow2Node, change: Callable[[], None]) -> None:

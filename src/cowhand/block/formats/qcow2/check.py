@@ -73,15 +73,24 @@ class Examination:
                 rewrite_snapshots(self, snapshots)
             if self.marked and self.fix_leaks:
                 # What the damaged structure held was not put right: that takes another look, at the new one.
-                raise Stopped(ImageCorrupt("the image was marked corrupt on the way", qemu="No medium found", path=self.node.filename, errno=123))
+                raise Stopped(
+                    ImageCorrupt(
+                        "the image was marked corrupt on the way",
+                        qemu="No medium found",
+                        path=self.node.filename,
+                        errno=123,
+                    )
+                )
+            if self.fix_leaks and not any((self.counters.check_errors, self.counters.corruptions, snapshots.corruptions)):
+                from cowhand.block.formats.qcow2.repair import mark_sound
+
+                mark_sound(self.node)
         except Stopped as stopped:
             result.failure = stopped.error
+        except CowhandError as error:
+            result.failure = error
         for name in Counters.__slots__:
             setattr(result, name, getattr(self.counters, name) + getattr(snapshots, name))
-        if self.fix_leaks and result.failure is None and not result.check_errors and not result.corruptions:
-            from cowhand.block.formats.qcow2.repair import mark_sound
-
-            mark_sound(self.node)
         return result
 
     def _read_snapshot_table(self, counters: Counters) -> None:
@@ -112,7 +121,9 @@ class Examination:
             for index, snapshot in enumerate(node.snapshots):
                 if snapshot.extra_size < REQUIRED_EXTRA:
                     counters.corruptions += 1
-                    self.say(f"{'Repairing' if self.fix_errors else 'ERROR'} snapshot table entry {index} is incomplete")
+                    self.say(
+                        f"{'Repairing' if self.fix_errors else 'ERROR'} snapshot table entry {index} is incomplete"
+                    )
 
     def _checked_table(self, reading: Reading) -> list[Snapshot]:
         header, path = self.node.header, self.node.filename
@@ -140,7 +151,14 @@ class Examination:
         walk = self.walk
         if walk.clusters > _MAX_CLUSTERS:
             self.counters.check_errors += 1
-            raise Stopped(InvalidFormat("the file has too many clusters for a check", qemu="File too large", path=self.node.filename, errno=27))
+            raise Stopped(
+                InvalidFormat(
+                    "the file has too many clusters for a check",
+                    qemu="File too large",
+                    path=self.node.filename,
+                    errno=27,
+                )
+            )
         result.total_clusters = -(-self.node.header.size // walk.size)
         self.calculate(fix=self.fix_errors)
         self._tell_allocation(result)
@@ -155,7 +173,14 @@ class Examination:
             if self.rebuild:
                 self.say("ERROR need to rebuild refcount structures")
                 self.counters.check_errors += 1
-                raise Stopped(InvalidFormat("the refcount structure must be rebuilt", qemu="Input/output error", path=self.node.filename, errno=5))
+                raise Stopped(
+                    InvalidFormat(
+                        "the refcount structure must be rebuilt",
+                        qemu="Input/output error",
+                        path=self.node.filename,
+                        errno=5,
+                    )
+                )
             if self.counters.leaks or self.counters.corruptions:
                 self.counters.assign(before)
                 self.compare(leaks=self.fix_leaks, errors=self.fix_errors)
@@ -220,7 +245,11 @@ class Examination:
             text = f"Refblock offset {offset:#x} unaligned (reftable index: {L.c_hex(index)})"
             raise InvalidFormat(text, path=self.node.filename, errno=5, unaligned=True)
         if offset + self.walk.size >= 1 << 63:
-            raise InvalidFormat(f"no file is so long that refcount block {index} at {offset:#x} lies inside", path=self.node.filename, errno=5)
+            raise InvalidFormat(
+                f"no file is so long that refcount block {index} at {offset:#x} lies inside",
+                path=self.node.filename,
+                errno=5,
+            )
         data = bytearray(self.walk.size)
         if offset < self.walk.length:
             self.node.file.read_into(offset, data)
@@ -243,7 +272,9 @@ class Examination:
     def _blocks(self) -> Iterator[int]:
         """Yield, rising, the refcount blocks that exist or in whose range something was counted."""
         limit = -(-self.walk.clusters // self.per_block)
-        present = {index for index, entry in enumerate(words_of(bytes(self.node.refcounts.table))) if entry and index < limit}
+        present = {
+            index for index, entry in enumerate(words_of(bytes(self.node.refcounts.table))) if entry and index < limit
+        }
         present.update(index for index in self.walk.tally.used_blocks(self.per_block) if index < limit)
         yield from sorted(present)
 
@@ -278,11 +309,15 @@ class Examination:
         if error.facts.get("unaligned") and not self._told_unaligned:
             self._told_unaligned = True
             if self.node.writable:
-                self.say(f"qcow2: Marking image as corrupt: {error.message}; further corruption events will be suppressed")
+                self.say(
+                    f"qcow2: Marking image as corrupt: {error.message}; further corruption events will be suppressed"
+                )
                 self.node.set_corrupt_mark()
                 self.marked = True
             else:
-                self.say(f"qcow2: Image is corrupt: {error.message}; further non-fatal corruption events will be suppressed")
+                self.say(
+                    f"qcow2: Image is corrupt: {error.message}; further non-fatal corruption events will be suppressed"
+                )
         self.unreadable.add(index)
         self.counters.check_errors += count
         for cluster in range(first, first + count):
@@ -406,7 +441,9 @@ def check_flags(exam: Examination) -> None:
         if count is None:
             continue
         if (count == 1) != bool(entry & L.COPIED):
-            exam.say(f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}")
+            exam.say(
+                f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}"
+            )
             if mend:
                 from cowhand.block.formats.qcow2.repair import flag_l1
 
@@ -441,12 +478,18 @@ def _judge_flags(exam: Examination, host: int, mend: bool) -> list[str]:
     changed = []
     for index in range(0, len(words), stride):
         entry = words[index]
-        if not entry or entry & L.ENTRY_COMPRESSED or not (entry & L.L2_OFFSET_MASK or (walk.external and entry & L.COPIED)):
+        if (
+            not entry
+            or entry & L.ENTRY_COMPRESSED
+            or not (entry & L.L2_OFFSET_MASK or (walk.external and entry & L.COPIED))
+        ):
             continue
         count = 1 if walk.external else exam.disk_count((entry & L.L2_OFFSET_MASK) >> walk.bits)
         if count is None or (count == 1) == bool(entry & L.COPIED):
             continue
-        lines.append(f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={count}")
+        lines.append(
+            f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={count}"
+        )
         changed.append((index * 8, entry ^ L.COPIED))
     if mend and changed:
         from cowhand.block.formats.qcow2.repair import flag_l2

@@ -59,9 +59,13 @@ class Deflate:
             else:
                 out = isal.IgzipDecompressor(flag=isal.DECOMP_DEFLATE, hist_bits=15).decompress(data, size)
         except failures as error:
-            raise ImageCorrupt(f"a compressed cluster cannot be decompressed: {error}", qemu="Input/output error") from error
+            raise ImageCorrupt(
+                f"a compressed cluster cannot be decompressed: {error}", qemu="Input/output error"
+            ) from error
         if len(out) != size:
-            raise ImageCorrupt(f"a compressed cluster gives {len(out)} bytes instead of {size}", qemu="Input/output error")
+            raise ImageCorrupt(
+                f"a compressed cluster gives {len(out)} bytes instead of {size}", qemu="Input/output error"
+            )
         return out
 
 
@@ -78,7 +82,8 @@ class Zstd:
                 from backports import zstd
         except ImportError as error:
             raise UnsupportedFeature(
-                "zstd-compressed images need the package backports.zstd", qemu="compression type 'zstd' is not supported"
+                "zstd-compressed images need the package backports.zstd",
+                qemu="compression type 'zstd' is not supported",
             ) from error
         self._zstd: Any = zstd
         self.level = level if level is not None else 1
@@ -92,9 +97,13 @@ class Zstd:
         try:
             out: bytes = self._zstd.ZstdDecompressor().decompress(data, size)
         except (self._zstd.ZstdError, EOFError) as error:
-            raise ImageCorrupt(f"a compressed cluster cannot be decompressed: {error}", qemu="Input/output error") from error
+            raise ImageCorrupt(
+                f"a compressed cluster cannot be decompressed: {error}", qemu="Input/output error"
+            ) from error
         if len(out) != size:
-            raise ImageCorrupt(f"a compressed cluster gives {len(out)} bytes instead of {size}", qemu="Input/output error")
+            raise ImageCorrupt(
+                f"a compressed cluster gives {len(out)} bytes instead of {size}", qemu="Input/output error"
+            )
         return out
 
 

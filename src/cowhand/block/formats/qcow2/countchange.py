@@ -43,7 +43,9 @@ def references(node: Qcow2Node, l1: bytes) -> Tally:
         data = read_table(node, host)
         if scanner.scan(data, times) is None:
             _refuse_unreachable(node, data)
-            raise node.mark_corrupt(f"L2 table at {host:#x} has entries that are not possible", offset=host, fatal=False)
+            raise node.mark_corrupt(
+                f"L2 table at {host:#x} has entries that are not possible", offset=host, fatal=False
+            )
     return tally
 
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 #: In the order in which QEMU prints them.
 CREATE_OPTIONS = (
-    CreateOption("encryption", "bool", help="Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"),
+    CreateOption(
+        "encryption", "bool", help="Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"
+    ),
     CreateOption("encrypt.format", "str", help="Encrypt the image, format choices: 'aes', 'luks'"),
     CreateOption("encrypt.key-secret", "str", help="ID of secret providing qcow AES key or LUKS passphrase"),
     CreateOption("encrypt.cipher-alg", "str", help="Name of encryption cipher algorithm"),
@@ -50,7 +52,9 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
     header = Header()
     version = _VERSIONS.get(options.get("compat") or "1.1")
     if version is None:
-        raise InvalidArgument(f"Parameter 'version' does not accept value '{options['compat']}'", hint="compat is 0.10 (v2) or 1.1 (v3).")
+        raise InvalidArgument(
+            f"Parameter 'version' does not accept value '{options['compat']}'", hint="compat is 0.10 (v2) or 1.1 (v3)."
+        )
     header.version = version
     cluster = options.get("cluster_size") or 65536
     if cluster & (cluster - 1) or not 1 << L.CLUSTER_BITS_MIN <= cluster <= 1 << L.CLUSTER_BITS_MAX:
@@ -60,19 +64,28 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
     if bits & (bits - 1) or not 1 <= bits <= 64:
         raise InvalidArgument("Refcount width must be a power of two and may not exceed 64 bits")
     if version < 3 and bits != 16:
-        raise InvalidArgument("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)")
+        raise InvalidArgument(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"
+        )
     header.refcount_order = bits.bit_length() - 1
     compression = options.get("compression_type") or "zlib"
     if compression not in _COMPRESSIONS:
-        raise InvalidArgument(f"Parameter 'compression-type' does not accept value '{compression}'", hint="compression_type is zlib or zstd.")
+        raise InvalidArgument(
+            f"Parameter 'compression-type' does not accept value '{compression}'",
+            hint="compression_type is zlib or zstd.",
+        )
     header.compression_type = _COMPRESSIONS[compression]
     if header.compression_type:
         if version < 3:
-            raise InvalidArgument("Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)")
+            raise InvalidArgument(
+                "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+            )
         header.incompatible |= L.INCOMPAT_COMPRESSION
     if options.get("lazy_refcounts"):
         if version < 3:
-            raise InvalidArgument("Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)")
+            raise InvalidArgument(
+                "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+            )
         header.compatible |= L.COMPAT_LAZY_REFCOUNTS
     for name in ("data_file", "data_file_raw", "extended_l2", "encryption", "encrypt.format", "encrypt.key-secret"):
         if options.get(name):

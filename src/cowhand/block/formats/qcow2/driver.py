@@ -36,28 +36,54 @@ if TYPE_CHECKING:
 class Qcow2Options(NodeOptions):
     """Options of an open qcow2 image (QEMU ``qapi/block-core.json``, BlockdevOptionsQcow2)."""
 
-    lazy_refcounts: bool | None = option(kind="bool", help="postpone writing reference counts until the image is closed", strong=False)
+    lazy_refcounts: bool | None = option(
+        kind="bool", help="postpone writing reference counts until the image is closed", strong=False
+    )
     pass_discard_request: bool | None = option(kind="bool", help="hand the guest's discards down", strong=False)
-    pass_discard_snapshot: bool = option(True, kind="bool", help="hand down what deleting a snapshot frees", strong=False)
+    pass_discard_snapshot: bool = option(
+        True, kind="bool", help="hand down what deleting a snapshot frees", strong=False
+    )
     pass_discard_other: bool = option(False, kind="bool", help="hand down what else is freed", strong=False)
-    overlap_check: str | None = option(help="what writes are checked against", choices=("none", "constant", "cached", "all"), strong=False)
+    overlap_check: str | None = option(
+        help="what writes are checked against", choices=("none", "constant", "cached", "all"), strong=False
+    )
     overlap_template: str | None = option(
         name="overlap-check.template", help="the same", choices=("none", "constant", "cached", "all"), strong=False
     )
-    overlap_main_header: bool | None = option(kind="bool", name="overlap-check.main-header", help="accepted; always on", strong=False)
-    overlap_active_l1: bool | None = option(kind="bool", name="overlap-check.active-l1", help="accepted; always on", strong=False)
-    overlap_active_l2: bool | None = option(kind="bool", name="overlap-check.active-l2", help="accepted; always on", strong=False)
-    overlap_refcount_table: bool | None = option(kind="bool", name="overlap-check.refcount-table", help="accepted; always on", strong=False)
-    overlap_refcount_block: bool | None = option(kind="bool", name="overlap-check.refcount-block", help="accepted; always on", strong=False)
-    overlap_snapshot_table: bool | None = option(kind="bool", name="overlap-check.snapshot-table", help="accepted; always on", strong=False)
-    overlap_inactive_l1: bool | None = option(kind="bool", name="overlap-check.inactive-l1", help="accepted; always on", strong=False)
-    overlap_inactive_l2: bool | None = option(kind="bool", name="overlap-check.inactive-l2", help="with snapshots, or fail", strong=False)
-    overlap_bitmap_directory: bool | None = option(kind="bool", name="overlap-check.bitmap-directory", help="accepted; always on", strong=False)
+    overlap_main_header: bool | None = option(
+        kind="bool", name="overlap-check.main-header", help="accepted; always on", strong=False
+    )
+    overlap_active_l1: bool | None = option(
+        kind="bool", name="overlap-check.active-l1", help="accepted; always on", strong=False
+    )
+    overlap_active_l2: bool | None = option(
+        kind="bool", name="overlap-check.active-l2", help="accepted; always on", strong=False
+    )
+    overlap_refcount_table: bool | None = option(
+        kind="bool", name="overlap-check.refcount-table", help="accepted; always on", strong=False
+    )
+    overlap_refcount_block: bool | None = option(
+        kind="bool", name="overlap-check.refcount-block", help="accepted; always on", strong=False
+    )
+    overlap_snapshot_table: bool | None = option(
+        kind="bool", name="overlap-check.snapshot-table", help="accepted; always on", strong=False
+    )
+    overlap_inactive_l1: bool | None = option(
+        kind="bool", name="overlap-check.inactive-l1", help="accepted; always on", strong=False
+    )
+    overlap_inactive_l2: bool | None = option(
+        kind="bool", name="overlap-check.inactive-l2", help="with snapshots, or fail", strong=False
+    )
+    overlap_bitmap_directory: bool | None = option(
+        kind="bool", name="overlap-check.bitmap-directory", help="accepted; always on", strong=False
+    )
     cache_size: int | None = option(kind="size", help="bytes for L2 tables and refcount blocks", strong=False)
     l2_cache_size: int | None = option(kind="size", help="bytes for L2 tables", strong=False)
     l2_cache_entry_size: int | None = option(kind="size", help="accepted; whole tables are cached", strong=False)
     refcount_cache_size: int | None = option(kind="size", help="bytes for refcount blocks", strong=False)
-    cache_clean_interval: int | None = option(kind="int", help="accepted; clean tables are dropped when room is needed", strong=False)
+    cache_clean_interval: int | None = option(
+        kind="int", help="accepted; clean tables are dropped when room is needed", strong=False
+    )
 
 
 class Qcow2Node(FormatNode):
@@ -103,7 +129,11 @@ class Qcow2Node(FormatNode):
 
     @classmethod
     def measure(
-        cls, options: Mapping_[str, Any], size: int | None, source_size: int | None, data_in_units: Callable[[int], int] | None
+        cls,
+        options: Mapping_[str, Any],
+        size: int | None,
+        source_size: int | None,
+        data_in_units: Callable[[int], int] | None,
     ) -> tuple[int, int, int]:
         """Return (required, fully allocated, cluster size) of a new image; see :func:`cowhand.block.formats.qcow2.measure.measure`."""
         from cowhand.block.formats.qcow2.measure import measure
@@ -116,7 +146,7 @@ class Qcow2Node(FormatNode):
         node = cls(options)
         file = given.pop("file", None)
         if file is None:
-            raise InvalidFormat("a qcow2 image needs a 'file'", qemu="A block device must be specified for \"file\"")
+            raise InvalidFormat("a qcow2 image needs a 'file'", qemu='A block device must be specified for "file"')
         backing = given.pop("backing", "")
         opening.track(node)
         node.file = opening.child(node, "file", file, Role.PRIMARY)
@@ -155,7 +185,9 @@ class Qcow2Node(FormatNode):
             raise InvalidFormat(
                 "Image does not contain a reference count table", path=path, offset=L.OFFSET_REFCOUNT_TABLE + 8
             )
-        self.refcounts = Refcounts(self, self._read_table(header.refcount_table_offset, header.refcount_table_clusters * self.cluster_size))
+        self.refcounts = Refcounts(
+            self, self._read_table(header.refcount_table_offset, header.refcount_table_clusters * self.cluster_size)
+        )
         self.mapping = Mapping(self, self._read_table(header.l1_offset, header.l1_size * 8))
         self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
         options = self.options
@@ -178,11 +210,17 @@ class Qcow2Node(FormatNode):
             (L.INCOMPAT_EXTENDED_L2, "extended L2 entries"),
         ):
             if header.incompatible & flag:
-                raise UnsupportedFeature(f"the image uses '{name}', which this version does not read", path=path, offset=L.OFFSET_INCOMPATIBLE)
+                raise UnsupportedFeature(
+                    f"the image uses '{name}', which this version does not read",
+                    path=path,
+                    offset=L.OFFSET_INCOMPATIBLE,
+                )
         if header.crypt_method:
             name = "AES" if header.crypt_method == L.CRYPT_AES else "LUKS"
             if self.writable or not for_repair:
-                raise UnsupportedFeature(f"the image is encrypted ({name}), which this version does not read", path=path, offset=32)
+                raise UnsupportedFeature(
+                    f"the image is encrypted ({name}), which this version does not read", path=path, offset=32
+                )
         if bool(header.incompatible & L.INCOMPAT_COMPRESSION) != (header.compression_type != L.COMPRESSION_DEFLATE):
             raise InvalidFormat(
                 "the compression type and its incompatible feature bit contradict each other",
@@ -191,13 +229,20 @@ class Qcow2Node(FormatNode):
                 path=path, offset=L.HEADER_V3_LENGTH,
             )  # fmt: skip
         if header.compression_type > L.COMPRESSION_ZSTD:
-            raise UnsupportedFeature(f"qcow2: unknown compression type: {header.compression_type}", path=path, offset=L.HEADER_V3_LENGTH)
+            raise UnsupportedFeature(
+                f"qcow2: unknown compression type: {header.compression_type}", path=path, offset=L.HEADER_V3_LENGTH
+            )
         if header.incompatible & L.INCOMPAT_CORRUPT and self.writable and not for_repair:
             raise ImageCorrupt(
                 "the image is marked corrupt and is only opened for reading",
                 qemu="qcow2: Image is corrupt; cannot be opened read/write", path=path, hint="Look at it with check, then repair it.", errno=13,
             )  # fmt: skip
-        if self.writable and not for_repair and header.autoclear & L.AUTOCLEAR_BITMAPS and header.find(L.EXT_BITMAPS) is not None:
+        if (
+            self.writable
+            and not for_repair
+            and header.autoclear & L.AUTOCLEAR_BITMAPS
+            and header.find(L.EXT_BITMAPS) is not None
+        ):
             raise UnsupportedFeature(
                 "the image has persistent bitmaps, which writing without keeping them would destroy", path=path,
                 hint="Open it for reading only, or remove the bitmaps first.",
@@ -280,7 +325,9 @@ class Qcow2Node(FormatNode):
     def write_metadata(self, offset: int, data: Buffer, *, in_flush: bool = False) -> None:
         """Write metadata at host *offset*; *in_flush*: by a write-back, which flushes it itself. Nothing is written once the node is poisoned."""
         if self.poison is not None:
-            raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno)
+            raise Poisoned(
+                f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno
+            )
         if self._unprotected:
             self._refuse_unprotected()
         if not in_flush:
@@ -338,18 +385,26 @@ class Qcow2Node(FormatNode):
             raise unknown
 
     def _overlapping(self, name: str, offset: int) -> CowhandError:
-        return self.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {name})", offset=offset, fatal=True)
+        return self.mark_corrupt(
+            f"Preventing invalid write on metadata (overlaps with {name})", offset=offset, fatal=True
+        )
 
     def mark_corrupt(self, message: str, *, offset: int, fatal: bool = True) -> CowhandError:
         """Return the error for damage that was just found; on the first fatal one the image is marked corrupt and not written any more."""
-        error = ImageCorrupt(message, qemu="Input/output error", path=self.filename, offset=offset, hint="Run check on the image.")
+        error = ImageCorrupt(
+            message, qemu="Input/output error", path=self.filename, offset=offset, hint="Run check on the image."
+        )
         if self.corrupt_reported and not (fatal and self.writable and self.poison is None):
             return error
         if not self.writable or not fatal:
             if not self.corrupt_reported:
-                diagnostics.report(f"qcow2: Image is corrupt: {message}; further non-fatal corruption events will be suppressed")
+                diagnostics.report(
+                    f"qcow2: Image is corrupt: {message}; further non-fatal corruption events will be suppressed"
+                )
         else:
-            diagnostics.report(f"qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed")
+            diagnostics.report(
+                f"qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed"
+            )
         self.corrupt_reported = True
         if fatal and self.writable and self.poison is None:
             self.set_corrupt_mark()
@@ -502,7 +557,9 @@ class Qcow2Node(FormatNode):
         if not self.changed and not self.write_back.lock.locked():
             return
         if self.poison is not None:
-            raise Poisoned(f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno)
+            raise Poisoned(
+                f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno
+            )
         try:
             self.write_back.flush()
         except BaseException as error:
@@ -578,7 +635,9 @@ class Qcow2Node(FormatNode):
         failure: CowhandError | None = None
         steps = [("L2 table", self._close_tables), ("refcount block", self._close_counts)]
         if self._unprotected:
-            del steps[0]  # all writing was refused, so that no table was changed; counts that were taken back are all there is
+            del steps[
+                0
+            ]  # all writing was refused, so that no table was changed; counts that were taken back are all there is
         for what, step in steps:
             try:
                 step()
@@ -610,7 +669,9 @@ class Qcow2Node(FormatNode):
     ) -> SnapshotInfo:
         from cowhand.block.formats.qcow2.snapshotting import create
 
-        return create(self, name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount).info()
+        return create(
+            self, name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount
+        ).info()
 
     def apply_snapshot(self, ident: str, name: str) -> None:
         from cowhand.block.formats.qcow2.snapshotting import apply

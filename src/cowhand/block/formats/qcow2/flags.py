@@ -51,7 +51,11 @@ def fit_flags(
     extended = bool(node.header.incompatible & L.INCOMPAT_EXTENDED_L2)
     for host in l2_tables(node, l1):
         data = read_table(node, host)
-        new = _all_cleared(data, 2 if extended else 1) if nothing_alone else _fitted(node, data, counts, 2 if extended else 1)
+        new = (
+            _all_cleared(data, 2 if extended else 1)
+            if nothing_alone
+            else _fitted(node, data, counts, 2 if extended else 1)
+        )
         if new == data:
             continue
         try:

@@ -81,7 +81,9 @@ class Header:
         """Return the header, its extensions and the backing file's name, padded to a cluster. Raises InvalidArgument when they do not fit."""
         name = (self.backing_name or "").encode("utf-8", "surrogateescape")
         if len(name) > L.MAX_BACKING_NAME:
-            raise InvalidArgument(f"the backing file's name is longer than {L.MAX_BACKING_NAME} bytes", qemu="Backing file name too long")
+            raise InvalidArgument(
+                f"the backing file's name is longer than {L.MAX_BACKING_NAME} bytes", qemu="Backing file name too long"
+            )
         body = self._encode_extensions()
         length = self.header_length if self.version >= 3 else L.HEADER_V2_LENGTH
         if length + len(body) + len(name) > self.cluster_size:
@@ -96,7 +98,9 @@ class Header:
             self.snapshot_count, self.snapshots_offset,
         )  # fmt: skip
         if self.version >= 3:
-            fixed += L.HEADER_V3_TAIL.pack(self.incompatible, self.compatible, self.autoclear, self.refcount_order, length)
+            fixed += L.HEADER_V3_TAIL.pack(
+                self.incompatible, self.compatible, self.autoclear, self.refcount_order, length
+            )
             if length > L.HEADER_V3_LENGTH:
                 fixed += bytes([self.compression_type]) + bytes(7)
             fixed += self.unknown_tail
@@ -135,14 +139,23 @@ def parse(data: bytes, path: str, *, for_repair: bool = False) -> Header:
     table pass, which a check reports.
     """
     if len(data) < L.HEADER_V2_LENGTH:
-        raise InvalidFormat(f"the file ends after {len(data)} bytes, inside the qcow2 header", qemu="Could not read qcow2 header", path=path)
+        raise InvalidFormat(
+            f"the file ends after {len(data)} bytes, inside the qcow2 header",
+            qemu="Could not read qcow2 header",
+            path=path,
+        )
     header = Header()
     (
         magic, header.version, backing_offset, backing_length, header.cluster_bits, header.size, header.crypt_method, header.l1_size,
         header.l1_offset, header.refcount_table_offset, header.refcount_table_clusters, header.snapshot_count, header.snapshots_offset,
     ) = L.HEADER_V2.unpack_from(data)  # fmt: skip
     if magic != L.MAGIC:
-        raise InvalidFormat("this is not a qcow2 image: the magic bytes are missing", qemu="Image is not in qcow2 format", path=path, offset=0)
+        raise InvalidFormat(
+            "this is not a qcow2 image: the magic bytes are missing",
+            qemu="Image is not in qcow2 format",
+            path=path,
+            offset=0,
+        )
     if header.version not in (2, 3):
         text = f"Unsupported qcow2 version {header.version}"
         raise UnsupportedFeature(text, path=path, offset=4)
@@ -155,7 +168,9 @@ def parse(data: bytes, path: str, *, for_repair: bool = False) -> Header:
     if header.crypt_method not in (L.CRYPT_NONE, L.CRYPT_AES, L.CRYPT_LUKS):
         raise UnsupportedFeature(f"Unsupported encryption method {header.crypt_method}", path=path, offset=32)
     if header.size > MAX_SIZE:
-        raise InvalidFormat(f"a disk of {header.size} bytes is not possible", qemu="Image is too big", path=path, offset=24)
+        raise InvalidFormat(
+            f"a disk of {header.size} bytes is not possible", qemu="Image is too big", path=path, offset=24
+        )
     if backing_offset > header.cluster_size:
         raise InvalidFormat(
             f"the backing file's name at {backing_offset:#x} lies outside of the header",
@@ -180,20 +195,31 @@ def _parse_v3(header: Header, data: bytes, path: str) -> None:
     )
     if header.header_length < L.HEADER_V3_LENGTH:
         raise InvalidFormat(
-            f"header length {header.header_length} is less than {L.HEADER_V3_LENGTH}", qemu="qcow2 header too short", path=path, offset=100
+            f"header length {header.header_length} is less than {L.HEADER_V3_LENGTH}",
+            qemu="qcow2 header too short",
+            path=path,
+            offset=100,
         )
     if header.header_length > header.cluster_size:
         raise InvalidFormat(
-            f"header length {header.header_length} is more than a cluster", qemu="qcow2 header exceeds cluster size", path=path, offset=100
+            f"header length {header.header_length} is more than a cluster",
+            qemu="qcow2 header exceeds cluster size",
+            path=path,
+            offset=100,
         )
     if header.header_length > len(data):
-        raise InvalidFormat("the file ends inside the qcow2 header", qemu="Could not read unknown header fields", path=path, offset=100)
+        raise InvalidFormat(
+            "the file ends inside the qcow2 header", qemu="Could not read unknown header fields", path=path, offset=100
+        )
     if header.header_length > L.HEADER_V3_LENGTH:
         header.compression_type = data[L.HEADER_V3_LENGTH]
         header.unknown_tail = bytes(data[L.HEADER_LENGTH_WRITTEN : header.header_length])
         if header.header_length < L.HEADER_LENGTH_WRITTEN:
             raise InvalidFormat(
-                f"header length {header.header_length} ends inside a field", qemu="qcow2 header too short", path=path, offset=100
+                f"header length {header.header_length} ends inside a field",
+                qemu="qcow2 header too short",
+                path=path,
+                offset=100,
             )
     if header.refcount_order > L.MAX_REFCOUNT_ORDER:
         raise InvalidFormat(
@@ -213,11 +239,17 @@ def check_features(header: Header, path: str) -> None:
     for at in range(0, len(table) - 47, 48):
         if table[at] == 0:
             names[table[at + 1]] = table[at + 2 : at + 48].split(b"\0")[0].decode("ascii", "replace")
-    listed = [names.get(bit, f"Unknown incompatible feature: {1 << bit:x}") for bit in range(64) if unknown & (1 << bit) and bit in names]
+    listed = [
+        names.get(bit, f"Unknown incompatible feature: {1 << bit:x}")
+        for bit in range(64)
+        if unknown & (1 << bit) and bit in names
+    ]
     rest = sum(1 << bit for bit in range(64) if unknown & (1 << bit) and bit not in names)
     if rest:
         listed.append(f"Unknown incompatible feature: {rest:x}")
-    raise UnsupportedFeature("Unsupported qcow2 feature(s): " + ", ".join(listed), path=path, offset=L.OFFSET_INCOMPATIBLE)
+    raise UnsupportedFeature(
+        "Unsupported qcow2 feature(s): " + ", ".join(listed), path=path, offset=L.OFFSET_INCOMPATIBLE
+    )
 
 
 def _parse_extensions(header: Header, data: bytes, backing_offset: int, path: str) -> None:
@@ -250,17 +282,33 @@ def _parse_extensions(header: Header, data: bytes, backing_offset: int, path: st
 
 def _parse_backing(header: Header, data: bytes, offset: int, length: int, path: str) -> None:
     if length > min(L.MAX_BACKING_NAME, header.cluster_size - offset):
-        raise InvalidFormat(f"backing file name of {length} bytes is too long", qemu="Backing file name too long", path=path, offset=16)
+        raise InvalidFormat(
+            f"backing file name of {length} bytes is too long", qemu="Backing file name too long", path=path, offset=16
+        )
     if offset + length > len(data):
-        raise InvalidFormat("the file ends inside the backing file's name", qemu="Could not read backing file name", path=path, offset=offset)
+        raise InvalidFormat(
+            "the file ends inside the backing file's name",
+            qemu="Could not read backing file name",
+            path=path,
+            offset=offset,
+        )
     header.backing_name = bytes(data[offset : offset + length]).split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _check_table(offset: int, entries: int, entry_size: int, limit: int, cluster_size: int, what: str, at: int, path: str) -> None:
+def _check_table(
+    offset: int, entries: int, entry_size: int, limit: int, cluster_size: int, what: str, at: int, path: str
+) -> None:
     if entries * entry_size > limit:
-        raise InvalidFormat(f"the {what} has {entries} entries, more than {limit // entry_size}", qemu=f"{what} too large", path=path, offset=at)
+        raise InvalidFormat(
+            f"the {what} has {entries} entries, more than {limit // entry_size}",
+            qemu=f"{what} too large",
+            path=path,
+            offset=at,
+        )
     if offset % cluster_size or offset + entries * entry_size >= 1 << 63:
-        raise InvalidFormat(f"the {what} cannot lie at {offset:#x}", qemu=f"{what} offset invalid", path=path, offset=at)
+        raise InvalidFormat(
+            f"the {what} cannot lie at {offset:#x}", qemu=f"{what} offset invalid", path=path, offset=at
+        )
 
 
 def _check_tables(header: Header, path: str, for_repair: bool) -> None:
@@ -279,7 +327,16 @@ def _check_tables(header: Header, path: str, for_repair: bool) -> None:
             header.snapshots_offset, header.snapshot_count, L.SNAPSHOT_HEADER.size, L.MAX_SNAPSHOT_TABLE_BYTES, cluster,
             "Snapshot table", L.OFFSET_SNAPSHOTS, path,
         )  # fmt: skip
-    _check_table(header.l1_offset, header.l1_size, L.ENTRY_SIZE, L.MAX_L1_BYTES, cluster, "Active L1 table", L.OFFSET_L1_SIZE, path)
+    _check_table(
+        header.l1_offset,
+        header.l1_size,
+        L.ENTRY_SIZE,
+        L.MAX_L1_BYTES,
+        cluster,
+        "Active L1 table",
+        L.OFFSET_L1_SIZE,
+        path,
+    )
     needed = -(-header.size // (cluster * (cluster // L.ENTRY_SIZE)))
     if header.l1_size < needed:
         raise InvalidFormat(

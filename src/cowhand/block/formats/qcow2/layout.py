@@ -31,7 +31,9 @@ MAX_REFCOUNT_TABLE_BYTES = 8 << 20  #: QEMU
 MAX_SNAPSHOTS = 65536  #: QEMU
 MAX_SNAPSHOT_EXTRA = 1024  #: QEMU, bytes for each snapshot
 MAX_SNAPSHOT_TABLE_BYTES = 1024 * MAX_SNAPSHOTS  #: QEMU
-MAX_SNAPSHOT_TEXT_BYTES = 320 * MAX_SNAPSHOTS  #: ours, for ids and names together: QEMU makes ids of 10 bytes and names of 255
+MAX_SNAPSHOT_TEXT_BYTES = (
+    320 * MAX_SNAPSHOTS
+)  #: ours, for ids and names together: QEMU makes ids of 10 bytes and names of 255
 MAX_BITMAPS = 65535  #: QEMU
 MAX_BACKING_NAME = 1023  #: specified
 MAX_HOST_OFFSET = 1 << 56  #: specified: host offsets have 56 bits

@@ -218,7 +218,9 @@ class Mapping:
         recurse = RECURSE if node.metadata_preallocated else 0
         find_ends = self._run_finder(length)
         tables = 0
-        alike: tuple[int, int] | None = None  #: (L1 entry, flags) of a table whose entries are all alike, and name no place
+        alike: tuple[int, int] | None = (
+            None  #: (L1 entry, flags) of a table whose entries are all alike, and name no place
+        )
         while offset < end and len(out) < MAX_ROWS and tables < _TABLES_IN_BATCH:
             index = offset >> self.table_shift
             entry = self.l1_entry(index)
@@ -330,7 +332,11 @@ class Mapping:
                 host, owner = entry & L.L2_OFFSET_MASK, node.data_child.node
             else:
                 kind = entry & L.ENTRY_ZERO
-                while ends is None and position < count and entries[position] & (L.L2_OFFSET_MASK | L.ENTRY_COMPRESSED | 1) == kind:
+                while (
+                    ends is None
+                    and position < count
+                    and entries[position] & (L.L2_OFFSET_MASK | L.ENTRY_COMPRESSED | 1) == kind
+                ):
                     position += 1
                 flags, host, owner = (_ZERO_PLAIN if kind else 0), NO_HOST, node
             end = min(stop, ((offset >> bits) + position - begin) << bits)
@@ -354,7 +360,9 @@ def _ramp(entries: array[int], begin: int, step: int) -> int:
     while position < count:
         take = min(stretch, count - position)
         start = value + (position - begin) * step
-        if entries[position : position + take] == array("Q", range(start | copied, (start | copied) + take * step, step)):
+        if entries[position : position + take] == array(
+            "Q", range(start | copied, (start | copied) + take * step, step)
+        ):
             position += take
             stretch *= 4
             continue
@@ -367,5 +375,3 @@ def _ramp(entries: array[int], begin: int, step: int) -> int:
             break
         stretch = 8
     return position
-
-

@@ -26,8 +26,18 @@ _PLAIN_ENTRIES = 1 << 16
 #: Clusters above which a sorted array replaces the set, whose elements take ten times the space.
 _SET_LIMIT = 1 << 17
 
-HEADER, ACTIVE_L1, REFCOUNT_TABLE, REFCOUNT_BLOCK = "qcow2_header", "active L1 table", "refcount table", "refcount block"
-SNAPSHOT_TABLE, INACTIVE_L1, INACTIVE_L2, ACTIVE_L2 = "snapshot table", "inactive L1 table", "inactive L2 table", "active L2 table"
+HEADER, ACTIVE_L1, REFCOUNT_TABLE, REFCOUNT_BLOCK = (
+    "qcow2_header",
+    "active L1 table",
+    "refcount table",
+    "refcount block",
+)
+SNAPSHOT_TABLE, INACTIVE_L1, INACTIVE_L2, ACTIVE_L2 = (
+    "snapshot table",
+    "inactive L1 table",
+    "inactive L2 table",
+    "active L2 table",
+)
 _OF_SNAPSHOTS = (INACTIVE_L1, INACTIVE_L2)
 
 
@@ -239,7 +249,9 @@ def regions(node: Qcow2Node) -> Iterator[Region]:
     if node.snapshots:
         yield from _snapshots(node)
     table = node.mapping.l1.data
-    yield Region(ACTIVE_L2, *_named(table, L.L1_OFFSET_MASK, bits), alone=_alone(table, bits) if node.snapshots else range(0))
+    yield Region(
+        ACTIVE_L2, *_named(table, L.L1_OFFSET_MASK, bits), alone=_alone(table, bits) if node.snapshots else range(0)
+    )
 
 
 def _snapshots(node: Qcow2Node) -> Iterator[Region]:

@@ -42,7 +42,10 @@ def _conflict(exam: Examination, host: int, length: int, own: str) -> CowhandErr
                 )
                 node.set_corrupt_mark()
                 return ImageCorrupt(
-                    f"{own} at {host:#x} overlaps with {region.name}", qemu="Input/output error", path=node.filename, offset=host
+                    f"{own} at {host:#x} overlaps with {region.name}",
+                    qemu="Input/output error",
+                    path=node.filename,
+                    offset=host,
                 )
     return None
 
@@ -252,7 +255,11 @@ def _write_structure(exam: Examination) -> None:
     node = exam.node
     size = node.cluster_size
     if exam.walk.behind_many:
-        error = ImageCorrupt("too much is referred to behind the end of the file to find free space", qemu="File too large", path=node.filename)
+        error = ImageCorrupt(
+            "too much is referred to behind the end of the file to find free space",
+            qemu="File too large",
+            path=node.filename,
+        )
         raise _failed(exam, "ERROR allocating refblock: File too large", error)
     new = _Rebuilding(exam)
     place = new.place()

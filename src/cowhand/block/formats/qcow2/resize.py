@@ -31,7 +31,9 @@ def grow_l1(node: Qcow2Node, entries: int, *, exact: bool) -> None:
             size = -(-size * 3 // 2)
         entries = size
     if entries * 8 > L.MAX_L1_BYTES:
-        raise InvalidArgument("the L1 table would be larger than 32 MiB", qemu="File too large", path=node.filename, errno=27)
+        raise InvalidArgument(
+            "the L1 table would be larger than 32 MiB", qemu="File too large", path=node.filename, errno=27
+        )
     with node.exclusive():
         if entries > node.header.l1_size:
             _replace_l1(node, entries)
@@ -81,7 +83,9 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
     """Make the disk *size* bytes long. Nobody else uses the node meanwhile."""
     old = node.header.size
     if preallocation not in ("off", "metadata", "falloc", "full"):
-        raise InvalidArgument(f"preallocation mode '{preallocation}' is not known", hint="One of: off, metadata, falloc, full.")
+        raise InvalidArgument(
+            f"preallocation mode '{preallocation}' is not known", hint="One of: off, metadata, falloc, full."
+        )
     node.check_writable()
     node.flush()
     if node.snapshots and node.header.version < 3 and size != old:

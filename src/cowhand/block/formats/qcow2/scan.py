@@ -44,7 +44,9 @@ EMPTY = Scan(runs=())
 class Scanner:
     """Scans L2 tables of one image into *tally*; every cluster has to begin before *length*, the file's. Not thread-safe."""
 
-    def __init__(self, cluster_bits: int, tally: Tally, length: int, *, extended: bool = False, external: bool = False) -> None:
+    def __init__(
+        self, cluster_bits: int, tally: Tally, length: int, *, extended: bool = False, external: bool = False
+    ) -> None:
         self.bits = cluster_bits
         self.size = 1 << cluster_bits
         self.tally = tally
@@ -82,7 +84,12 @@ class Scanner:
     def _ordered(self, data: bytes, times: int) -> Scan | None:
         first = L.U64.unpack_from(data)[0]
         host = first ^ L.COPIED
-        if self.stride != 1 or self.external or host & (L.ENTRY_COMPRESSED | L.ENTRY_ZERO | L.COPIED | self._bad) or not host:
+        if (
+            self.stride != 1
+            or self.external
+            or host & (L.ENTRY_COMPRESSED | L.ENTRY_ZERO | L.COPIED | self._bad)
+            or not host
+        ):
             return None
         last = host + (self.entries - 1) * self.size
         if L.U64.unpack_from(data, len(data) - 8)[0] != last | L.COPIED or last > self.last:
@@ -202,7 +209,9 @@ class Scanner:
         breaks = numpy.flatnonzero(numpy.diff(clusters) != 1)
         known = None
         if allocated and len(breaks) < max(_FEW, allocated // 16):
-            runs = [(int(clusters[begin]), end - begin) for begin, end in pairwise([0, *(breaks + 1).tolist(), allocated])]
+            runs = [
+                (int(clusters[begin]), end - begin) for begin, end in pairwise([0, *(breaks + 1).tolist(), allocated])
+            ]
             for first, run in runs:
                 self.tally.add(first, run, times)
             if len(runs) <= _FEW and bool((words >> numpy.uint64(63)).all()):

@@ -103,7 +103,9 @@ def _counts_nothing(node: Qcow2Node, index: int, offset: int) -> bool:
     assert block is not None
     cluster = offset // node.cluster_size
     used = refcounts.per_block - refcounts.counts.zeros(block.data, 0, refcounts.per_block)
-    own = cluster // refcounts.per_block == index and refcounts.counts.get(block.data, cluster % refcounts.per_block) != 0
+    own = (
+        cluster // refcounts.per_block == index and refcounts.counts.get(block.data, cluster % refcounts.per_block) != 0
+    )
     return used == own
 
 

@@ -80,7 +80,9 @@ class Snapshot:
     @property
     def extra_data(self) -> bytes:
         """The extra data as it is written: never less than what is known."""
-        return L.U64.pack(self.vm_state_size) + L.U64.pack(self.disk_size) + L.U64.pack(self.icount) + self.unknown_extra
+        return (
+            L.U64.pack(self.vm_state_size) + L.U64.pack(self.disk_size) + L.U64.pack(self.icount) + self.unknown_extra
+        )
 
     def encode(self) -> bytes:
         """Return the table entry, without the padding that follows it."""
@@ -88,7 +90,15 @@ class Snapshot:
         # What does not fit in 32 bits is a disk-only snapshot to readers that do not know the extra data.
         small_state = self.vm_state_size if self.vm_state_size < 1 << 32 else 0
         head = L.SNAPSHOT_HEADER.pack(
-            self.l1_offset, self.l1_size, len(ident), len(name), self.date_sec, self.date_nsec, self.vm_clock_nsec, small_state, len(extra)
+            self.l1_offset,
+            self.l1_size,
+            len(ident),
+            len(name),
+            self.date_sec,
+            self.date_nsec,
+            self.vm_clock_nsec,
+            small_state,
+            len(extra),
         )
         return head + extra + ident + name
 
@@ -138,7 +148,10 @@ def encode_table(snapshots: list[Snapshot], *, path: str) -> bytes:
         table += entry
         if len(table) > L.MAX_SNAPSHOT_TABLE_BYTES:
             raise InvalidFormat(
-                f"the snapshot table would be larger than {L.MAX_SNAPSHOT_TABLE_BYTES} bytes", qemu="File too large", path=path, errno=27
+                f"the snapshot table would be larger than {L.MAX_SNAPSHOT_TABLE_BYTES} bytes",
+                qemu="File too large",
+                path=path,
+                errno=27,
             )
     return bytes(table)
 
@@ -209,8 +222,8 @@ def _read_entry(
     say: Callable[[str], None],
 ) -> tuple[Snapshot, int, int]:
     """Return (snapshot, offset behind its entry, size that the entry has when it is written again)."""
-    (l1_offset, l1_size, id_length, name_length, date_sec, date_nsec, clock, state_size, extra_size) = L.SNAPSHOT_HEADER.unpack(
-        window.read(offset, L.SNAPSHOT_HEADER.size)
+    (l1_offset, l1_size, id_length, name_length, date_sec, date_nsec, clock, state_size, extra_size) = (
+        L.SNAPSHOT_HEADER.unpack(window.read(offset, L.SNAPSHOT_HEADER.size))
     )
     at = offset
     offset += L.SNAPSHOT_HEADER.size
@@ -223,7 +236,9 @@ def _read_entry(
                 hint="A repair of everything cuts it.", errno=27,
                 advice="You can force-remove this extra metadata with qemu-img check -r all",
             )  # fmt: skip
-        say(f"Discarding too much extra metadata in snapshot table entry {index} ({extra_size} > {L.MAX_SNAPSHOT_EXTRA})")
+        say(
+            f"Discarding too much extra metadata in snapshot table entry {index} ({extra_size} > {L.MAX_SNAPSHOT_EXTRA})"
+        )
         reading.extra_dropped += 1
         kept = L.MAX_SNAPSHOT_EXTRA
     extra = window.read(offset, kept)

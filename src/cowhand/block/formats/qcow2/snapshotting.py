@@ -31,12 +31,18 @@ def find(node: Qcow2Node, ident: str | None, name: str | None) -> Snapshot:
     for snapshot in node.snapshots:
         if (ident is None or snapshot.id == ident) and (name is None or snapshot.name == name):
             return snapshot
-    raise SnapshotNotFound(f"there is no snapshot '{name or ident}'", qemu="Can't find the snapshot", path=node.filename)
+    raise SnapshotNotFound(
+        f"there is no snapshot '{name or ident}'", qemu="Can't find the snapshot", path=node.filename
+    )
 
 
 def _refuse_external(node: Qcow2Node) -> None:
     if node.header.incompatible & L.INCOMPAT_DATA_FILE:
-        raise NotSupported("an image with an external data file cannot have snapshots", qemu="Operation not supported", path=node.filename)
+        raise NotSupported(
+            "an image with an external data file cannot have snapshots",
+            qemu="Operation not supported",
+            path=node.filename,
+        )
 
 
 @contextmanager
@@ -166,9 +172,13 @@ def create(
     """See :func:`cowhand.block.snapshots.create_snapshot`; nothing else uses the node meanwhile."""
     _refuse_external(node)
     if len(name.encode("utf-8", "surrogateescape")) > _NAME_BYTES or "\0" in name:
-        raise InvalidArgument(f"a snapshot's name has at most {_NAME_BYTES} bytes, and none of them is zero", qemu="Invalid argument")
+        raise InvalidArgument(
+            f"a snapshot's name has at most {_NAME_BYTES} bytes, and none of them is zero", qemu="Invalid argument"
+        )
     if len(node.snapshots) >= L.MAX_SNAPSHOTS:
-        raise InvalidFormat(f"the image has {L.MAX_SNAPSHOTS} snapshots, the most that it can have", qemu="File too large", errno=27)
+        raise InvalidFormat(
+            f"the image has {L.MAX_SNAPSHOTS} snapshots, the most that it can have", qemu="File too large", errno=27
+        )
     if date is None:
         now = int(clock.now() * 1_000_000_000)
         date = (now // 10**9, now % 10**9)
@@ -233,7 +243,9 @@ def delete(node: Qcow2Node, ident: str, name: str) -> None:
     snapshot = find(node, ident, name)
     check_l1(node, snapshot)
     if node.views.get(snapshot.l1_offset):
-        raise ImageInUse(f"snapshot '{snapshot.name}' is being read", path=node.filename, hint="Close the disk that shows it first.")
+        raise ImageInUse(
+            f"snapshot '{snapshot.name}' is being read", path=node.filename, hint="Close the disk that shows it first."
+        )
     with _alone(node):
         freed = _delete(node, snapshot)
     if node.options.discard == "unmap" and node.options.pass_discard_snapshot and node.file.node.capabilities.discard:
@@ -291,9 +303,13 @@ def apply(node: Qcow2Node, ident: str, name: str) -> None:
     snapshot = find(node, ident, name)
     check_l1(node, snapshot)
     if snapshot.disk_size > MAX_SIZE:
-        raise InvalidFormat(f"a disk of {snapshot.disk_size} bytes is not possible", qemu="Image is too big", path=node.filename)
+        raise InvalidFormat(
+            f"a disk of {snapshot.disk_size} bytes is not possible", qemu="Image is too big", path=node.filename
+        )
     if any(disk.in_flight for disk in disks_above((node,))):
-        raise InvalidArgument("a snapshot cannot be applied inside a request or a lease of the same thread", path=node.filename)
+        raise InvalidArgument(
+            "a snapshot cannot be applied inside a request or a lease of the same thread", path=node.filename
+        )
     with _alone(node):
         _apply(node, snapshot)
 
@@ -304,7 +320,10 @@ def _new_l1(node: Qcow2Node, snapshot: Snapshot) -> bytes:
     entries = max(needed, snapshot.l1_size, node.header.l1_size)
     if entries * L.ENTRY_SIZE > L.MAX_L1_BYTES:
         raise InvalidFormat(
-            f"a disk of {snapshot.disk_size} bytes needs an L1 table of {entries} entries", qemu="File too large", path=node.filename, errno=27
+            f"a disk of {snapshot.disk_size} bytes needs an L1 table of {entries} entries",
+            qemu="File too large",
+            path=node.filename,
+            errno=27,
         )
     return cleared(read_l1(node, snapshot)).ljust(entries * L.ENTRY_SIZE, b"\0")
 
@@ -341,4 +360,3 @@ def _apply(node: Qcow2Node, snapshot: Snapshot) -> None:
     if not in_place:
         _free(node, *old_place)
     _end(node)
-

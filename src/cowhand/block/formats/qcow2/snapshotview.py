@@ -32,7 +32,11 @@ class SnapshotView(Qcow2Node):
         view = cls(Qcow2Options(read_only=True))
         view.origin, view.snapshot = origin, snapshot
         view.header = copy.copy(origin.header)
-        view.header.size, view.header.l1_size, view.header.l1_offset = snapshot.disk_size, snapshot.l1_size, snapshot.l1_offset
+        view.header.size, view.header.l1_size, view.header.l1_offset = (
+            snapshot.disk_size,
+            snapshot.l1_size,
+            snapshot.l1_offset,
+        )
         view.cluster_size = view.allocation_unit = view.copy_unit = origin.cluster_size
         view.limits = origin.limits
         view.capabilities = Capabilities()

@@ -27,7 +27,9 @@ class WriteBack:
     def __init__(self, node: Qcow2Node) -> None:
         self.node = node
         self.lock = ranked_lock(RANK_FLUSH, "write-back")
-        self.barrier = False  #: something was linked since the last flush that must not be reached before its bytes are stable
+        self.barrier = (
+            False  #: something was linked since the last flush that must not be reached before its bytes are stable
+        )
         self._ticket = 0  #: flushes begun
         self._done = 0  #: the newest flush that has ended well
 
@@ -109,7 +111,13 @@ class WriteBack:
         node = self.node
         l1 = node.mapping.l1
         for piece in pieces:
-            name = "l1_update" if piece.table is l1 else "l2_alloc_write" if piece.fresh and event != "l2_update" else event
+            name = (
+                "l1_update"
+                if piece.table is l1
+                else "l2_alloc_write"
+                if piece.fresh and event != "l2_update"
+                else event
+            )
             for host, data in piece.writes:
                 node.fire(name)
                 node.write_metadata(host, data, in_flush=True)

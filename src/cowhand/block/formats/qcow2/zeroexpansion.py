@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
 
-def expand_zeroes(node: Qcow2Node, *, refuse_compressed: bool, progress: Callable[[int, int], None] | None = None) -> None:
+def expand_zeroes(
+    node: Qcow2Node, *, refuse_compressed: bool, progress: Callable[[int, int], None] | None = None
+) -> None:
     """Leave no zero flag in any L2 table of *node*, which nothing else uses.
 
     With *refuse_compressed* an image with compressed clusters raises UnsupportedFeature. Raises ImageCorrupt and InvalidFormat for tables that
@@ -117,7 +119,10 @@ class _Table:
 
     def _expand_plain(self, position: int) -> int:
         count = 1
-        while position + count < len(self.words) and self.words[position + count] & (L.ENTRY_COMPRESSED | L.L2_OFFSET_MASK | 1) == 1:
+        while (
+            position + count < len(self.words)
+            and self.words[position + count] & (L.ENTRY_COMPRESSED | L.L2_OFFSET_MASK | 1) == 1
+        ):
             count += 1
         return self._new(position, count) if self.node.backing is not None else self._clear(position, count)
 
