@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowhand.block.formats.qcow2 import layout as L
@@ -24,6 +25,8 @@ _BITMAP_LOW = (1 << 32) - 1
 #: How far behind the file's end, and its length again, a repair could come to write.
 _NEAR = 64 << 20
 _MANY_BEHIND = 1 << 18
+#: Lines about damage that one walk tells; everything is counted.
+_MOST_LINES = 1 << 18
 
 
 class Counters:
@@ -94,6 +97,7 @@ class Walk:
         self._uses: dict[int, int] = {}
         self._l1: dict[tuple[int, int], array[int]] = {}
         self.allocated = self.fragmented = self.compressed = 0
+        self._room = _MOST_LINES
         self.behind: set[int] = set()  #: clusters behind the end of the file that something refers to
         self.behind_many = False  #: too many of them to be remembered
         self.uncertain = False  #: a snapshot could not be followed: what it holds counts as unused
@@ -119,13 +123,20 @@ class Walk:
     # -- counting
 
     def _overflow(self, cluster: int, times: int) -> None:
-        self.counters.corruptions += times
-        for _ in range(times):
-            self.say(f"ERROR: overflow cluster offset={cluster << self.bits:#x}")
-            self.say(
-                "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image "
-                "cannot be opened for writing"
-            )
+        self._wrong(
+            times,
+            f"ERROR: overflow cluster offset={cluster << self.bits:#x}\nUse qemu-img amend to increase the refcount entry width or "
+            "qemu-img convert to create a clean copy if the image cannot be opened for writing",
+        )
+
+    def _wrong(self, times: int, *lines: str) -> None:
+        """Count each of *lines* as *times* corruptions, and tell of them: of a number that somebody could read."""
+        self.counters.corruptions += times * len(lines)
+        for _ in range(min(times, self._room) if lines else 0):
+            self._room -= len(lines)
+            for line in lines:
+                for part in line.split("\n"):
+                    self.say(part)
 
     def _beyond(self, offset: int, length: int) -> str | None:
         if offset + length - self.length >= self.size:
@@ -157,9 +168,7 @@ class Walk:
         if bad is None:
             self._count(offset, length, times)
             return
-        self.counters.corruptions += times
-        for _ in range(times):
-            self.say(bad)
+        self._wrong(times, bad)
 
     # -- the parts of an image
 
@@ -224,8 +233,7 @@ class Walk:
             trouble = self._snapshot_trouble(index)
             if trouble is not None:
                 self.uncertain = True
-                self.counters.corruptions += 1
-                self.say(trouble)
+                self._wrong(1, trouble)
                 continue
             self.walk_l1(snapshot.l1_offset, snapshot.l1_size, active=False)
 
@@ -235,27 +243,25 @@ class Walk:
             return
         self.region(offset, entries * L.ENTRY_SIZE)
         within = self.size - 1
-        for entry in self._read_l1(offset, entries):
+        for entry, group in groupby(self._read_l1(offset, entries)):
             if not entry:
                 continue
+            # A hostile table may consist of one entry, millions of times.
+            times = sum(1 for _ in group)
             if entry & L.L1_RESERVED_MASK:
-                self.say(f"ERROR found L1 entry with reserved bits set: {entry:x}")
-                self.counters.corruptions += 1
+                self._wrong(times, f"ERROR found L1 entry with reserved bits set: {entry:x}")
             host = entry & L.L1_OFFSET_MASK
-            self.region(host, self.size)
+            self.region(host, self.size, times)
             if host & within:
-                self.say(f"ERROR l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted")
-                self.counters.corruptions += 1
+                self._wrong(times, f"ERROR l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted")
             seen = self.seen.get(host)
             if seen is None:
                 seen = self.seen[host] = self._look(host, active)
             if active:
-                self.allocated += seen.scan.allocated
-                self.fragmented += seen.scan.fragmented
-                self.compressed += seen.scan.compressed
-            self.counters.corruptions += len(seen.lines)
-            for line in seen.lines:
-                self.say(line)
+                self.allocated += seen.scan.allocated * times
+                self.fragmented += seen.scan.fragmented * times
+                self.compressed += seen.scan.compressed * times
+            self._wrong(times, *seen.lines)
 
     # -- L2 tables
 

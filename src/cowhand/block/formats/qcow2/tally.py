@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 SEGMENT_BITS = 19
+#: Clusters that are looked at together when what is counted is sought.
+_STRETCH = 1 << 13
 _CODES: dict[int, Literal["B", "H", "I", "Q"]] = {0: "B", 1: "B", 2: "B", 3: "B", 4: "H", 5: "I", 6: "Q"}
 _LITTLE = sys.byteorder == "little"
 
@@ -191,8 +193,14 @@ class Tally:
     def used_blocks(self, per_block: int) -> Iterator[int]:
         """Yield, rising, the numbers of the refcount blocks in whose range something may be counted."""
         last = -1
+        step = min(_STRETCH, self.size)
+        zeroes = bytes(step * self.width)
         for number in sorted(self.segments):
-            first = (number << self.bits) // per_block
-            for block in range(max(first, last + 1), ((number + 1 << self.bits) - 1) // per_block + 1):
-                last = block
-                yield block
+            segment = self.segments[number]
+            for begin in range(0, self.size, step):
+                if segment[begin * self.width : (begin + step) * self.width] == zeroes:
+                    continue
+                first = (number << self.bits) + begin
+                for block in range(max(first // per_block, last + 1), (first + step - 1) // per_block + 1):
+                    last = block
+                    yield block
