@@ -218,8 +218,8 @@ def _reserve_new(
 ) -> Reservation:
     size, bits = node.mapping.cluster_size, node.mapping.cluster_bits
     cluster = 0
-    if node.continues and first:
-        before = L.U64.unpack_from(table.data, first * 8 - 8)[0]
+    if node.continues:
+        before = _entry_before(node, table, first, begin)
         if not before & (L.ENTRY_COMPRESSED | (size - 1) & L.L2_OFFSET_MASK) and before & L.L2_OFFSET_MASK:
             following = ((before & L.L2_OFFSET_MASK) >> bits) + 1
             have = node.allocator.take_at(following, count)
@@ -233,6 +233,18 @@ def _reserve_new(
     entries.byteswap()
     change = EntryChange(table, first, entries.tobytes(), taken=cluster, taken_count=count)
     return Reservation(begin, count << bits, Kind.DATA, node.data_child, host, fresh=fresh, blank=blank, state=change)
+
+
+def _entry_before(node: Qcow2Node, table: Table, first: int, begin: int) -> int:
+    """Return the L2 entry of the guest cluster before the one at *begin*, which is entry *first* of *table*."""
+    at = first * 8 - 8
+    if not first:
+        before = node.mapping.tables.get((begin >> node.mapping.table_shift) - 1)
+        if before is None:
+            return 0
+        table, at = before, node.cluster_size - 8
+    entry: int = L.U64.unpack_from(table.data, at)[0]
+    return entry
 
 
 def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservation | None:

@@ -89,7 +89,7 @@ class Allocator:
             refcounts.change(first, have, 1)
             self._refuse_metadata(first, have, None)
         except MissingBlock as missing:
-            self._prepare(missing.cluster, refcounts.free_index)
+            self._prepare(missing.cluster, refcounts.free_index, spared=first)
             return self.take_at(first, count)
         self.fresh = self.use(first, have)
         return have
@@ -109,12 +109,17 @@ class Allocator:
         if not cluster and what is not None:
             raise self.node.mark_corrupt(f"Preventing invalid allocation of {what} at offset 0", offset=0)
 
-    def _prepare(self, cluster: int, first: int) -> None:
-        """Have the block made that counts *cluster*, which a run from *first* on needs; it is put behind that run."""
+    def _prepare(self, cluster: int, first: int, spared: int | None = None) -> None:
+        """Have the block made that counts *cluster*, which a run from *first* on needs; it is put behind that run.
+
+        With *spared* it is put where QEMU puts it that has counted a run from there up to *cluster*: not into these.
+        """
         node, refcounts = self.node, self.refcounts
 
         def add_now() -> None:
             try:
+                if spared is not None and spared <= refcounts.find_free(refcounts.free_index, 1) < cluster:
+                    refcounts.free_index = cluster
                 if not refcounts.block_offset(cluster // refcounts.per_block):
                     refcounts.add_block(cluster)
             finally:

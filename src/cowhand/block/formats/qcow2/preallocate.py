@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cowhand.block.format import Kind
+from cowhand.block.format import Kind, Reservation
+from cowhand.block.node import Zeroing
+from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -20,14 +22,30 @@ def preallocate(node: Qcow2Node, begin: int, end: int, mode: str) -> None:
         if reservation is None:
             position += max(unit, node.map(position, end - position)[0] // unit * unit)
             continue
+        try:
+            _prepare(node, reservation, mode)
+        except BaseException as error:
+            node.give_up(reservation, error)
+            raise
         node.finish(reservation)
         last = max(last, reservation.host + reservation.length)
         position = reservation.offset + reservation.length
     node.flush()
-    file = node.file.node
-    if mode == "metadata":
-        # Without a byte at the end the file would be shorter than what it promises.
-        if last > file.size:
-            file.resize(last)
-    elif last:
-        file.resize(max(last, file.size), preallocation=mode)
+    # Without a byte at the end the file would be shorter than what it promises.
+    if last > node.file.node.size:
+        node.file.node.resize(last)
+
+
+def _prepare(node: Qcow2Node, reservation: Reservation, mode: str) -> None:
+    """Have the reserved place read as zeroes, and occupy space unless only metadata are wanted."""
+    file, end = node.file, reservation.host + reservation.length
+    if not reservation.fresh:
+        # It held something before.
+        if file.node.capabilities.zeroes is not Zeroing.NONE:
+            file.write_zeroes(reservation.host, reservation.length, unmap=mode == "metadata")
+        else:
+            for position in range(reservation.host, end, ZEROES_SIZE):
+                file.write(position, (ZEROES[: min(ZEROES_SIZE, end - position)],))
+    elif mode != "metadata" and end > file.node.size:
+        # Before the tables are written behind it, which would leave it a hole.
+        file.node.resize(end, preallocation=mode)
