@@ -27,6 +27,7 @@ class Shape:
     refcount_bits: int = 16
     size: int = 128 << 10
     backed: bool = False
+    lazy: bool = False  #: reference counts are postponed
     cache: int = 0  #: bytes of tables that an open image keeps, 0 for the default
     filled: int = 0  #: bytes of the disk that hold data when the test begins
 
@@ -49,6 +50,7 @@ class Shape:
             + "-backed" * self.backed
             + "-filled" * bool(self.filled)
             + "-cache" * bool(self.cache)
+            + "-lazy" * self.lazy
         )
 
 
@@ -57,7 +59,7 @@ def create(shape: Shape, content: bytes = b"") -> MemoryNode:
     node = MemoryNode()
     options: dict[str, Any] = {"compat": "0.10" if shape.version == 2 else "1.1", "cluster_size": shape.cluster}
     if shape.version > 2:
-        options["refcount_bits"] = shape.refcount_bits
+        options |= {"refcount_bits": shape.refcount_bits, "lazy_refcounts": shape.lazy}
     keeper = Disk(node)  # holds the memory while the driver opens and closes it
     create_image(node, shape.size, options)
     if content:

@@ -26,6 +26,9 @@ class Findings:
 
     corruptions: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    leaks_behind: list[str] = field(
+        default_factory=list
+    )  #: of clusters behind the end of the file, which checks do not look at
     flags: list[str] = field(default_factory=list)
     lost_flags: list[str] = field(default_factory=list)
 
@@ -165,7 +168,10 @@ class Image:
                     f"cluster {cluster} ({owner}) has count {count} and {references} references"
                 )
             elif count > references:
-                findings.leaks.append(f"cluster {cluster} has count {count} and {references} references")
+                behind = cluster * self.cluster >= len(self.data)
+                (findings.leaks_behind if behind else findings.leaks).append(
+                    f"cluster {cluster} has count {count} and {references} references"
+                )
         for what, cluster, copied in self._flagged:
             count, references = counts.get(cluster, 0), self._references[cluster]
             text = f"{what}: COPIED is {copied} on cluster {cluster} with count {count} and {references} references"

@@ -67,6 +67,16 @@ def test_a_power_failure_leaks_at_worst(shape: Shape, seed: int) -> None:
     assert life.verdicts.leaking > 0, "no state even leaks: the workload was too tame to prove anything"
 
 
+@pytest.mark.parametrize(
+    "shape", [Shape(lazy=True), Shape(lazy=True, backed=True, cluster=4096, size=256 << 10)], ids=str
+)
+def test_lazy_reference_counts_are_repaired_after_a_power_failure(shape: Shape) -> None:
+    """Without counts on disk the image is worth what the repair makes of it that its dirty bit demands: everything."""
+    life = live(shape, 0, steps=40)
+    replay.replay(replay.crash_states(life.log, samples=SAMPLES), life.judge)
+    assert life.verdicts.repaired > 0
+
+
 @pytest.mark.parametrize("seed", range(max(1, int(2 * SCALE))))
 def test_a_power_failure_while_the_refcount_table_grows(seed: int) -> None:
     """The file is just short of the 2 MiB that one cluster of refcount table describes, so the table moves while it is recorded."""

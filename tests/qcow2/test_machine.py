@@ -79,7 +79,7 @@ class Qcow2Machine(DiskMachine):
             )
         if self.disk is None:
             # Closed in order: nothing is left over either.
-            assert findings.leaks == []
+            assert findings.leaks + findings.leaks_behind == []
             self.examine_closed()
 
     def examine_closed(self) -> None:
