@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cowhand.block.create import local_path
-from cowhand.chain.tree import OverlaysExist, Tree, folder_of, identify, refuse_if_needed
 from cowhand.core.errors import ImageExists
 
 if TYPE_CHECKING:
@@ -28,6 +27,9 @@ def refuse_harm(
     path = local_path(image)
     if path is None:
         return
+    # Only here: most commands make something new, and start the quicker without.
+    from cowhand.chain.tree import OverlaysExist, refuse_if_needed
+
     try:
         unknown = refuse_if_needed(path, doing, folders=tuple(folders), apart=apart, insist=insist)
         if unknown:
@@ -43,6 +45,8 @@ def dependents(image: str, apart: Iterable[str] = ()) -> list[str]:
     path = local_path(image)
     if path is None:
         return []
+    from cowhand.chain.tree import Tree, folder_of, identify
+
     known = {identify(name) for name in apart}
     tree = Tree([folder_of(path)])
     return [reference.path for reference in tree.descendants(path) if identify(reference.path) not in known]

@@ -143,6 +143,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
     """Say what a copy does not carry over: that is easily forgotten."""
+    if args.format == "raw":
+        return  # keeps nothing beside the disk
     from cowhand.chain.info import image_info
 
     for name in args.source:
