@@ -452,16 +452,18 @@ def test_large_requests_arrive_in_pieces(recorded: Recorded) -> None:
     ]
 
 
-def test_what_is_not_aligned_is_written_as_bytes_or_not_discarded(recorded: Recorded) -> None:
-    node = wrap(recorded, opt_write_zero=65536, opt_discard=65536)
-    node.write_zeroes(60_000, 140_000)
+def test_what_is_not_aligned_is_written_as_bytes_or_discarded_by_blocks(recorded: Recorded) -> None:
+    node = wrap(recorded, align=512, opt_write_zero=65536, opt_discard=65536)
+    node.write_zeroes(60_416, 139_776)
     node.discard(60_000, 140_000)
-    node.discard(1, 65535)
+    node.discard(1, 510)
     assert recorded.calls == [
-        ("write", 60_000, 5536),
+        ("write", 60_416, 5120),
         ("zero", 65536, 131072),
-        ("write", 196_608, 3392),
+        ("write", 196_608, 3584),
+        ("discard", 60_416, 5120),
         ("discard", 65536, 131072),
+        ("discard", 196_608, 3072),
     ]
 
 

@@ -343,11 +343,13 @@ class BlkDebugNode(BlockNode):
             self.event("pwritev_done")
 
     def discard(self, offset: int, length: int) -> None:
-        unit = self.limits.discard_alignment
-        for start, count in _pieces(offset, length, self.options.max_discard, unit):
-            if count % unit == 0:  # smaller pieces are left alone
-                self._check("discard", start, count)
-                self._image.discard(start, count)
+        block = self.limits.request_alignment
+        for start, count in _pieces(offset, length, self.options.max_discard, self.limits.discard_alignment):
+            # Odd pieces go down as they are, but for what is no whole block: that is left alone.
+            begin, end = -(-start // block) * block, (start + count) // block * block
+            if begin < end:
+                self._check("discard", begin, end - begin)
+                self._image.discard(begin, end - begin)
 
     def flush(self) -> None:
         self._check("flush", 0, 0)

@@ -62,6 +62,7 @@ class ProgressLine:
         self._asked = False
         self._handler: Any = None
         self._lock = threading.Lock()
+        self._done = 0
 
     def __enter__(self) -> ProgressLine:
         if not self._shown:
@@ -88,16 +89,30 @@ class ProgressLine:
             self._handler = signal.signal(signal.SIGUSR1, ask)
 
     def progress(self) -> Progress:
-        """Return what counts an operation's bytes and tells of every step."""
+        """Return what counts an operation's bytes."""
         from cowhand.core.progress import Progress
 
-        counter = Progress(listener=self.hear)
-        counter.INTERVAL = 0.0
-        return counter
+        line = self
 
-    def hear(self, progress: Progress) -> None:
-        """Take news from an operation; called from its threads."""
-        percent = progress.fraction * 100
+        class Steps(Progress):
+            """Shows each step with what was done by then, which a listener, called later, cannot know."""
+
+            def advance(self, count: int) -> None:
+                super().advance(count)
+                with line._lock:
+                    line._done += count
+                    line.hear(line._done / self.total if self.total else 1.0)
+
+            def finish(self) -> None:
+                super().finish()
+                with line._lock:
+                    line.hear(1.0)
+
+        return Steps()
+
+    def hear(self, fraction: float) -> None:
+        """Take news from an operation; called from its threads, one at a time."""
+        percent = min(100.0, fraction * 100)
         if self._shown:
             self.show(percent)
         elif self._asked:
@@ -106,11 +121,10 @@ class ProgressLine:
             sys.stderr.flush()
 
     def show(self, percent: float) -> None:
-        with self._lock:
-            if percent - self._last >= 1 or percent in (0.0, 100.0):
-                self._last = percent
-                sys.stdout.write(f"    ({percent:3.2f}/100%)\r")
-                sys.stdout.flush()
+        if percent - self._last >= 1 or percent in (0.0, 100.0):
+            self._last = percent
+            sys.stdout.write(f"    ({percent:3.2f}/100%)\r")
+            sys.stdout.flush()
 
     def show_part(self, done: int, whole: int) -> None:
         """Show that *done* of *whole* equal parts are done; quietly where no progress was asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from cowhand.cli.compat.images import cache_mode, describe, open_image, warn_of_
 from cowhand.cli.compat.img.command import Command, ProgressLine
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import size_argument
+from cowhand.core.errors import IOFailed
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -71,15 +73,18 @@ def run(words: Sequence[str]) -> int:
     what = describe(name, image_opts)
     top = what if isinstance(what, str) else "json:" + json.dumps(nest(what))
     with ProgressLine(shown and not quiet) as line:
-        commit(
-            top,
-            base,
-            format=format,
-            drop=drop,
-            rate_limit=rate,
-            cache=cache,
-            progress=line.progress(),
-        )
+        try:
+            commit(
+                top,
+                base,
+                format=format,
+                drop=drop,
+                rate_limit=rate,
+                cache=cache,
+                progress=line.progress(),
+            )
+        except IOFailed as error:
+            raise Failure(f"Block job failed: {os.strerror(error.errno or errno.EIO)}") from error
     if not quiet:
         print("Image committed.")
     return 0

@@ -13,12 +13,14 @@ from cowhand.cli.compat.img.snapshotnames import Wanted
 from cowhand.cli.compat.optionstrings import CreateOptions, known_options, print_help
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import size_argument
+from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
 
 SECTOR = 512
 _DEFAULT_SPARSE = 4096
+_NO_BACKING = "\nCould not open backing image."
 _MAX_SPARSE = 16 << 20
 _WORKERS = "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16"
 _SPARSE = (
@@ -220,24 +222,31 @@ def _convert(
     backing = options.pop("backing_file", line.backing)
     backing_format = options.pop("backing_fmt", line.backing_format)
     with ProgressLine("progress" in flags and "quiet" not in flags) as shown:
-        convert(
-            disks,
-            target,
-            line.target_format or "raw",
-            options=options or None,
-            backing=backing,
-            backing_format=backing_format,
-            target_is_zero="target_is_zero" in flags,
-            overwrite=True,
-            snapshot=snapshot,
-            compressed="compressed" in flags,
-            sparse_size=_DEFAULT_SPARSE if line.sparse is None else line.sparse,
-            workers=line.workers,
-            in_order="out_of_order" not in flags,
-            salvage="salvage" in flags,
-            copy_range="copy_range" in flags,
-            rate_limit=line.rate,
-            cache=line.cache,
-            warn=program.warning,
-            progress=shown.progress(),
-        )
+        try:
+            convert(
+                disks,
+                target,
+                line.target_format or "raw",
+                options=options or None,
+                backing=backing,
+                backing_format=backing_format,
+                target_is_zero="target_is_zero" in flags,
+                overwrite=True,
+                snapshot=snapshot,
+                compressed="compressed" in flags,
+                sparse_size=_DEFAULT_SPARSE if line.sparse is None else line.sparse,
+                workers=line.workers,
+                in_order="out_of_order" not in flags,
+                salvage="salvage" in flags,
+                copy_range="copy_range" in flags,
+                rate_limit=line.rate,
+                cache=line.cache,
+                warn=program.warning,
+                progress=shown.progress(),
+            )
+        except CowhandError as error:
+            missing = error.qemu().removesuffix(_NO_BACKING)
+            if missing == error.qemu():
+                raise
+            # QEMU finds that out when it opens the new image.
+            raise Failure(f"Could not open '{line.names[-1]}': Could not open backing file: {missing}") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.parsing import Complaint, UsageComplaint, number
 from cowhand.cli.compat.io.report import Timer, dump, number_of, statistics, verify
-from cowhand.cli.compat.io.requests import DEFAULT_PATTERN, the_disk
+from cowhand.cli.compat.io.requests import DEFAULT_PATTERN, read_disk, the_disk
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def aio_read(session: Session, words: Sequence[str]) -> bool:
                 dump(buffer, offset)
             statistics("read", timer, offset, len(buffer), len(buffer), terse="C" in flags)
 
-    session.background.start(_request(lambda: disk.read_into(offset, buffer), "readv", show))
+    session.background.start(_request(lambda: read_disk(disk, offset, buffer), "readv", show))
     return True
 
 

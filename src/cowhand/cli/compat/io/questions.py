@@ -13,6 +13,7 @@ from cowhand.cli.compat.io.requests import the_disk
 from cowhand.cli.compat.sizes import precise
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import ALLOCATED
+from cowhand.drivers import REGISTRY
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -23,6 +24,8 @@ def info(session: Session, words: Sequence[str]) -> bool:
     """Print the format and what it tells of itself."""
     node: Any = the_disk(session).root
     print(f"format name: {node.driver}")
+    if REGISTRY.get(node.driver).prefixes:
+        print(f"format name: {node.driver}")  # its name as a protocol, which QEMU prints alike
     below = node
     while below.driver not in ("qcow2", "file", "host_device"):
         primary = below.primary

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat import program
+from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.parsing import MAX_REQUEST, Complaint, UsageComplaint, number
 from cowhand.cli.compat.io.report import Timer, dump, failed, statistics, verify
@@ -85,9 +86,20 @@ def _limited(text: str, without: str) -> int:
     return count
 
 
+def read_disk(disk: Disk, offset: int, buffer: bytearray) -> None:
+    """Fill *buffer*; the disk ends with a whole sector, whose rest is zeroes."""
+    rest = max(0, offset + len(buffer) - disk.size)
+    if not rest or offset > disk.size or offset + len(buffer) > whole_sectors(disk.size):
+        disk.read_into(offset, buffer)
+        return
+    with memoryview(buffer) as view:
+        view[len(buffer) - rest :] = bytes(rest)
+        disk.read_into(offset, view[: len(buffer) - rest])
+
+
 def _read_into(disk: Disk, offset: int, buffer: bytearray, *, vmstate: bool) -> None:
     if not vmstate:
-        disk.read_into(offset, buffer)
+        read_disk(disk, offset, buffer)
         return
     node: Any = disk.root
     if not hasattr(node, "read_vmstate"):
@@ -109,7 +121,7 @@ def readv(session: Session, words: Sequence[str]) -> bool:
     offset = number(positional[0])
     buffer = bytearray(sum(parsing.lengths(positional[1:])))
     disk = the_disk(session)
-    timer = timed(session, "readv", lambda: disk.read_into(offset, buffer))
+    timer = timed(session, "readv", lambda: read_disk(disk, offset, buffer))
     good = verify(buffer, byte, offset) if byte is not None else True
     if "q" not in flags:
         if "v" in flags:
