@@ -5,6 +5,7 @@ All images are made of every version, cluster size, refcount width and compressi
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from tests.interop.images import CLUSTERS, Request, Shape, examples, requests, shapes
+from cowhand.testing.machine import SCALE
+from tests.interop.images import CLUSTERS, VERBS, Request, Shape, examples, requests, shapes
 from tests.interop.life import Life, Session, live
 from tests.tools.qemu import assert_clean, assert_identical, require_qemu
 
@@ -72,6 +74,21 @@ def test_what_both_write_in_turn(clusters: tuple[int, ...]) -> None:
         lived(shape, maker, sessions)
 
     run()
+
+
+@pytest.mark.parametrize("cluster", [512, 4096, 65536])
+@pytest.mark.parametrize("bits", [4, 16, 64])
+def test_a_long_life(cluster: int, bits: int, tmp_path: Path, rng: random.Random) -> None:
+    """Hundreds of requests, so that tables grow, space is used again, and snapshots come and go."""
+    shape = Shape(cluster, 3, bits, "zstd", formats=("qcow2", "raw"), sizes=(3_000_320, 2_500_096, 4_000_256))
+    life = Life(tmp_path, shape, "qemu")
+    for number in range(4):
+        story = [
+            Request(rng.choice(VERBS), rng.randrange(1 << 24), rng.randrange(1 << 24), rng.randrange(1, 256))
+            for _ in range(int(60 * SCALE))
+        ]
+        life.session(("qemu" if number == 2 else "cowhand", bool(number % 2), story))
+    life.judge()
 
 
 @pytest.mark.parametrize("writer", ["cowhand", "qemu"])
