@@ -286,6 +286,7 @@ class Walk:
             if entry & L.ENTRY_COMPRESSED:
                 compressed += self._compressed(index, entry, bitmap, times, lines)
                 continue
+            before = len(lines)
             if entry & L.L2_RESERVED_MASK:
                 lines.append(f"ERROR found l2 entry with reserved bits set: {entry:x}")
             offset = entry & L.L2_OFFSET_MASK
@@ -299,6 +300,9 @@ class Walk:
                 has_data = bool(bitmap & _BITMAP_LOW) if self.extended else not entry & L.ENTRY_ZERO
                 try:
                     if self._unaligned(host, index, offset, has_data, active, lines):
+                        # Whoever names the table next meets the entry as it is now.
+                        self._wrong(1, *lines[before:])
+                        del lines[before:]
                         continue
                 except Stopped:
                     self.counters.corruptions += len(lines)
