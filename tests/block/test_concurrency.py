@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block import graph
+from cowhand.block import graph, snapshots
 from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.node import BlockNode
@@ -400,6 +400,43 @@ class TestReplacedRoot:
             keeper.close()
 
 
+class TestSnapshotsUnderWriters:
+    """A snapshot taken under writers holds all that was acknowledged before, nothing that began after, and does not change."""
+
+    def test_each_is_one_moment(self) -> None:
+        size = 128 * 1024
+        file = qcow2_file(size, cluster_size=CLUSTER)
+        keeper = Disk(file)
+        disk = Disk(qcow2_node(file), writable=True)
+        stampers = _Stamper(disk, 8)
+        taken: dict[str, bytes] = {}
+        for number in range(12):
+            before = list(stampers.last)
+            name = f"s{number}"
+            snapshots.create_snapshot(disk, name)
+            TestReplacedRoot._wait_for_more(stampers, sum(before))
+            with snapshots.open_snapshot(disk, name) as view:
+                taken[name] = view.read(0, size)
+            for sector, stamp in enumerate(before):
+                found = int.from_bytes(taken[name][sector * 512 : sector * 512 + 8], "big")
+                assert found >= stamp, f"sector {sector} of {name} lost a write"
+                assert taken[name][sector * 512 : (sector + 1) * 512] == stampers.content(sector, found)
+            if number % 3 == 2:
+                gone = f"s{number - 1}"
+                snapshots.delete_snapshot(disk, gone)
+                del taken[gone]
+        expected = stampers.stop()
+        for name, content in taken.items():
+            with snapshots.open_snapshot(disk, name) as view:
+                assert view.read(0, size) == content
+        assert disk.read(0, size) == expected
+        snapshots.apply_snapshot(disk, "s3")
+        assert disk.read(0, size) == taken["s3"]
+        disk.close()
+        assert content_of(file) == taken["s3"]
+        keeper.close()
+
+
 class TestMixedThreads:
     """Threads that write, zero, discard, flush and read regions of their own see their own model throughout."""
 
@@ -407,13 +444,16 @@ class TestMixedThreads:
         "options", [{"cluster_size": 512}, {"cluster_size": 4096}, {"cluster_size": 65536, "refcount_bits": 1}], ids=str
     )
     @pytest.mark.parametrize("backed", [False, True], ids=["alone", "backed"])
-    def test_regions_of_sectors(self, options: dict[str, int], backed: bool) -> None:
+    @pytest.mark.parametrize(
+        "caches", [{}, {"l2-cache-size": 1024, "refcount-cache-size": 512}], ids=["", "tiny caches"]
+    )
+    def test_regions_of_sectors(self, options: dict[str, int], backed: bool, caches: dict[str, int]) -> None:
         size = 1 << 20
         base = random.Random(1).randbytes(size * 3 // 4)
         backing = MemoryNode(content=base) if backed else None
         file = qcow2_file(size, **options)
         keeper = Disk(file)
-        disk = Disk(qcow2_node(file, backing=backing), writable=True)
+        disk = Disk(qcow2_node(file, backing=backing, **caches), writable=True)
         model = bytearray((base if backed else b"").ljust(size, b"\0"))
         count = 6
         # Bands of 1.5 clusters: neighbours meet in the middle of clusters.
