@@ -37,7 +37,15 @@ class EntryChange:
     __slots__ = ("barrier", "count", "discard", "entries", "first", "table", "taken", "taken_count")
 
     def __init__(
-        self, table: Table, first: int, entries: bytes, *, taken: int = 0, taken_count: int = 0, discard: bool = False, barrier: bool = False
+        self,
+        table: Table,
+        first: int,
+        entries: bytes,
+        *,
+        taken: int = 0,
+        taken_count: int = 0,
+        discard: bool = False,
+        barrier: bool = False,
     ) -> None:
         self.table = table
         self.first = first
@@ -280,9 +288,11 @@ def _reserve_empty(node: Qcow2Node, offset: int, length: int, kind: Kind) -> Res
     table = writable_table(node, index)
     old = array("Q", bytes(table.data[first * 8 : (first + count) * 8]))
     old.byteswap()
-    new = array("Q", [_emptied(entry, kind, zero_flag, backed) for entry in old]) if any(old) else array(
-        "Q", [_emptied(0, kind, zero_flag, backed)]
-    ) * count
+    new = (
+        array("Q", [_emptied(entry, kind, zero_flag, backed) for entry in old])
+        if any(old)
+        else array("Q", [_emptied(0, kind, zero_flag, backed)]) * count
+    )
     if new == old:
         return Reservation(offset, count << mapping.cluster_bits, kind, state=NothingToDo())
     new.byteswap()

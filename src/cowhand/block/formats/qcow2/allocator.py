@@ -42,7 +42,9 @@ class Allocator:
         #: Bytes: nothing was ever stored in the file from here on. What a crash left behind counted clusters is still in the file.
         self.high_water = node.file.node.size
         self._unflushed: list[Freed] = []  #: freed, and the disk may still refer to it
-        self._stamped: list[tuple[int, list[Freed]]] = []  #: (sequence number, freed): waits for the requests before that number
+        self._stamped: list[
+            tuple[int, list[Freed]]
+        ] = []  #: (sequence number, freed): waits for the requests before that number
         self.fresh = False  #: whether what :meth:`take` gave last reads as zeroes, having never been written
         self.held = 0  #: bytes in quarantine
         self.unflushed_bytes = 0  #: of these, the bytes that a flush would move on

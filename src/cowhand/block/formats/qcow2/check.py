@@ -82,7 +82,9 @@ class Examination:
                         errno=123,
                     )
                 )
-            if self.fix_leaks and not any((self.counters.check_errors, self.counters.corruptions, snapshots.corruptions)):
+            if self.fix_leaks and not any(
+                (self.counters.check_errors, self.counters.corruptions, snapshots.corruptions)
+            ):
                 from cowhand.block.formats.qcow2.repair import mark_sound
 
                 mark_sound(self.node)

@@ -76,7 +76,11 @@ class Walk:
     """Counts references of one image. ``tally`` is what the reference counts ought to be when :meth:`run` has ended."""
 
     def __init__(
-        self, node: Qcow2Node, say: Callable[[str], None], counters: Counters, zero_entry: Callable[[int, int, bool], bool] | None
+        self,
+        node: Qcow2Node,
+        say: Callable[[str], None],
+        counters: Counters,
+        zero_entry: Callable[[int, int, bool], bool] | None,
     ) -> None:
         self.node = node
         self.say = say
@@ -151,7 +155,9 @@ class Walk:
         """Remember what is named behind the end: nobody may put anything else there. Far behind nobody would."""
         if offset > 2 * self.length + _NEAR or self.behind_many:
             return
-        self.behind.update(range(offset >> self.bits, min(offset + length, 2 * self.length + _NEAR) + self.size - 1 >> self.bits))
+        self.behind.update(
+            range(offset >> self.bits, min(offset + length, 2 * self.length + _NEAR) + self.size - 1 >> self.bits)
+        )
         self.behind_many = len(self.behind) > _MANY_BEHIND
 
     def _count(self, offset: int, length: int, times: int = 1) -> None:
@@ -190,7 +196,10 @@ class Walk:
         snapshot = self.node.snapshots[index]
         head = f"ERROR snapshot {snapshot.id} ({snapshot.name}) "
         if snapshot.l1_offset & (self.size - 1):
-            return head + f"l1_offset={snapshot.l1_offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+            return (
+                head
+                + f"l1_offset={snapshot.l1_offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+            )
         if snapshot.l1_size > L.MAX_L1_BYTES // L.ENTRY_SIZE:
             return head + f"l1_size={snapshot.l1_size:#x}: L1 table is too large; snapshot table entry corrupted"
         return None
@@ -218,7 +227,9 @@ class Walk:
         key = (offset, entries)
         found = self._l1.get(key)
         if found is None:
-            found = words_of(self.read(offset, entries * L.ENTRY_SIZE, "ERROR: I/O error in check_refcounts_l1" if told else None))
+            found = words_of(
+                self.read(offset, entries * L.ENTRY_SIZE, "ERROR: I/O error in check_refcounts_l1" if told else None)
+            )
             if len(self._l1) >= 4:
                 self._l1.pop(next(iter(self._l1)))
             self._l1[key] = found
@@ -331,7 +342,9 @@ class Walk:
             lines.append(f"ERROR compressed cluster {index} with data file, entry={entry:#x}")
             return False
         if bitmap:
-            lines.append(f"ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, entry={entry:#x}")
+            lines.append(
+                f"ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, entry={entry:#x}"
+            )
             return False
         beyond = self._beyond(location, nbytes)
         if beyond is not None:
