@@ -12,6 +12,8 @@ from cowhand.cli.compat.sizes import size_option
 if TYPE_CHECKING:
     from cowhand.block.createoptions import CreateOption
 
+#: Formats that nobody makes images of, QEMU neither; so whether there is a driver does not matter.
+_READ_ONLY = ("bochs", "cloop", "dmg")
 _KINDS = {"size": "size", "bool": "bool (on/off)", "int": "num", "str": "str"}
 
 
@@ -118,6 +120,8 @@ def known_options(format: str, filename: str | None = None) -> dict[str, CreateO
     from cowhand.block.createoptions import FILE_OPTIONS, merge
     from cowhand.drivers import REGISTRY
 
+    if format in _READ_ONLY:
+        raise Failure(f"Format driver '{format}' does not support image creation")
     own = _file_options() if format in ("file", "host_device") else create_options_of(REGISTRY.get(format))
     if filename is None or protocol_of(filename, REGISTRY).name not in ("file", "host_device"):
         # What a format only hands to its file is the file's to declare.
