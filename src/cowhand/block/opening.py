@@ -65,13 +65,21 @@ class _Path(NamedTuple):
     depth: int
 
 
+class _Asker(NamedTuple):
+    """The image (its name) on whose word something is opened, and what that is to it."""
+
+    owner: str
+    what: str
+
+
 class _Waiting(NamedTuple):
-    """A backing file that is to be opened."""
+    """A backing file that is to be opened; ``asker`` is None when the user named it."""
 
     node: BlockNode
     description: Mapping[str, Any] | str | BlockNode
     reference: str
     path: _Path | None
+    asker: _Asker | None
 
 
 class Opening:
@@ -85,6 +93,7 @@ class Opening:
         self.for_repair = False  #: check and repair open what ordinary users are refused (corrupt, dirty)
         self._waiting: list[_Waiting] = []
         self._path: _Path | None = None  #: the files above the node that is being opened
+        self._asker: _Asker | None = None  #: whose word is being followed, None for the user's
 
     # -- from outside
 
@@ -116,6 +125,21 @@ class Opening:
             self.abandon()
             raise
         return node
+
+    def open_implied(
+        self,
+        owner: str,
+        reference: str,
+        path: str,
+        format: str | None,
+        *,
+        what: str = "backing file",
+        options: Mapping[str, Any] | None = None,
+    ) -> BlockNode:
+        """Open alone what the image *owner* names as *reference*, which means *path*, if the policy lets it; raises PolicyRefused."""
+        description = self._implied(owner, reference, path, format, what)
+        self._asker = _Asker(owner, what)
+        return self.open(description, options=options)
 
     def abandon(self) -> None:
         """Close everything that was opened (an error came later)."""
@@ -177,6 +201,10 @@ class Opening:
         """Open *description* (or take an open node) as child *name* of *node*. Backing files and read-only parents open for reading only."""
         if isinstance(description, BlockNode):
             return graph.attach(node, name, description, role)
+        if isinstance(description, str) and self._asker is not None:
+            raise InvalidArgument(
+                f"Cannot find device='' nor node-name='{description}'", hint="An image cannot name nodes of this process.", path=self._asker.owner
+            )  # fmt: skip
         given = dict(self.describe(description) if isinstance(description, str) else description)
         if read_only is None:
             read_only = role is Role.BACKING or not node.writable
@@ -189,7 +217,7 @@ class Opening:
 
     def backing(self, node: BlockNode, description: Mapping[str, Any] | str | BlockNode) -> None:
         """Open what the user gave as *node*'s backing file once *node* itself is complete (a chain is opened without recursion)."""
-        self._waiting.append(_Waiting(node, description, "", self._path))
+        self._waiting.append(_Waiting(node, description, "", self._path, self._asker))
 
     def implicit_backing(
         self, node: BlockNode, reference: str, format: str | None, given: Mapping[str, Any] | None = None
@@ -200,34 +228,39 @@ class Opening:
         """
         if given and "driver" in given:
             format = None
-        description = {**self._implied(node, reference, format, "backing file"), **(given or {})}
-        self._waiting.append(_Waiting(node, description, reference, self._path))
+        owner, what = node.filename, "backing file"
+        implied = self._implied(owner, reference, combine(location(node), reference), format, what)
+        description = {**implied, **(given or {})}
+        self._waiting.append(_Waiting(node, description, reference, self._path, _Asker(owner, what)))
 
     def implicit_child(
         self, node: BlockNode, name: str, reference: str, format: str | None, role: Role, *, what: str
     ) -> Child:
         """Open at once another file that *node*'s header names (an external data file, an extent), if the policy lets it."""
-        return self.child(node, name, self._implied(node, reference, format, what), role)
-
-    def _implied(self, node: BlockNode, reference: str, format: str | None, what: str) -> dict[str, Any]:
         owner = node.filename
+        description = self._implied(owner, reference, combine(location(node), reference), format, what)
+        before, self._asker = self._asker, _Asker(owner, what)
+        try:
+            return self.child(node, name, description, role)
+        finally:
+            self._asker = before
+
+    def _implied(self, owner: str, reference: str, path: str, format: str | None, what: str) -> dict[str, Any]:
         self.policy.check_implicit(reference, owner=owner, what=what)
-        description = self.describe(combine(location(node), reference))
+        description = self.describe(path)
         if format is not None:
-            self.policy.check_driver(format, owner=owner, what=what)
             if description.get("driver") not in (None, format):
                 description = {"driver": format, "file": description}
             else:
                 description["driver"] = format
         elif not self.policy.probe_backing:
             raise PolicyRefused(f"the {what} '{reference}' has no format recorded and is not probed", path=owner)
-        self._check_description(description, owner, what)
         return description
 
     def _open_waiting(self) -> None:
         while self._waiting:
             waiting = self._waiting.pop()
-            self._path = waiting.path
+            self._path, self._asker = waiting.path, waiting.asker
             if self._path is not None and self._path.depth >= self.policy.max_depth:
                 raise UnsupportedFeature(
                     f"the chain of images is more than {self.policy.max_depth} deep", path=waiting.node.filename
@@ -239,17 +272,6 @@ class Opening:
                 raise error.within(
                     f"backing file '{name}' of '{waiting.node.filename}'", qemu="Could not open backing file"
                 ) from None
-
-    def _check_description(self, description: Mapping[str, Any], owner: str, what: str) -> None:
-        for name, value in description.items():
-            if isinstance(value, Mapping):
-                self._check_description(value, owner, what)
-            elif name == "driver" or name.endswith(".driver"):
-                self.policy.check_driver(str(value), owner=owner, what=what)
-            elif name == "filename" or name.endswith(".filename"):
-                entry = self._protocol_of({"filename": value})
-                self.policy.check_driver(entry.name, owner=owner, what=what)
-                self.policy.check_path(str(value), owner=owner, what=what)
 
     # -- inside
 
@@ -328,6 +350,8 @@ class Opening:
             prefix = str(filename).split(":", 1)[0]
             if prefix in entry.prefixes:
                 given = {**given, **cls.parse_filename(str(filename))}
+        if self._asker is not None:
+            self._ask_policy(entry, given.get("filename"), self._asker)
         names = declared(cls.options_class)
         chosen = {name: given.pop(name) for name in list(given) if name in names}
         for name in _INHERITED:
@@ -336,16 +360,27 @@ class Opening:
                 chosen[key] = True
         node = cls.open(self, parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind), given)
         self.track(node)
-        self._refuse_loop(node)
+        self._look_at_file(node)
         if given:
             left = next(iter(given))
             raise InvalidArgument(f"Block {entry.kind} '{entry.name}' does not support the option '{left}'")
         return node
 
-    def _refuse_loop(self, node: BlockNode) -> None:
+    def _ask_policy(self, entry: DriverEntry, filename: Any, asker: _Asker) -> None:
+        """Raise PolicyRefused unless a node of driver *entry*, and the file of that name, may be opened on an image's word."""
+        self.policy.check_driver(entry.name, kind=entry.kind, owner=asker.owner, what=asker.what)
+        if entry.kind == "protocol" and filename is not None:
+            self.policy.check_path(str(filename), owner=asker.owner, what=asker.what)
+
+    def _look_at_file(self, node: BlockNode) -> None:
+        """Raise when the file that *node* has open is one that the chain came from, or has become one that the policy does not allow."""
         descriptor = getattr(node, "fd", None)
         if descriptor is None or node.children:
             return
+        if self._asker is not None and self.policy.directories is not None and os.path.exists("/proc/self/fd"):
+            # A link may have been turned between the look at the name and the opening.
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            self.policy.check_path(path, owner=self._asker.owner, what=self._asker.what)
         stat = os.fstat(descriptor)
         key = (stat.st_dev, stat.st_ino)
         above = self._path

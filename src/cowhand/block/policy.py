@@ -15,13 +15,17 @@ from cowhand.core.errors import PolicyRefused
 MAX_DEPTH = 1000
 
 
+#: The protocols whose files lie in a directory.
+_FILES = ("file", "host_device")
+
+
 class Policy(NamedTuple):
     """Rules for implicit opening. Immutable; narrow it with ``_replace``.
 
     ``implicit``: whether anything at all is opened on an image's word. ``drivers``: the protocol and format drivers allowed then, None for all.
-    ``directories``: where such files may lie (after links are followed), None for anywhere. ``json_names``: whether an image may carry a
-    ``json:`` description. ``probe_backing``: whether the format of a file that an image names without its format is guessed.
-    ``probe_raw``: whether a file in which no format is recognised may be taken for raw, and written.
+    ``directories``: where such files may lie (after links are followed), None for anywhere; with directories, an image names files and nothing
+    else: no network, no filter. ``json_names``: whether an image may carry a ``json:`` description. ``probe_backing``: whether the format of
+    a file that an image names without its format is guessed. ``max_depth``: layers under the first one.
     """
 
     name: str = "default"
@@ -42,9 +46,12 @@ class Policy(NamedTuple):
                 f"the {what} is a json: description, which this policy does not follow", path=owner, hint=hint
             )
 
-    def check_driver(self, driver: str, *, owner: str, what: str) -> None:
-        """Raise PolicyRefused unless *driver* may be used for something that an image names."""
-        if self.drivers is not None and driver not in self.drivers:
+    def check_driver(self, driver: str, *, kind: str, owner: str, what: str) -> None:
+        """Raise PolicyRefused unless *driver*, of that *kind* ("protocol", "format", "filter"), may be used for what an image names."""
+        allowed = self.drivers is None or driver in self.drivers
+        if self.directories is not None and kind != "format":
+            allowed = allowed and driver in _FILES
+        if not allowed:
             raise PolicyRefused(
                 f"the {what} asks for driver '{driver}', which policy '{self.name}' does not allow", path=owner
             )

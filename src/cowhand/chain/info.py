@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cowhand
-from cowhand.block.opening import combine
+from cowhand.block.disk import Disk
+from cowhand.block.opening import Opening, combine
 from cowhand.block.policy import DEFAULT, Policy
 from cowhand.block.status import skip_filters
 from cowhand.core.errors import CowhandError, ImageInUse, NotSupported, UnsupportedFeature
+from cowhand.drivers import REGISTRY
 
 if TYPE_CHECKING:
     from cowhand.block.node import BlockNode
@@ -161,16 +163,28 @@ def chain_info(
 
 
 def _below(above: ImageInfo, policy: Policy, force_share: bool, depth: int) -> ImageInfo:
-    assert above.backing is not None
-    assert above.backing_path is not None
     if depth > policy.max_depth:
         raise UnsupportedFeature(f"the chain of images is more than {policy.max_depth} deep", path=above.filename)
-    what = "backing file"
-    policy.check_implicit(above.backing, owner=above.filename, what=what)
-    policy.check_path(above.backing_path, owner=above.filename, what=what)
-    if above.backing_format is not None:
-        policy.check_driver(above.backing_format, owner=above.filename, what=what)
-    return image_info(above.backing_path, format=above.backing_format, force_share=force_share, policy=policy)
+    try:
+        return _named_by(above, policy, force_share)
+    except ImageInUse as error:
+        return _named_by(above, policy, True)._replace(in_use=error.message)
+
+
+def _named_by(above: ImageInfo, policy: Policy, force_share: bool) -> ImageInfo:
+    """Describe the base that *above* names, opened under the same rules as when *above* itself opens it."""
+    assert above.backing is not None
+    assert above.backing_path is not None
+    options = {"read-only": True} | ({"force-share": True} if force_share else {})
+    opening = Opening(REGISTRY, policy, backing=False)
+    root = opening.open_implied(above.filename, above.backing, above.backing_path, above.backing_format, options=options)
+    try:
+        disk = Disk(root)
+    except BaseException:
+        opening.abandon()
+        raise
+    with disk:
+        return describe(disk.root)
 
 
 def _identity(info: ImageInfo) -> Any:
