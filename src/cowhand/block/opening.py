@@ -173,6 +173,9 @@ class Opening:
             if isinstance(given.get(name), dict):
                 for key, value in given.pop(name).items():
                     given[f"{name}.{key}"] = value
+        for name in ("driver", "filename"):
+            if not isinstance(given.get(name, ""), str):
+                raise InvalidArgument(f"Parameter '{name}' expects a string")
         driver = given.pop("driver", None)
         if driver is None and "filename" in given and str(given["filename"]).startswith("json:"):
             inner = self.describe(str(given.pop("filename")))

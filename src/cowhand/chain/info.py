@@ -177,7 +177,9 @@ def _named_by(above: ImageInfo, policy: Policy, force_share: bool) -> ImageInfo:
     assert above.backing_path is not None
     options = {"read-only": True} | ({"force-share": True} if force_share else {})
     opening = Opening(REGISTRY, policy, backing=False)
-    root = opening.open_implied(above.filename, above.backing, above.backing_path, above.backing_format, options=options)
+    root = opening.open_implied(
+        above.filename, above.backing, above.backing_path, above.backing_format, options=options
+    )
     try:
         disk = Disk(root)
     except BaseException:
