@@ -19,9 +19,13 @@ MARKS = (
 )
 
 
+#: What follows the same magic bytes in the format before qcow2.
+_QCOW_VERSION = b"\0\0\0\1"
+
+
 def looks_like_a_format(first: bytes) -> str | None:
     """Return the name of the format whose mark *first*, the first 512 bytes of a disk, carries, or None."""
     for magic, at, name in MARKS:
         if first[at : at + len(magic)] == magic:
-            return name
+            return "qcow" if name == "qcow2" and first[4:8] == _QCOW_VERSION else name
     return None

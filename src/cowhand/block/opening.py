@@ -330,6 +330,8 @@ class Opening:
         above["file"] = file
         node = self._make(entry, above, parent, role)
         node.probed = True
+        if node.writable:
+            node.lane_fd = -1  # what a guess forbids to write would get past the guard there
         return node
 
     def _common_only(self, given: Mapping[str, Any], *, below: bool) -> dict[str, Any]:

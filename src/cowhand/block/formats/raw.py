@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.createoptions import FILE_OPTIONS, CreateOption
 from cowhand.block.marks import looks_like_a_format
-from cowhand.block.node import WRITE_REQUEST, BlockNode, Child, Request, Role
+from cowhand.block.node import (
+    DISCARD,
+    WRITE_REQUEST,
+    ZERO_REQUEST,
+    ZERO_UNMAP,
+    BlockNode,
+    Child,
+    Request,
+    Role,
+)
 from cowhand.block.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import AccessDenied, InvalidArgument, NotSupported
@@ -19,6 +28,10 @@ from cowhand.core.extents import ExtentBatch
 
 if TYPE_CHECKING:
     from cowhand.block.opening import Opening
+
+
+#: Requests that may change the first sector.
+_CHANGES = (WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, DISCARD)
 
 
 class RawOptions(NodeOptions):
@@ -151,9 +164,14 @@ class RawNode(BlockNode):
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
     ) -> None:
+        if offset < 512 and self.probed:
+            self._check_header(offset, (bytes(min(length, 512)),))
         self.file.write_zeroes(offset + self.offset, length, unmap=unmap, fallback=fallback, fua=fua)
 
     def discard(self, offset: int, length: int) -> None:
+        if offset < 512 and self.probed:
+            # What is discarded may read as zeroes.
+            self._check_header(offset, (bytes(min(length, 512)),))
         self.file.discard(offset + self.offset, length)
 
     def flush(self) -> None:
@@ -161,7 +179,7 @@ class RawNode(BlockNode):
 
     def submit(self, batch: Sequence[Request]) -> None:
         if self.offset or self.event_sink is not None or self.probed:
-            guarded = self.event_sink is not None or any(k == WRITE_REQUEST and o < 512 for k, o, _ in batch)
+            guarded = self.event_sink is not None or any(o < 512 and k in _CHANGES for k, o, _ in batch)
             if guarded:
                 super().submit(batch)
                 return
