@@ -208,6 +208,8 @@ class Opening:
             raise InvalidArgument(
                 f"Cannot find device='' nor node-name='{description}'", hint="An image cannot name nodes of this process.", path=self._asker.owner
             )  # fmt: skip
+        if not isinstance(description, (str, Mapping)):
+            raise InvalidArgument(f"Parameter '{name}' expects a description of a node")
         given = dict(self.describe(description) if isinstance(description, str) else description)
         if read_only is None:
             read_only = role is Role.BACKING or not node.writable
