@@ -17,9 +17,10 @@ import pytest
 
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.testing import replay
+from tests.qcow2 import oracle
 from tests.qcow2.images import Shape
-from tests.qcow2.life import Life
-from tests.tools.qemu import assert_clean, qemu_img, require_qemu
+from tests.qcow2.life import DIRTY, Life
+from tests.tools.qemu import assert_clean, qemu_img, qemu_io, require_qemu
 
 SCALE = float(os.environ.get("COWHAND_TEST_SCALE", "1"))
 SAMPLES = 200
@@ -119,12 +120,16 @@ def test_qemu_agrees_about_what_a_power_failure_left(shape: Shape, seed: int, tm
     for state in random.Random(seed).sample(states, 30):
         path.write_bytes(state.image.snapshot_bytes())
         busy = any(begin < state.moment <= end for begin, end in life.reflagging)
-        if not busy:
+        if oracle.Image(path.read_bytes()).incompatible == DIRTY:
+            # In the middle of an operation on snapshots COPIED bits lag behind, and the image says so: who opens it for writing repairs it.
+            qemu_io(path, "read 0 512", format="qcow2")
+            assert_clean(path)
+        elif busy and shape.version == 2:
+            # Version 2 cannot say so. qemu-img names those bits alone, and puts them right.
+            report = qemu_img("check", "-f", "qcow2", path, check=False)
+            errors = [line for line in (report.stdout + report.stderr).splitlines() if line.startswith("ERROR")]
+            assert all(line.startswith("ERROR OFLAG_COPIED") for line in errors), errors
+            qemu_img("check", "-r", "all", "-f", "qcow2", path)
+            assert_clean(path)
+        else:
             assert_clean(path, leaks_allowed=True)
-            continue
-        # In the middle of an operation on snapshots qemu-img also names COPIED bits that lag behind, and puts them right.
-        report = qemu_img("check", "-f", "qcow2", path, check=False)
-        errors = [line for line in (report.stdout + report.stderr).splitlines() if line.startswith("ERROR")]
-        assert all(line.startswith("ERROR OFLAG_COPIED") for line in errors), errors
-        qemu_img("check", "-r", "all", "-f", "qcow2", path)
-        assert_clean(path)

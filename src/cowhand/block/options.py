@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from cowhand.core.errors import InvalidArgument
-from cowhand.core.units import parse_size
+from cowhand.core.units import MAX_SIZE, parse_size
 
 _T = TypeVar("_T", bound="NodeOptions")
 
@@ -122,6 +122,8 @@ def _convert(name: str, value: Any, kind: str, choices: Iterable[str]) -> Any:
         if isinstance(value, bool):
             raise InvalidArgument(f"Parameter '{name}' expects a number")
         if isinstance(value, int):
+            if kind == "size" and not 0 <= value <= MAX_SIZE:
+                raise InvalidArgument(f"Parameter '{name}' expects a size of 0 to {MAX_SIZE} bytes, not {value}")
             return value
         try:
             return parse_size(value) if kind == "size" else int(value, 0)

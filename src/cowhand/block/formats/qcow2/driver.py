@@ -114,6 +114,8 @@ class Qcow2Node(FormatNode):
         self.exclusive_held = False
         #: Reference counts are written when the image is closed; until then the dirty bit says that they are not to be relied on.
         self.lazy = False
+        #: Counts and COPIED bits of many clusters are on their way to the disk, and its dirty bit says so.
+        self.counts_distrusted = False
         self.operation = ranked_lock(RANK_OPERATION, "qcow2 operation")
         self.corrupt_reported = False
         self.views: dict[int, int] = {}  #: open views of snapshots, by the offset of their L1 table
@@ -416,6 +418,22 @@ class Qcow2Node(FormatNode):
         self.write_metadata(L.OFFSET_INCOMPATIBLE, L.U64.pack(bits))
         self.flush_file()
         self.header.incompatible = bits
+
+    def distrust_counts(self) -> None:
+        """Say on disk that counts and COPIED bits are not to be relied on, before many are changed; the write-back lock is held.
+
+        The bit demands a repair of who finds it after a crash. Version 2 has none; what a crash leaves there is harmless, and a check
+        calls it wrong until it is repaired. The next write-back that ends well takes the bit away.
+        """
+        if not self.lazy and self.header.version >= 3:
+            self.counts_distrusted = True
+            self.set_incompatible(self.header.incompatible | L.INCOMPAT_DIRTY)
+
+    def trust_counts(self) -> None:
+        """End :meth:`distrust_counts`: all is stable. The write-back lock is held."""
+        if self.counts_distrusted:
+            self.set_incompatible(self.header.incompatible & ~L.INCOMPAT_DIRTY)
+            self.counts_distrusted = False
 
     def change_backing(self, name: str | None, format: str | None) -> None:
         """Record another backing file in the header (None: none any more); what is read changes with it, the content of clusters does not.

@@ -2,6 +2,8 @@
 
 What makes a new state valid is one write inside the header's first sector. Before it, everything that the new state needs is stable; after it, what
 only the old state needed is freed. So a crash leaves leaked clusters at worst, and an error before the switch is undone.
+
+Making and deleting change counts and COPIED bits of many clusters, which cannot be done at once: meanwhile the dirty bit says that they do not fit.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ def _alone(node: Qcow2Node) -> Iterator[None]:
                 # Tables are changed on disk from here on, many more of them than a cache holds.
                 node.mapping.cache.clear()
                 yield
+                _trust(node)
             except CowhandError:
                 raise
             except BaseException as error:
@@ -65,6 +68,15 @@ def _alone(node: Qcow2Node) -> Iterator[None]:
                 raise
             finally:
                 node.changed = True
+
+
+def _trust(node: Qcow2Node) -> None:
+    """Take the dirty bit away: what was asked is done and stable."""
+    try:
+        node.trust_counts()
+    except CowhandError as error:
+        # The next flush tries again, and fails where this one matters.
+        diagnostics.report(f"qcow2: the dirty mark could not be taken away: {error.qemu()}")
 
 
 def _take(node: Qcow2Node, data: bytes) -> tuple[int, int]:
@@ -221,6 +233,7 @@ def _create(node: Qcow2Node, snapshot: Snapshot, undo: _Undo) -> None:
     data = encode_table(snapshots, path=node.filename)
     place = _take(node, data)
     undo.room(*place)
+    node.distrust_counts()
     counting.put(node, counting.plan(node, tally, 1))
     undo.steps.append(lambda: counting.put(node, counting.plan(node, tally, -1)))
     _fill(node, first, cleared(l1))
@@ -262,6 +275,7 @@ def _delete(node: Qcow2Node, snapshot: Snapshot) -> list[tuple[int, int]]:
         undo.room(*place)
         _fill(node, place[0], data)
         node.write_back.run(locked=True)
+        node.distrust_counts()
         _switch_table(node, snapshots, place[0], data)
         undo.steps.clear()
     change = counting.plan(node, tally, -1)

@@ -45,6 +45,7 @@ class WriteBack:
                 self._ticket += 1
                 ticket = self._ticket
             self.run()
+            self.node.trust_counts()
             self._done = ticket
 
     def run(self, *, locked: bool = False) -> None:
