@@ -55,7 +55,7 @@ format: setup
 bench: setup-run
 	$(BIN)/python bench/run.py
 
-# CONFORMANCE="--format qcow2 001 031" runs a part of it.
+# CONFORMANCE="--format qcow2 001 031" runs a part of it; "--only remaining" goes on where a run was interrupted.
 conformance: setup-run
 	$(BIN)/python -m tests.conformance run $(CONFORMANCE)
 

@@ -1,7 +1,8 @@
-"""Run QEMU's iotests: ``python -m tests.conformance baseline|run|report``.
+"""Run QEMU's iotests: ``python -m tests.conformance baseline|run|report|remaining``.
 
 *baseline* uses QEMU's own tools, *run* uses cowhand's (after a baseline of the tests that have none on this machine) and
-writes docs/conformance.md, *report* writes the page from the outcomes that are there.
+writes docs/conformance.md, *report* writes the page from the outcomes that are there, *remaining* says what is left to do.
+Outcomes are kept from run to run; an interrupted run is continued by ``--only remaining``.
 """
 
 from __future__ import annotations
@@ -9,28 +10,36 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tests.conformance import iotests, records, report, source, toolset
+from tests.conformance import iotests, matrix, records, report, source, toolset
 from tests.conformance.iotests import Outcome, Runner
+from tests.conformance.matrix import Combination
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "conformance"
+#: QEMU's sources and the outcomes of its tools: the same for every working tree on one machine.
+CACHE = Path(os.environ.get("COWHAND_CONFORMANCE_CACHE") or BUILD)
 PAGE = ROOT / "docs" / "conformance.md"
-FORMATS = ("qcow2", "raw")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options; tests given by name and by list are joined."""
+    known = matrix.read(HERE / "matrix.toml")
+    names = ", ".join(combination.name for combination in known)
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
-    parser.add_argument("action", choices=("baseline", "run", "report"))
+    parser.add_argument("action", choices=("baseline", "run", "report", "remaining"))
     parser.add_argument("tests", nargs="*", metavar="TEST", help="names such as 031 or qsd-jobs; without any, all")
     parser.add_argument("--list", action="append", default=[], metavar="NAME", help="a list of lists.toml")
-    parser.add_argument("--format", action="append", metavar="FORMAT", help=f"default: {' and '.join(FORMATS)}")
+    parser.add_argument(
+        "--format", action="append", default=[], metavar="NAME", help=f"combinations, also as patterns: {names}"
+    )
+    parser.add_argument("--only", choices=matrix.CHOICES, default="all", help="which tests to start (default all)")
     parser.add_argument("--jobs", "-j", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=180.0, help="time limit of one test (default 180)")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the report goes")
@@ -40,37 +49,66 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if name not in lists:
             parser.error(f"no list {name!r}; there are: {', '.join(lists)}")
         options.tests += lists[name]
-    options.format = options.format or list(FORMATS)
+    try:
+        options.combinations = matrix.named(known, options.format)
+    except ValueError as problem:
+        parser.error(str(problem))
     return options
 
 
-def outcomes_file(tools: str, image_format: str) -> Path:
-    """Return where outcomes are kept: QEMU's and ours, for each format."""
-    return BUILD / "outcomes" / f"{tools}-{image_format}.json"
+def outcomes_file(tools: str, combination: Combination) -> Path:
+    """Return where outcomes are kept: QEMU's and ours, for each combination."""
+    return (CACHE if tools == "qemu" else BUILD) / "outcomes" / f"{tools}-{combination.name}.json"
+
+
+def make_tools(name: str) -> toolset.Toolset:
+    """Return QEMU's or cowhand's tools, identified by version or by a hash of the sources."""
+    sources = ROOT / "src"
+    identity = reference() if name == "qemu" else matrix.fingerprint(sources)
+    return toolset.make(name, BUILD / "bin" / name, sources, identity)
+
+
+def reference() -> str:
+    """Return the line in which QEMU's qemu-img names its version."""
+    done = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[0]
 
 
 def run(
-    tools_name: str, image_format: str, tests: list[str], options: argparse.Namespace, folder: Path
+    tools: toolset.Toolset, combination: Combination, tests: list[str], options: argparse.Namespace, folder: Path
 ) -> list[Outcome]:
-    """Run tests with one toolset on one format, printing a line for each, and record their outcomes."""
-    tools = toolset.make(tools_name, BUILD / "bin" / tools_name)
-    runner = Runner(folder, tools, image_format, BUILD / "logs" / f"{tools_name}-{image_format}", options.seconds)
-    print(f"{image_format} with {tools_name}'s tools: {len(tests)} tests, {options.jobs} at a time", flush=True)
+    """Run tests with one toolset on one combination, printing a line for each, and record their outcomes."""
+    logs = BUILD / "logs" / f"{tools.name}-{combination.name}"
+    runner = Runner(folder, tools, combination.image_format, logs, options.seconds, combination.options)
+    print(f"{combination.name} with {tools.name}'s tools: {len(tests)} tests, {options.jobs} at a time", flush=True)
 
     def show(outcome: Outcome) -> None:
         print(f"  {outcome.test:32} {outcome.status:8} {outcome.seconds:6.1f} s  {outcome.detail}", flush=True)
-        records.record(outcomes_file(tools_name, image_format), outcome)
+        records.record(outcomes_file(tools.name, combination), outcome)
 
     return runner.run_all(tests, options.jobs, show)
 
 
+def run_baseline(combination: Combination, tests: list[str], options: argparse.Namespace, folder: Path) -> None:
+    """Run QEMU's own tools on the tests that have no outcome with them, or that --only chooses in a baseline."""
+    path = outcomes_file("qemu", combination)
+    held = records.load(path)
+    if combination.options:
+        plain = Combination(combination.image_format, combination.image_format)
+        missing = [test for test in tests if test not in held]
+        for outcome in matrix.inherited(records.load(outcomes_file("qemu", plain)), missing):
+            records.record(path, outcome)
+        held = records.load(path)
+    again = options.action == "baseline" and options.only != "remaining"
+    wanted = matrix.chosen(tests, held, options.only, "") if again else [test for test in tests if test not in held]
+    if wanted:
+        run(make_tools("qemu"), combination, wanted, options, folder)
+
+
 def facts(tools: toolset.Toolset) -> dict[str, str]:
     """Return what the outcomes depend on: the versions of everything that took part."""
-    reference = subprocess.run(
-        ["qemu-img", "--version"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()[0]
     return {
-        "Reference": f"{reference}; sources {source.installed_version() or 'of COWHAND_QEMU_SOURCE'}",
+        "Reference": f"{reference()}; sources {source.installed_version() or 'of COWHAND_QEMU_SOURCE'}",
         "cowhand's tools": ", ".join(tools.own) or "none yet",
         "QEMU's beside them": ", ".join(sorted({program for program, _, _ in toolset.TOOLS.values()} - set(tools.own))),
         "Machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -78,56 +116,92 @@ def facts(tools: toolset.Toolset) -> dict[str, str]:
     }
 
 
-def _results(image_format: str, tools: toolset.Toolset) -> report.FormatResults:
-    reference = records.load(outcomes_file("qemu", image_format))
-    return report.FormatResults(
-        image_format, reference, records.load(outcomes_file("cowhand", image_format)), tools.words()
+def results_of(combination: Combination, tools: toolset.Toolset) -> report.Results:
+    """Return what is recorded of a combination."""
+    reference_run = records.load(outcomes_file("qemu", combination))
+    return report.Results(
+        combination, reference_run, records.load(outcomes_file("cowhand", combination)), tools.words()
     )
+
+
+def print_remaining(options: argparse.Namespace) -> int:
+    """Print what has not passed with these sources; return how much that is."""
+    tools = make_tools("cowhand")
+    reasons = records.Reasons.read(HERE / "reasons.toml")
+    left = 0
+    for combination in options.combinations:
+        result = results_of(combination, tools)
+        never = [test for test in result.comparable() if test not in result.own]
+        older = [
+            test for test in result.comparable() if test in result.own and result.own[test].tools != tools.identity
+        ]
+        print(f"{combination.name}: {len(result.comparable())} comparable, {len(result.reference)} in the baseline")
+        print(f"  never started ({len(never)}): {' '.join(never)}")
+        print(f"  last started with other sources ({len(older)}): {' '.join(older)}")
+        for outcome in result.select("fail", "timeout"):
+            why = reasons.why(combination.name, outcome.test) or report.NOT_EXAMINED
+            print(f"  {outcome.status} {outcome.test}: {outcome.detail} ({why})")
+            left += 1
+        left += len(never)
+    return left
 
 
 def write_page(path: Path) -> int:
     """Write the page from all outcomes; return how many failures nobody has given a reason for."""
     reasons = records.Reasons.read(HERE / "reasons.toml")
-    tools = toolset.make("cowhand", BUILD / "bin" / "cowhand")
-    results = [_results(image_format, tools) for image_format in FORMATS]
+    tools = make_tools("cowhand")
+    results = [results_of(combination, tools) for combination in matrix.read(HERE / "matrix.toml")]
+    folder = source.iotests(CACHE / "source")
+    encrypting = matrix.that_encrypt(folder, iotests.names(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.page(facts(tools), results, reasons), encoding="utf-8")
+    path.write_text(report.page(facts(tools), results, reasons, encrypting), encoding="utf-8")
     unexplained = 0
     for result in results:
+        name = result.combination.name
         for outcome in result.select("fail", "timeout"):
-            if reasons.why(result.image_format, outcome.test) is None:
+            if reasons.why(name, outcome.test) is None:
                 unexplained += 1
-                print(f"no reason for {result.image_format} {outcome.test}: {outcome.detail}")
+                print(f"no reason for {name} {outcome.test}: {outcome.detail}")
         for outcome in result.select("pass"):
-            if reasons.why(result.image_format, outcome.test) is not None:
-                print(f"reasons.toml is out of date: {result.image_format} {outcome.test} passes")
+            if (name, outcome.test) in reasons.entries:
+                print(f"reasons.toml is out of date: {name} {outcome.test} passes")
     print(f"wrote {path}")
     return unexplained
+
+
+def _end(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Return 0, or 1 where a test fails that reasons.toml does not explain, or 2 where nothing could be run."""
     options = parse_arguments(arguments)
-    if options.action == "report":
-        return int(write_page(options.page) > 0)
+    signal.signal(signal.SIGTERM, _end)
     try:
-        folder = source.iotests(BUILD / "source")
+        if options.action == "remaining":
+            return int(print_remaining(options) > 0)
+        if options.action == "report":
+            return int(write_page(options.page) > 0)
+        folder = source.iotests(CACHE / "source")
         available = iotests.names(folder)
         unknown = sorted(set(options.tests) - set(available))
         if unknown:
             raise source.SourceUnavailable(f"these sources have no test {', '.join(unknown)}")
         tests = sorted(set(options.tests)) or available
-        for image_format in options.format:
-            known = {} if options.action == "baseline" else records.load(outcomes_file("qemu", image_format))
-            missing = [test for test in tests if test not in known]
-            if missing:
-                run("qemu", image_format, missing, options, folder)
+        for combination in options.combinations:
+            run_baseline(combination, tests, options, folder)
             if options.action == "run":
-                comparable = _results(image_format, toolset.make("cowhand", BUILD / "bin" / "cowhand")).comparable()
-                run("cowhand", image_format, [test for test in tests if test in comparable], options, folder)
+                tools = make_tools("cowhand")
+                comparable = set(results_of(combination, tools).comparable())
+                held = records.load(outcomes_file("cowhand", combination))
+                wanted = matrix.chosen((t for t in tests if t in comparable), held, options.only, tools.identity)
+                run(tools, combination, wanted, options, folder)
     except (source.SourceUnavailable, toolset.ToolMissing) as problem:
         print(problem, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; --only remaining goes on from here", file=sys.stderr)
+        return 130
     return int(write_page(options.page) > 0) if options.action == "run" else 0
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,8 @@ class Outcome:
     detail: str = ""
     uses: tuple[str, ...] = field(default=())
     date: str = ""
+    #: What identifies the tools that were run: a version, or a hash of sources.
+    tools: str = ""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Outcome:
@@ -57,25 +60,43 @@ def names(folder: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs tests of the iotests in *folder* with *tools* on images of one format; logs are kept in *logs*."""
+    """Runs tests of the iotests in *folder* with *tools* on images of one format; logs are kept in *logs*.
+
+    *options* are given to the creation of every image, as check's ``-o`` does.
+    """
 
     folder: Path
     tools: Toolset
     image_format: str
     logs: Path
     seconds: float
+    options: str = ""
+    _running: set[int] = field(default_factory=set)
 
     def run_all(self, tests: Sequence[str], jobs: int, report: Callable[[Outcome], None]) -> list[Outcome]:
-        """Run the tests, *jobs* at a time, calling *report* for each as it ends; the result is in the order of *tests*."""
+        """Run the tests, *jobs* at a time, calling *report* for each as it ends; the result is in the order of *tests*.
+
+        An exception in the calling thread, such as KeyboardInterrupt, ends the tests that are running; they have no outcome then.
+        """
         self.logs.mkdir(parents=True, exist_ok=True)
+        stopped = threading.Event()
 
         def run_and_report(test: str) -> Outcome:
             outcome = self.run(test)
-            report(outcome)
+            if not stopped.is_set():
+                report(outcome)
             return outcome
 
         with ThreadPoolExecutor(jobs, thread_name_prefix="iotest") as pool:
-            return list(pool.map(run_and_report, tests))
+            try:
+                return list(pool.map(run_and_report, tests))
+            except BaseException:
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for group in list(self._running):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(group, signal.SIGKILL)
+                raise
 
     def run(self, test: str) -> Outcome:
         """Run one test to its end, or to the time limit."""
@@ -100,15 +121,18 @@ class Runner:
             used = tuple(sorted(set(uses.read_text().split()))) if uses.exists() else ()
         today = time.strftime("%Y-%m-%d", time.gmtime())
         if output is None:
-            return Outcome(test, "timeout", seconds, f"no end after {self.seconds:.0f} s", used, today)
+            return Outcome(
+                test, "timeout", seconds, f"no end after {self.seconds:.0f} s", used, today, self.tools.identity
+            )
         status, detail = parse(
             test, output.replace(str(scratch / "t"), "TEST_DIR").replace(str(scratch / "s"), "SOCK_DIR")
         )
-        return Outcome(test, status, seconds, detail, used, today)
+        return Outcome(test, status, seconds, detail, used, today, self.tools.identity)
 
     def _check(self, test: str, environment: dict[str, str]) -> str | None:
         """Return what check printed, or None after the time limit; whatever the test left running is killed."""
-        command = [sys.executable, "check", f"-{self.image_format}", test]
+        options = ["-o", self.options] if self.options else []
+        command = [sys.executable, "check", f"-{self.image_format}", *options, test]
         with subprocess.Popen(
             command,
             cwd=self.folder,
@@ -120,11 +144,13 @@ class Runner:
             text=True,
             errors="surrogateescape",
         ) as process:
+            self._running.add(process.pid)
             try:
                 output, _ = process.communicate(timeout=self.seconds)
             except subprocess.TimeoutExpired:
                 output = None
             finally:
+                self._running.discard(process.pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 _kill_marked(environment[USES_VARIABLE])

@@ -8,6 +8,7 @@ import json
 import threading
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tests.conformance.iotests import Outcome
@@ -43,25 +44,30 @@ def _write(path: Path, held: Outcomes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reasons:
-    """Why tests do not pass, examined and written by hand."""
+    """Why tests do not pass, examined and written by hand: (name or pattern of combinations, test) → text."""
 
     entries: dict[tuple[str, str], str]
 
     @classmethod
     def read(cls, path: Path) -> Reasons:
-        """Read reasons.toml. Raises ValueError where two reasons claim one test of one format."""
+        """Read reasons.toml. Raises ValueError where two reasons claim one test of one combination."""
         entries: dict[tuple[str, str], str] = {}
         for reason in tomllib.loads(path.read_text(encoding="utf-8")).get("reason", []):
-            for image_format in reason["formats"]:
+            for combination in reason["on"]:
                 for test in reason["tests"]:
-                    if (image_format, test) in entries:
-                        raise ValueError(f"{path}: two reasons for {test} of {image_format}")
-                    entries[image_format, test] = reason["text"]
+                    if (combination, test) in entries:
+                        raise ValueError(f"{path}: two reasons for {test} of {combination}")
+                    entries[combination, test] = reason["text"]
         return cls(entries)
 
-    def why(self, image_format: str, test: str) -> str | None:
-        """Return the reason, or None where nobody has examined the failure."""
-        return self.entries.get((image_format, test))
+    def why(self, combination: str, test: str) -> str | None:
+        """Return the reason, or None where nobody has examined the failure. A name goes before a pattern."""
+        if (combination, test) in self.entries:
+            return self.entries[combination, test]
+        matching = (
+            text for (pattern, name), text in self.entries.items() if name == test and fnmatchcase(combination, pattern)
+        )
+        return next(matching, None)
 
 
 def test_lists(path: Path) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tests.conformance.iotests import Outcome
+from tests.conformance.matrix import Combination
 from tests.conformance.records import Outcomes, Reasons
 
 INTRODUCTION = """\
@@ -22,10 +23,10 @@ NOT_EXAMINED = "not examined yet"
 
 
 @dataclass(frozen=True, slots=True)
-class FormatResults:
-    """Everything known about one image format: outcomes with QEMU's tools and with cowhand's."""
+class Results:
+    """Everything known about one combination of format and options: outcomes with QEMU's tools and with cowhand's."""
 
-    image_format: str
+    combination: Combination
     reference: Outcomes
     own: Outcomes
     #: Words of Outcome.uses that stand for cowhand's tools.
@@ -50,23 +51,24 @@ class FormatResults:
         return [test for test in self.comparable() if not {"machine", "daemon", "nbd"} & set(self.reference[test].uses)]
 
 
-def page(facts: dict[str, str], results: Iterable[FormatResults], reasons: Reasons) -> str:
-    """Return the page's Markdown."""
+def page(facts: dict[str, str], results: Iterable[Results], reasons: Reasons, encrypting: Iterable[str] = ()) -> str:
+    """Return the page's Markdown. *encrypting* are tests that are listed apart as the proof of encryption."""
     everything = list(results)
     dates = sorted({outcome.date for result in everything for outcome in result.own.values() if outcome.date})
     lines = [INTRODUCTION, *(f"- {name}: {value}" for name, value in facts.items())]
     if dates:
         lines.append(f"- Results: {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""))
-    lines += ["", *_summary(everything)]
+    lines += ["", *_summary(everything), *_encryption(everything, set(encrypting))]
     for result in everything:
-        lines += _format_section(result, reasons)
-    return "\n".join(lines) + "\n"
+        lines += _section(result, reasons)
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _summary(results: list[FormatResults]) -> list[str]:
+def _summary(results: list[Results]) -> list[str]:
     lines = [
-        "| format | comparable: pass with QEMU's tools | of these pass with cowhand's | fail | not run | image tools alone |",
-        "|---|---|---|---|---|---|",
+        "| images | options | comparable: pass with QEMU's tools | of these pass with cowhand's | share | fail | not run "
+        "| image tools alone |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         passed = {outcome.test for outcome in result.select("pass")}
@@ -74,15 +76,33 @@ def _summary(results: list[FormatResults]) -> list[str]:
         comparable = result.comparable()
         failed = result.select("fail", "timeout")
         lines.append(
-            f"| {result.image_format} | {len(comparable)} | {len(passed)} | {len(failed)} "
+            f"| {result.combination.name} | {_code(result.combination.options) or 'none'} | {len(comparable)} | {len(passed)} "
+            f"| {_share(len(passed), len(comparable))} | {len(failed)} "
             f"| {len(comparable) - len(passed) - len(failed)} | {len(passed & set(alone))} of {len(alone)} |"
         )
     lines += ["", '"Image tools alone" are tests that start no virtual machine, storage daemon or NBD server.', ""]
     return lines
 
 
-def _format_section(result: FormatResults, reasons: Reasons) -> list[str]:
-    name = result.image_format
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def _encryption(results: list[Results], encrypting: set[str]) -> list[str]:
+    """List the tests that encrypt images by themselves: no option of check makes the other tests do it."""
+    lines = []
+    for result in results:
+        comparable = encrypting.intersection(result.comparable())
+        if result.combination.options or not comparable:
+            continue
+        passed = comparable.intersection(outcome.test for outcome in result.select("pass"))
+        line = f"- {result.combination.name}: {len(passed)} of {len(comparable)} pass: {_row(sorted(passed))}"
+        lines.append(f"{line}; others: {_row(sorted(comparable - passed))}" if passed != comparable else line)
+    return ["## Encryption", "", "Tests that create encrypted images or name them:", "", *lines, ""] if lines else []
+
+
+def _section(result: Results, reasons: Reasons) -> list[str]:
+    name = result.combination.name
     lines = [f"## {name}", "", "### Pass", "", _row(outcome.test for outcome in result.select("pass")), ""]
     failed = result.select("fail", "timeout")
     if failed:
@@ -95,6 +115,8 @@ def _format_section(result: FormatResults, reasons: Reasons) -> list[str]:
     missing = [test for test in result.comparable() if test not in result.own]
     not_run = _grouped(result.select("not run"), lambda outcome: outcome.detail or "no reason given")
     lines += ([f"- Not started in this record: {_row(missing)}"] if missing else []) + not_run or ["none"]
+    if not result.reference:
+        lines += ["- No run of QEMU's own tools in this record"]
     lines += ["", "### Not comparable here", ""]
     lines += _grouped(result.not_comparable(), _why_not_comparable) or ["none"]
     return [*lines, ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance import iotests, records, report, source, standin
+from tests.conformance import iotests, matrix, records, report, source, standin
 from tests.conformance.__main__ import parse_arguments
 from tests.conformance.iotests import Outcome, Runner
+from tests.conformance.matrix import Combination
 from tests.conformance.toolset import USES_VARIABLE, Toolset
 
 PASSED = "QEMU -- ...\n031   ...        [12:00:00] ...   ...\r031   pass       [12:00:00] [12:00:01]   0.6s  (last: 0.5s)   \nPassed all 1\n"
@@ -156,10 +158,11 @@ def test_outcomes_of_concurrent_tests_are_all_kept(tmp_path: Path) -> None:
 
 def test_one_test_has_one_reason(tmp_path: Path) -> None:
     path = tmp_path / "reasons.toml"
-    entry = '[[reason]]\ntext = "later"\nformats = ["qcow2"]\ntests = ["060"]\n'
+    entry = '[[reason]]\ntext = "later"\non = ["qcow2", "raw-*"]\ntests = ["060"]\n'
     path.write_text(entry)
     assert records.Reasons.read(path).why("qcow2", "060") == "later"
     assert records.Reasons.read(path).why("raw", "060") is None
+    assert records.Reasons.read(path).why("raw-direct", "060") == "later"
     path.write_text(entry * 2)
     with pytest.raises(ValueError, match="two reasons for 060"):
         records.Reasons.read(path)
@@ -179,9 +182,12 @@ def test_page_counts_only_what_qemu_passes_and_cowhand_takes_part_in() -> None:
         "002": Outcome("002", "fail", 1.0, "a|b", date="2026-01-03"),
         "003": Outcome("003", "pass", 1.0, date="2026-01-03"),
     }
-    result = report.FormatResults("qcow2", reference, own, frozenset({"img", "io"}))
-    text = report.page({"Machine": "here"}, [result], records.Reasons({("qcow2", "002"): "because"}))
-    assert "| qcow2 | 3 | 1 | 1 | 1 | 1 of 2 |" in text
+    result = report.Results(Combination("qcow2", "qcow2"), reference, own, frozenset({"img", "io"}))
+    text = report.page(
+        {"Machine": "here"}, [result], records.Reasons({("qcow2", "002"): "because"}), ["001", "002", "003"]
+    )
+    assert "| qcow2 | none | 3 | 1 | 33 % | 1 | 1 | 1 of 2 |" in text
+    assert "- qcow2: 1 of 2 pass: 001; others: 002" in text
     assert "| 002 | because | `a\\|b` |" in text
     assert "Results: 2026-01-02 to 2026-01-03" in text
     assert "Not started in this record: 004" in text
@@ -198,8 +204,70 @@ def test_reasons_and_lists_of_the_project_are_readable() -> None:
 
 def test_tests_by_name_and_by_list_are_joined() -> None:
     options = parse_arguments(["run", "--format", "raw", "300", "--list", "foundation", "qsd-jobs"])
-    assert options.format == ["raw"]
+    assert [combination.name for combination in options.combinations] == ["raw"]
     assert options.tests[:3] == ["300", "qsd-jobs", "001"]
-    assert parse_arguments(["baseline"]).format == ["qcow2", "raw"]
-    with pytest.raises(SystemExit):
-        parse_arguments(["run", "--list", "nothing"])
+    assert {"qcow2", "raw", "luks"} <= {combination.name for combination in parse_arguments(["baseline"]).combinations}
+    for wrong in (["--list", "nothing"], ["--format", "vmdk"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(["run", *wrong])
+
+
+def test_combinations_are_named_and_distinct(tmp_path: Path) -> None:
+    known = matrix.read(Path(records.__file__).with_name("matrix.toml"))
+    assert [c.name for c in matrix.named(known, ["qcow2-v2", "raw"])] == ["raw", "qcow2-v2"]
+    assert {c.image_format for c in matrix.named(known, ["qcow2*"])} == {"qcow2"}
+    path = tmp_path / "matrix.toml"
+    path.write_text('[[combination]]\nname = "a"\nformat = "raw"\n' * 2)
+    with pytest.raises(ValueError, match="one name"):
+        matrix.read(path)
+
+
+def test_options_of_a_combination_reach_check(tmp_path: Path) -> None:
+    check = 'import sys\nassert sys.argv[1:] == ["-qcow2", "-o", "compat=0.10", "031"]\nprint("031 pass [1:0:0] [1:0:1] 0.1s ")\n'
+    work = dataclasses.replace(runner(tmp_path / "q", check), options="compat=0.10")
+    assert [outcome.status for outcome in work.run_all(["031"], 1, lambda outcome: None)] == ["pass"]
+
+
+def test_only_what_these_sources_have_not_run_remains() -> None:
+    held = {
+        "001": Outcome("001", "pass", 1.0, tools="new"),
+        "002": Outcome("002", "pass", 1.0, tools="old"),
+        "003": Outcome("003", "timeout", 1.0, tools="new"),
+    }
+    tests = ["001", "002", "003", "004"]
+    assert matrix.chosen(tests, held, "all", "new") == tests
+    assert matrix.chosen(tests, held, "remaining", "new") == ["002", "004"]
+    assert matrix.chosen(tests, held, "failed", "new") == ["003"]
+
+
+def test_fingerprint_follows_contents_and_names(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    first = matrix.fingerprint(tmp_path)
+    (tmp_path / "note.txt").write_text("not a source")
+    assert matrix.fingerprint(tmp_path) == first
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert matrix.fingerprint(tmp_path) != first
+
+
+def test_interrupted_run_ends_its_tests_and_keeps_the_outcomes_before(tmp_path: Path) -> None:
+    check = """
+import sys, time
+if sys.argv[-1] == "002":
+    time.sleep(60)
+print(sys.argv[-1], "pass [1:0:0] [1:0:1] 0.1s ")
+"""
+    work = runner(tmp_path / "q", check, seconds=60.0)
+    seen: list[str] = []
+
+    class Interrupt(Exception):
+        pass
+
+    def report_one(outcome: Outcome) -> None:
+        seen.append(outcome.test)
+        raise Interrupt
+
+    started = time.monotonic()
+    with pytest.raises(Interrupt):
+        work.run_all(["001", "002", "003"], 2, report_one)
+    assert time.monotonic() - started < 30
+    assert seen == ["001"]

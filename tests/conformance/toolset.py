@@ -33,32 +33,39 @@ class ToolMissing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Toolset:
-    """A name for reports, the environment that points iotests to the tools, and which of them are cowhand's."""
+    """A name for reports, the environment that points iotests to the tools, and which of them are cowhand's.
+
+    *identity* says which build of the tools this is: outcomes of another one are out of date.
+    """
 
     name: str
     environment: dict[str, str]
     own: tuple[str, ...]
+    identity: str = ""
 
     def words(self) -> frozenset[str]:
         """Return the words of ``uses`` that stand for cowhand's tools."""
         return frozenset(word for program, word, _ in TOOLS.values() if program in self.own)
 
 
-def make(name: str, folder: Path) -> Toolset:
-    """Write the wrappers of the toolset *name* ("qemu" or "cowhand") into *folder*. Raises: ToolMissing."""
+def make(name: str, folder: Path, sources: Path, identity: str = "") -> Toolset:
+    """Write the wrappers of the toolset *name* ("qemu" or "cowhand") into *folder*. Raises: ToolMissing.
+
+    *sources* is the folder from which cowhand's tools are imported.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environment: dict[str, str] = {}
     own: list[str] = []
     for variable, (program, word, module) in TOOLS.items():
         path = folder / program
         if name == "cowhand" and _exists(module):
-            _write(path, _cowhand_tool(word, module))
+            _write(path, _cowhand_tool(word, module, sources))
             own.append(program)
         else:
             _write(path, _qemu_tool(word, _real(program)))
         environment[variable] = str(path)
     environment["QEMU_PROG"] = str(_machine(folder))
-    return Toolset(name, environment, tuple(own))
+    return Toolset(name, environment, tuple(own), identity)
 
 
 def _exists(module: str) -> bool:
@@ -96,7 +103,7 @@ def _qemu_tool(word: str, path: str) -> str:
     return f'#!/bin/sh\n{_note(word)}\nexec {shlex.quote(path)} "$@"\n'
 
 
-def _cowhand_tool(word: str, module: str) -> str:
+def _cowhand_tool(word: str, module: str, sources: Path) -> str:
     # Isolated: iotests put their own folders, with modules of common names, into PYTHONPATH.
     return f"""#!{sys.executable} -I
 import os
@@ -104,6 +111,7 @@ import sys
 if uses := os.environ.get({USES_VARIABLE!r}):
     with open(uses, "a") as file:
         file.write("{word}\\n")
+sys.path.insert(0, {str(sources)!r})
 from {module} import main
 sys.exit(main())
 """
