@@ -113,3 +113,36 @@ def test_what_is_no_image(image_dir: Path) -> None:
     (image_dir / "a").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(600))
     done = cowhand("check", "a", cwd=image_dir, status=4)
     assert "a" in done.stderr
+
+
+def test_a_repair_is_planned_done_and_undone(path: Path) -> None:
+    leak(path)
+    before = path.read_bytes()
+    plan = cowhand("check", "--plan", "-r", "leaks", "--output", "json", path).json()
+    assert [row["what"] for row in plan["writes"]] == ["refcount block 0"]
+    assert "refcount block 0" in cowhand("check", "--plan", path).stdout
+    assert path.read_bytes() == before
+    assert f"--undo {path}.undo" in cowhand("check", "-r", "leaks", path).stdout
+    assert path.read_bytes() != before
+    assert "undo the repair" in cowhand("check", "--undo", f"{path}.undo", "--dry-run", path).stdout
+    assert cowhand("check", "--undo", f"{path}.undo", "--output", "json", path).json()["undone"] is True
+    assert path.read_bytes() == before
+    assert "nothing to undo" in cowhand("check", "--undo", f"{path}.undo", path).stdout
+
+
+def test_a_second_repair_takes_another_log_and_none_is_possible(path: Path) -> None:
+    leak(path)
+    (path.parent / "a.undo").write_text("mine")
+    assert cowhand("check", "-r", "leaks", "--output", "json", path).json()["undo-log"] == f"{path}.undo.1"
+    leak(path)
+    assert "undo" not in cowhand("check", "-r", "leaks", "--no-log", path).stdout
+    assert (path.parent / "a.undo").read_text() == "mine"
+    assert "is not an undo log" in cowhand("check", "--undo", f"{path}.undo", path, status=4).stderr
+
+
+def test_owners_of_lost_clusters(path: Path) -> None:
+    leak(path)
+    done = cowhand("check", "--explain", path, status=7)
+    assert "nothing refers to it" in done.stdout
+    owners = cowhand("check", "--explain", "--output", "json", path, status=7).json()["owners"]
+    assert list(owners.values()) == [[]]

@@ -1,7 +1,8 @@
 """Look for damage and lost space in an image, and repair it if asked to.
 
-Damage endangers data; lost space does not. Without --repair nothing is written. Make a copy before you repair damage: what
-contradicts itself has no one right answer. The exit code is 0 for a sound image, 7 for lost space, 8 for damage.
+Damage endangers data; lost space does not. Without --repair nothing is written. A repair first writes an undo log beside the image,
+from which --undo takes the repair back as long as nobody has written to the image since. The exit code is 0 for a sound image,
+7 for lost space, 8 for damage.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ EXAMPLES = """\
   cowhand check disk.qcow2
   cowhand check -r leaks disk.qcow2    give lost space back
   cowhand check -r all disk.qcow2      repair damage, too
+  cowhand check --plan disk.qcow2      say byte by byte what that would write
+  cowhand check --explain disk.qcow2   say whose the clusters in question are
+  cowhand check --undo disk.qcow2.undo disk.qcow2
 """
 WRITES = True
 EXIT_INCOMPLETE = 3
@@ -35,6 +39,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-r", "--repair", choices=("leaks", "all"), help="give lost space back, or repair all that can be"
     )
+    parser.add_argument("--explain", action="store_true", help="name the owners of every cluster in question")
+    parser.add_argument(
+        "--plan", action="store_true", help="try the repair out (all by default), and list what it writes"
+    )
+    log = parser.add_mutually_exclusive_group()
+    log.add_argument(
+        "--log", metavar="LOG", help="undo log of the repair; IMAGE.undo, or the next free name, if left out"
+    )
+    log.add_argument("--no-log", action="store_true", help="repair without an undo log")
+    log.add_argument("--undo", metavar="LOG", help="take back the repair that LOG tells of")
+    parser.add_argument("--force", action="store_true", help="with --undo: the image's time does not matter (a copy)")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help=f"print every finding, not the first {SHOWN} alone"
     )
@@ -46,13 +61,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def writes(args: argparse.Namespace) -> bool:
     """Tell whether anything is going to be changed."""
-    return args.repair is not None and not args.dry_run
+    return (args.repair is not None or args.undo is not None) and not args.dry_run and not args.plan
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Check, and repair."""
     from cowhand.block.check import check
 
+    if args.undo is not None or args.plan or (args.repair and not args.dry_run and not args.no_log):
+        from cowhand.cli.commands import check_repair
+
+        return check_repair.run(args, context)
     repair = None if args.dry_run else args.repair
     options = {"force-share": True} if args.force_share and repair is None else None
     result = check(args.image, repair=repair, format=args.format, options=options)
@@ -64,11 +83,29 @@ def run(args: argparse.Namespace, context: Context) -> int:
         raise result.failure.within("the check could not come to its end")
     if args.dry_run and args.repair:
         _plan(args, context, result)
-    elif context.out.json:
-        context.out.document(document(result))
     else:
-        _tell(args, context, result)
+        tell(args, context, result)
     return exit_code(result)
+
+
+def tell(args: argparse.Namespace, context: Context, result: CheckResult, log: str | None = None) -> None:
+    """Print *result*, with owners where they were asked for, and where the undo *log* of a repair is."""
+    owners = None
+    if args.explain:
+        from cowhand.block.rescue import explain
+
+        owners = explain(args.image, result.messages, format=args.format)
+    if context.out.json:
+        more: dict[str, Any] = {} if log is None else {"undo-log": log}
+        if owners is not None:
+            more["owners"] = {str(cluster): names for cluster, names in owners.items()}
+        context.out.document({**document(result), **more})
+        return
+    _tell(args, context, result)
+    for cluster, names in (owners or {}).items():
+        context.out.line(f"cluster {cluster}: {', '.join(names) or 'nothing refers to it'}")
+    if log is not None:
+        context.out.line(f"  To undo: cowhand check --undo {log} {args.image}")
 
 
 def exit_code(result: CheckResult) -> int:

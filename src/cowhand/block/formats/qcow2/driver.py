@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping as Mapping_, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping as Mapping_, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -706,6 +706,12 @@ class Qcow2Node(FormatNode):
         from cowhand.block.formats.qcow2.snapshotview import SnapshotView
 
         return SnapshotView.over(self, find(self, ident, name))
+
+    def owners(self, clusters: Iterable[int]) -> dict[int, list[str]]:
+        """Return {host cluster: what refers to it, in words}; see :mod:`cowhand.block.formats.qcow2.owners`."""
+        from cowhand.block.formats.qcow2.owners import owners
+
+        return owners(self, clusters)
 
     def check(self, repair: str | None, say: Callable[[str], None]) -> CheckResult:
         from cowhand.block.formats.qcow2.check import check
