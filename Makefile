@@ -10,7 +10,7 @@ COWHAND_REQUIRE ?= qemu-img qemu-io nbdkit nbdinfo mkfs.ext4
 endif
 export COWHAND_REQUIRE
 
-.PHONY: help setup setup-run setup-system demo test lint format bench conformance conformance-baseline clean
+.PHONY: help setup setup-run setup-system demo test lint format bench conformance conformance-baseline docs fuzz clean
 
 help:
 	@echo "setup         a virtual environment in $(VENV) with the development tools"
@@ -20,6 +20,8 @@ help:
 	@echo "lint          ruff, mypy --strict, the import contract"
 	@echo "bench         ratios against qemu-img, measured pairwise"
 	@echo "conformance   QEMU's own iotests on cowhand's tools; writes docs/conformance.md"
+	@echo "docs          the pages of commands and drivers, and the man pages, from what the code declares"
+	@echo "fuzz          coverage-guided fuzzing of images; FUZZ_SECONDS=60 for each target"
 	@echo "clean         removes what the above have made"
 
 setup: $(VENV)/.stamp-dev
@@ -61,6 +63,15 @@ conformance: setup-run
 
 conformance-baseline: setup-run
 	$(BIN)/python -m tests.conformance baseline $(CONFORMANCE)
+
+docs: setup-run
+	$(BIN)/python -m tools.reference
+
+FUZZ_SECONDS ?= 60
+
+fuzz: setup
+	tools/venv.sh $(VENV) -e '.[dev,fuzz]'
+	$(BIN)/python -m tests.fuzz run --seconds $(FUZZ_SECONDS)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache htmlcov .coverage .coverage.*

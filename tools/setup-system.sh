@@ -7,6 +7,7 @@ packages=(
     qemu-system-x86 qemu-system-common  # block jobs beside our tools, for conformance
     nbdkit libnbd-bin fio               # peers and load
     e2fsprogs btrfs-progs xfsprogs      # file systems to work on, reflinks
+    zsh fish groff                      # readers of completion scripts and man pages
     dpkg-dev patch xz-utils             # unpacking QEMU's source package, for conformance
 )
 

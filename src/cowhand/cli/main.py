@@ -29,12 +29,13 @@ COMMANDS = {
     "resize": "make a disk longer or shorter",
     "snapshot": "create, list, apply or delete snapshots inside an image",
     "commit": "write an overlay's changes into the image below it",
+    "completion": "print a script that completes command lines in a shell",
 }
 EXIT_USAGE = 2
 
 _FOOT = """\
 "cowhand COMMAND --help" explains one of them, with examples.
-Where qemu-img has a letter for an option it means the same here; every command takes --output json.
+Where qemu-img has a letter for an option it means the same here; every command on images takes --output json.
 Exit codes: 0 done, 1 failed, 2 usage, 3 input/output, 4 broken or unknown image, 5 in use, 6 disks differ,
 7 lost space found, 8 damage found, 9 refused because other images need it, 130 interrupted."""
 
