@@ -29,5 +29,6 @@ for _entry in (
     DriverEntry(
         "blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False
     ),
+    DriverEntry("throttle", "filter", "cowhand.block.filters.throttle", "ThrottleNode", creatable=False),
 ):
     REGISTRY.add(_entry)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cowhand.block.align import AlignedAccess
 from cowhand.block.hooks import HookedAccess
-from cowhand.block.node import ALL_PERMISSIONS, PERMISSION_NAMES, BlockNode, Child, Edge, Hook, Role
+from cowhand.block.node import ALL_PERMISSIONS, PERMISSION_NAMES, BlockNode, Child, Edge, Hook, Role, walk
 from cowhand.core.errors import InvalidArgument, PermissionConflict
 from cowhand.core.locks import RANK_GRAPH, ranked_lock
 
@@ -241,12 +241,18 @@ def quiesce(*nodes: BlockNode, deadline: float = QUIESCE_DEADLINE) -> Iterator[N
     Requests of the calling thread pass. Raises DeadlineExceeded naming the requests that stay; then everything runs on as before.
     """
     held: list[Disk] = []
+    disks = disks_above(nodes)
+    hurried = [node for node in walk(disk.root for disk in disks) if node.delays]
     try:
-        for disk in disks_above(nodes):
+        for node in hurried:
+            node.hurry(True)
+        for disk in disks:
             disk.gate.shut(deadline)
             held.append(disk)
         yield
     finally:
+        for node in hurried:
+            node.hurry(False)
         for disk in reversed(held):
             disk.gate.open()
 

@@ -110,6 +110,8 @@ class BlockNode(ABC):
     is_filter: ClassVar[bool] = False
     is_format: ClassVar[bool] = False
     supports_backing: ClassVar[bool] = False
+    #: Requests may wait here of the node's own accord, see :meth:`hurry`.
+    delays: ClassVar[bool] = False
 
     def __init__(self, options: NodeOptions) -> None:
         self.options = options
@@ -214,6 +216,9 @@ class BlockNode(ABC):
     def settle(self) -> None:
         """Flush, and bring to an end what was put off until no request is in flight. Called with all users held back."""
         self.flush()
+
+    def hurry(self, on: bool) -> None:
+        """Let requests pass that wait here of the node's own accord, until it is taken back: somebody waits for their end."""
 
     def submit(self, batch: Sequence[Request]) -> None:
         """Do many requests, in any order and overlap that separate threads could have; the first error is raised after the rest has ended."""

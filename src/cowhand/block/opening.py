@@ -91,6 +91,7 @@ class Opening:
         self.with_backing = backing  #: False opens a format without what lies under it
         self.opened: list[BlockNode] = []
         self.for_repair = False  #: check and repair open what ordinary users are refused (corrupt, dirty)
+        self.probing = True  #: whether a filter that is being opened stands where formats are looked for
         self._waiting: list[_Waiting] = []
         self._path: _Path | None = None  #: the files above the node that is being opened
         self._asker: _Asker | None = None  #: whose word is being followed, None for the user's
@@ -180,7 +181,7 @@ class Opening:
         if driver is None and "filename" in given and str(given["filename"]).startswith("json:"):
             inner = self.describe(str(given.pop("filename")))
             return self.node({**inner, **given}, parent, role=role)
-        wants_format = role in (None, Role.BACKING, Role.FILTERED)
+        wants_format = role in (None, Role.BACKING) or (role is Role.FILTERED and self.probing)
         entry = self.registry.get(driver) if driver is not None else None
         if entry is not None:
             return self._make(entry, given, parent, role)
@@ -215,7 +216,7 @@ class Opening:
             read_only = role is Role.BACKING or not node.writable
         if read_only or "read-only" not in given:
             given["read-only"] = read_only
-        if role in (Role.PRIMARY, Role.DATA) and "discard" not in given:
+        if role in (Role.PRIMARY, Role.DATA, Role.FILTERED) and "discard" not in given:
             given["discard"] = "unmap"
         opened = self.node(given, node.options, role=role)
         return graph.attach(node, name, opened, role)
@@ -365,7 +366,11 @@ class Opening:
             key = "cache." + name[6:].replace("_", "-") if name.startswith("cache_") else name.replace("_", "-")
             if key not in chosen and role is not None and getattr(parent, name):
                 chosen[key] = True
-        node = cls.open(self, parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind), given)
+        before, self.probing = self.probing, role in (None, Role.BACKING) or (role is Role.FILTERED and self.probing)
+        try:
+            node = cls.open(self, parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind), given)
+        finally:
+            self.probing = before
         self.track(node)
         self._look_at_file(node)
         if given:

@@ -36,11 +36,15 @@ class Objects:
             raise Failure("Parameter 'id' is missing")
         if kind == "secret":
             _check_secret(given)
+        elif kind == "throttle-group":
+            given = _limits(given)
         if not _IDENTIFIER.match(name):
             hint = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
             raise Failure("Parameter 'id' expects an identifier", hint=hint)
         if name in self.known:
             raise Failure(f"attempt to add duplicate property '{name}' to object (type 'container')")
+        if kind == "throttle-group":
+            _define_group(name, given)
         self.known[name] = {"qom-type": kind, **given}
 
 
@@ -75,3 +79,29 @@ def _check_secret(given: dict[str, Any]) -> None:
             raise Failure(f"Unable to read {given['file']}: {reason}") from None
     elif "data" not in given:
         raise Failure("Either 'file' or 'data' must be provided")
+
+
+def _limits(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the limits of a throttle group by their plain names: they are given as "x-NAME", "limits.NAME" or in a group "limits"."""
+    from cowhand.block.options import flatten
+    from cowhand.block.throttling import KINDS
+
+    known = {"iops-size", *(kind + end for kind in KINDS for end in ("", "-max", "-max-length"))}
+    out: dict[str, Any] = {}
+    for name, value in flatten(given).items():
+        plain = name.removeprefix("limits.") if name.startswith("limits.") else name.removeprefix("x-")
+        if plain == name or plain not in known:
+            raise Failure(f"Parameter '{name}' is unexpected")
+        out[plain] = value
+    return out
+
+
+def _define_group(name: str, limits: dict[str, Any]) -> None:
+    from cowhand.block import throttlegroups
+    from cowhand.block.throttling import Limits
+    from cowhand.core.errors import CowhandError
+
+    try:
+        throttlegroups.define(name, Limits.parse(limits))
+    except CowhandError as error:
+        raise Failure(error.qemu()) from None

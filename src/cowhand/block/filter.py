@@ -1,0 +1,88 @@
+"""What filters share: the one child, its size and the printed name. No operation on data is here: each filter names what it hands on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cowhand.block.node import BlockNode, Child, Role
+from cowhand.block.options import NodeOptions, strong_options
+from cowhand.core.errors import InvalidArgument, ReadOnly
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cowhand.block.opening import Opening
+
+
+class FilterNode(BlockNode):
+    """A filter over one child, ``below``. Subclasses open it with :meth:`open_child`, and set limits and capabilities in :meth:`start`."""
+
+    is_filter: ClassVar[bool] = True
+    child_name: ClassVar[str] = "file"
+
+    @classmethod
+    def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> FilterNode:
+        node = cls(options)
+        opening.track(node)
+        open_child(opening, node, cls.child_name, given, Role.FILTERED)
+        node.start()
+        return node
+
+    def start(self) -> None:
+        """Take over the child's limits, and what it can do, as far as this filter was opened for it; on the way no descriptor is granted."""
+        lower = self.below.node
+        self.limits = lower.limits
+        self.writable = self.writable and lower.writable
+        self.capabilities = lower.capabilities._replace(
+            writable=self.writable, discard=lower.capabilities.discard and self.options.discard != "ignore"
+        )
+
+    @property
+    def below(self) -> Child:
+        """The edge to the child."""
+        return self.children[self.child_name]
+
+    @property
+    def size(self) -> int:
+        return self.below.node.size
+
+    @property
+    def filename(self) -> str:
+        return json_name(self) if self.child_name in self.children else ""
+
+    def refuse_read_only(self) -> ReadOnly:
+        """Return the error of a filter that cannot be used for reading alone."""
+        return ReadOnly(
+            f"'{self.driver}' writes to its file, which was opened for reading only", qemu="Block node is read-only",
+            path=self.filename, errno=1,
+        )  # fmt: skip
+
+
+def open_child(opening: Opening, node: BlockNode, name: str, given: dict[str, Any], role: Role) -> Child:
+    """Take the description of child *name* out of *given* and open it. Raises InvalidArgument where there is none."""
+    description = given.pop(name, None)
+    if description is None:
+        raise InvalidArgument(f'A block device must be specified for "{name}"')
+    return opening.child(node, name, description, role)
+
+
+def describe(node: BlockNode) -> dict[str, Any]:
+    """Return the description by which *node* could be opened again, with its children, but without backing files of their own word."""
+    if not node.children:
+        import json
+
+        name = node.filename
+        found: dict[str, Any] = json.loads(name[5:]) if name.startswith("json:") else {"filename": name}
+        return {"driver": node.driver, **found}
+    return {
+        **strong_options(node.options),
+        "driver": node.driver,
+        **{name: describe(child.node) for name, child in node.children.items() if child.role is not Role.BACKING},
+    }
+
+
+def json_name(node: BlockNode, extra: Mapping[str, Any] | None = None) -> str:
+    """Return the ``json:`` name of *node*; *extra* are options that its class does not declare."""
+    import json
+
+    return "json:" + json.dumps({**(extra or {}), **describe(node)})

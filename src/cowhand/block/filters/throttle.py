@@ -1,0 +1,102 @@
+"""The filter "throttle": requests wait until the limits of the node's throttle group let them pass.
+
+Source: QEMU's ``docs/throttle.txt`` ("The 'throttle' block filter") and ``BlockdevOptionsThrottle``. Flushes and questions are not limited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cowhand.block import throttlegroups
+from cowhand.block.filter import FilterNode
+from cowhand.block.node import READ, ZERO_REQUEST, Request
+from cowhand.block.options import NodeOptions, option
+from cowhand.core.buffers import Buffer
+from cowhand.core.errors import InvalidArgument
+from cowhand.core.extents import ExtentBatch
+
+if TYPE_CHECKING:
+    from cowhand.block.opening import Opening
+    from cowhand.block.throttlegroups import Member
+
+
+class ThrottleOptions(NodeOptions):
+    """Options of the filter."""
+
+    throttle_group: str | None = option(help="name of the throttle group whose limits count")
+
+
+class ThrottleNode(FilterNode):
+    """Holds requests back. While the graph is quiesced they pass at once, since whoever waits for their end would wait for the limit."""
+
+    driver: ClassVar[str] = "throttle"
+    options_class: ClassVar[type[NodeOptions]] = ThrottleOptions
+    delays: ClassVar[bool] = True
+    options: ThrottleOptions
+    member: Member | None = None
+
+    @classmethod
+    def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> FilterNode:
+        assert isinstance(options, ThrottleOptions)
+        if "file" not in given:
+            raise InvalidArgument('A block device must be specified for "file"')
+        if options.throttle_group is None:
+            raise InvalidArgument("Please specify a throttle group")
+        group = throttlegroups.find(options.throttle_group)
+        node = super().open(opening, options, given)
+        assert isinstance(node, ThrottleNode)
+        node.member = group.join()
+        return node
+
+    def close(self) -> None:
+        member, self.member = self.member, None
+        if member is not None:
+            member.group.leave(member)
+
+    def hurry(self, on: bool) -> None:
+        if self.member is not None:
+            self.member.group.hurry(self.member, on)
+
+    def _admit(self, write: bool, length: int) -> None:
+        member = self.member
+        assert member is not None
+        member.group.admit(member, write, length)
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        self._admit(False, len(buffer))
+        self.below.read_into(offset, buffer)
+
+    def write(self, offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
+        self._admit(True, sum(len(buffer) for buffer in buffers))
+        self.below.write(offset, buffers, fua)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
+    ) -> None:
+        self._admit(True, length)
+        self.below.write_zeroes(offset, length, unmap=unmap, fallback=fallback, fua=fua)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._admit(True, length)
+        self.below.discard(offset, length)
+
+    def submit(self, batch: Sequence[Request]) -> None:
+        # Each one is admitted by itself; what has passed goes down together.
+        for kind, _, what in batch:
+            length = what if kind >= ZERO_REQUEST else len(what)
+            if length:
+                self._admit(kind != READ, length)
+        self.below.submit(batch)
+
+    def flush(self) -> None:
+        self.below.flush()
+
+    def settle(self) -> None:
+        self.below.node.settle()
+
+    def map_batch(self, offset: int, length: int) -> ExtentBatch:
+        return self.below.node.map_batch(offset, length)
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        self.below.node.resize(size, preallocation=preallocation, shrink=shrink)
