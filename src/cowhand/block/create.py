@@ -72,6 +72,7 @@ class Creation:
 
         A new file appears under its name when it is complete. An existing one is emptied and formatted in place if nobody uses it.
         """
+        self.check_data_file(overwrite=overwrite)
         path = local_path(self.filename)
         if path is None:
             self.write(self.filename, fresh=False)
@@ -91,6 +92,20 @@ class Creation:
         with NewFile(path) as file:
             self.write(file.temporary, fresh=True)
             file.appear()
+
+    def check_data_file(self, *, overwrite: bool) -> None:
+        """Raise when the data file that the image is to have cannot be made: it is the image itself, or exists and is not to be *overwritten*."""
+        name = self.options.get("data_file")
+        path = local_path(name) if name else None
+        if not path:
+            return
+        own = local_path(self.filename)
+        if own is not None and os.path.realpath(path) == os.path.realpath(own):
+            raise InvalidArgument("an image cannot be its own data file", path=path)
+        if os.path.exists(path) and not overwrite and not self.options.get("keep_data_file"):
+            raise ImageExists(
+                f"the data file '{path}' exists already", path=path, hint="Keep its content with keep_data_file=on, or insist on overwriting it."
+            )  # fmt: skip
 
     def write(self, path: str, *, fresh: bool, durable: bool = True) -> None:
         """Make the image at *path*, which need not be its final name; with *fresh* the file must not exist, and is removed on an error.
@@ -131,9 +146,38 @@ class Creation:
         try:
             creator = cast("type[Creator]", self.format.load())
             options = {name: value for name, value in self.options.items() if name not in _FILE_ONLY and name != "size"}
-            creator.create(node, self.size, options)
+            if options.get("data_file"):
+                self._with_data_file(creator, node, options, durable)
+            else:
+                creator.create(node, self.size, options)
         finally:
             graph.close_node(node)
+
+    def _with_data_file(self, creator: type[Creator], node: BlockNode, options: dict[str, Any], durable: bool) -> None:
+        """Format *node* with the data file that *options* name; it is made if need be, and emptied by the format once nothing was refused."""
+        from cowhand.block import graph
+        from cowhand.block.opening import Opening
+
+        name = options["data_file"]
+        protocol = protocol_of(name, self._registry)
+        path = local_path(name)
+        made = path is not None and not os.path.lexists(path)
+        if (made or path is None) and not options.get("keep_data_file") and protocol.name != "host_device":
+            cls: Any = protocol.load()
+            cls.create(name, 0)
+        try:
+            data = Opening(self._registry, backing=False).open(
+                {"driver": protocol.name, "filename": name, "read-only": False, "cache.no-flush": not durable}
+            )
+            try:
+                creator.create(node, self.size, {**options, "data_file_node": data})
+            finally:
+                if not data.closed:
+                    graph.close_node(data)
+        except BaseException:
+            if made and path is not None and os.path.lexists(path):
+                os.unlink(path)
+            raise
 
 
 def prepare(

@@ -251,6 +251,19 @@ class Opening:
         finally:
             self._asker = before
 
+    def implicit_file(self, node: BlockNode, name: str, path: str, role: Role, *, what: str) -> Child:
+        """The same for a name that is a plain path, whatever it looks like: relative to the working directory, of a file or a device."""
+        owner = node.filename
+        if has_protocol(path):
+            path = "./" + path
+        self.policy.check_implicit(path, owner=owner, what=what)
+        driver = self._protocol_of({"filename": path}).name
+        before, self._asker = self._asker, _Asker(owner, what)
+        try:
+            return self.child(node, name, {"driver": driver, "filename": path}, role)
+        finally:
+            self._asker = before
+
     def _implied(self, owner: str, reference: str, path: str, format: str | None, what: str) -> dict[str, Any]:
         self.policy.check_implicit(reference, owner=owner, what=what)
         description = self.describe(path)

@@ -65,11 +65,12 @@ def create_target(
 
     With *overwrite* an existing file is emptied and formatted in place: its links, owner, labels and holders count.
     """
+    creation.check_data_file(overwrite=overwrite)
     path = local_path(creation.filename)
     if path is None or os.path.lexists(path):
         creation.run(overwrite=overwrite)
         disk = _open(creation.filename, creation.format.name, cache, policy, discard)
-        return Target(disk, is_new=creation.protocol.name == "file", owned=True)
+        return Target(disk, is_new=creation.protocol.name == "file" and not creation.options.get("keep_data_file"), owned=True)
     if not os.path.isdir(os.path.dirname(path) or "."):
         creation.run()  # says in its own words that the folder is not there
     from cowhand.block.newfile import NewFile
@@ -83,7 +84,8 @@ def create_target(
             file.rename_in(error)
         file.discard()
         raise
-    return Target(disk, is_new=True, owned=True, file=file, durable=cache != "unsafe")
+    # A data file that was kept may hold anything.
+    return Target(disk, is_new=not creation.options.get("keep_data_file"), owned=True, file=file, durable=cache != "unsafe")
 
 
 def existing_target(

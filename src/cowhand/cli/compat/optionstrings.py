@@ -153,4 +153,5 @@ def help_lines(known: Iterable[CreateOption]) -> list[str]:
     return [
         f"  {f'{option.name}=<{_KINDS[option.kind]}>':<22} - {option.help}"
         for option in sorted(known, key=lambda o: o.name)
+        if option.help  # later versions' are understood, and not told of
     ]

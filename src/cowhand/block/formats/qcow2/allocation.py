@@ -79,6 +79,8 @@ class EntryChange:
 
 def free_entries(node: Qcow2Node, old: bytes, new: bytes, *, discard: bool) -> None:
     """Take one reference from every cluster that *old* L2 entries name and *new* ones do not."""
+    if node.external:
+        return  # nothing of a data file is counted
     bits = node.header.cluster_bits
     allocator = node.allocator
     metadata = node.metadata
@@ -188,6 +190,10 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
         # Tables are counted at once even so: a repair then has only data to find.
         table.uncounted = False
         raise Unprepared(node.flush_counts)
+    if node.external:
+        from cowhand.block.formats.qcow2.datafile import reserve_data
+
+        return reserve_data(node, table, first, count, (offset >> mapping.cluster_bits) << mapping.cluster_bits)
     data = table.data
     size, bits = mapping.cluster_size, mapping.cluster_bits
     entry = L.U64.unpack_from(data, first * 8)[0]
@@ -256,6 +262,8 @@ def _entry_before(node: Qcow2Node, table: Table, first: int, begin: int) -> int:
 
 
 def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservation | None:
+    if node.external:
+        raise NotSupported("a data file holds no compressed clusters", qemu="Operation not supported", path=node.filename, offset=offset)
     mapping = node.mapping
     index, first, _ = _place(node, offset, mapping.cluster_size)
     table = writable_table(node, index)
@@ -306,7 +314,7 @@ def _emptied(entry: int, kind: Kind, zero_flag: bool, backed: bool) -> int:
     """Return what an L2 entry becomes under *kind*."""
     if kind == Kind.EMPTY:
         return 0
-    allocated = entry & _ENTRY_HOST
+    allocated = entry & (_ENTRY_HOST | L.COPIED)  # at offset 0 of a data file COPIED alone says so
     if kind == Kind.DISCARD:
         # A guest's discard never exposes the backing file; without one, "unallocated" says zero as well.
         if not zero_flag:

@@ -67,6 +67,12 @@ def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, 
             _rewrite(node, lambda: _upgrade(node))
         if lazy is not None and lazy != bool(header.compatible & L.COMPAT_LAZY_REFCOUNTS):
             _set_lazy(node, lazy)
+        if node.external:
+            from cowhand.block.formats.qcow2.datafile import amend as amend_data_file
+
+            switch = amend_data_file(options, header)
+            if switch is not None:
+                _rewrite(node, switch)
         if options.get("size") is not None and options["size"] != header.size:
             from cowhand.block.formats.qcow2.resize import resize
 
@@ -92,7 +98,9 @@ def _refuse(node: Qcow2Node, options: Mapping[str, Any], version: int) -> None:
                 f"the width of reference counts ({header.refcount_bits} bits) cannot be changed in place", path=node.filename,
                 hint="Convert the image to a new one with the other width.",
             )  # fmt: skip
-    if options.get("data_file") is not None or options.get("data_file_raw"):
+    if options.get("data_file_raw") and not node.raw_data:
+        raise InvalidArgument("data-file-raw cannot be set on existing images", path=node.filename)
+    if options.get("data_file") is not None and not node.external:
         raise InvalidArgument("data-file can only be set for images that use an external data file", path=node.filename)
     for name, present in (("backing_file", header.backing_name), ("backing_fmt", header.backing_format)):
         if name in options and options[name] != (present or ""):

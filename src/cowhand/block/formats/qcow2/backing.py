@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cowhand.block import graph
+from cowhand.core.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -14,6 +15,8 @@ def change_backing(node: Qcow2Node, name: str | None, format: str | None) -> Non
     """Write *name* and *format* into *node*'s header; on an error the old ones stand."""
     node.check_writable()
     header = node.header
+    if name and node.raw_data:
+        raise InvalidArgument("an image with a raw data file cannot have a backing file", qemu="Invalid argument", path=node.filename)
     before = header.backing_name, header.backing_format
     with graph.quiesce(node):
         node.flush()

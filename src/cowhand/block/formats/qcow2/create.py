@@ -39,6 +39,7 @@ CREATE_OPTIONS = (
     CreateOption("backing_fmt", "str", help="Image format of the base image"),
     CreateOption("data_file", "str", help="File name of an external data file"),
     CreateOption("data_file_raw", "bool", help="The external data file must stay valid as a raw image"),
+    CreateOption("keep_data_file", "bool"),  # of QEMU 11
     CreateOption("lazy_refcounts", "bool", "off", help="Postpone refcount updates"),
     CreateOption("refcount_bits", "int", "16", help="Width of a reference count entry in bits"),
 )
@@ -87,9 +88,13 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
                 "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
             )
         header.compatible |= L.COMPAT_LAZY_REFCOUNTS
-    for name in ("data_file", "data_file_raw", "extended_l2", "encryption", "encrypt.format", "encrypt.key-secret"):
+    for name in ("extended_l2", "encryption", "encrypt.format", "encrypt.key-secret"):
         if options.get(name):
             raise NotSupported(f"qcow2 option '{name}' is not supported yet")
+    if options.get("data_file") or options.get("data_file_raw") or options.get("keep_data_file"):
+        from cowhand.block.formats.qcow2.datafile import plan
+
+        plan(header, options)
     header.size = size
     tables = -(-size // (cluster * (cluster // 8)))
     if tables * 8 > L.MAX_L1_BYTES:
@@ -121,6 +126,12 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
     # The edge comes first: it takes the locks.
     node.file = node.data_child = graph.attach(node, "file", file, Role.PRIMARY)
     try:
+        if header.incompatible & L.INCOMPAT_DATA_FILE:
+            node.data_child = graph.attach(node, "data-file", options["data_file_node"], Role.DATA)
+            if header.autoclear & L.AUTOCLEAR_RAW_DATA and preallocation == "off":
+                preallocation = "metadata"  # every cluster is where a reader of the data file alone finds it
+            if not options.get("keep_data_file") and node.data_child.node.capabilities.resizable:
+                node.data_child.node.resize(0, shrink=True)
         file.resize(0, shrink=True)
         _write_empty(file, header)
         _grow(node, size, header, preallocation)
@@ -129,7 +140,8 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
             node.close()
         finally:
             node.closed = True
-            graph.release(node.file)
+            for child in list(node.children.values()):
+                graph.release(child)
 
 
 def _write_empty(file: BlockNode, header: Header) -> None:

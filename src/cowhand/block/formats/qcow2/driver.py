@@ -20,7 +20,7 @@ from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zer
 from cowhand.block.options import NodeOptions, option
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
-from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, Poisoned, UnsupportedFeature
+from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, NotSupported, Poisoned, UnsupportedFeature
 from cowhand.core.extents import ENCODED
 from cowhand.core.locks import RANK_OPERATION, ranked_lock
 
@@ -118,6 +118,8 @@ class Qcow2Node(FormatNode):
         self.counts_distrusted = False
         self.operation = ranked_lock(RANK_OPERATION, "qcow2 operation")
         self.corrupt_reported = False
+        self.external = False  #: guest data lies in a data file
+        self.data_missing = False  #: which was not opened, since only the header is of interest
         self.views: dict[int, int] = {}  #: open views of snapshots, by the offset of their L1 table
         self._codec: Codec | None = None
         self._codec_lock = threading.Lock()
@@ -154,6 +156,10 @@ class Qcow2Node(FormatNode):
         node.file = opening.child(node, "file", file, Role.PRIMARY)
         node.data_child = node.file
         node.load(for_repair=opening.for_repair)
+        if node.external or "data-file" in given or node.header.autoclear & L.AUTOCLEAR_RAW_DATA:
+            from cowhand.block.formats.qcow2.datafile import attach
+
+            attach(node, opening, given)
         if backing is None or not opening.with_backing:
             return node
         if isinstance(backing, dict) and node.header.backing_name and not {"file", "filename"} & backing.keys():
@@ -190,7 +196,8 @@ class Qcow2Node(FormatNode):
         self.refcounts = Refcounts(
             self, self._read_table(header.refcount_table_offset, header.refcount_table_clusters * self.cluster_size)
         )
-        self.mapping = Mapping(self, self._read_table(header.l1_offset, header.l1_size * 8))
+        self.external = bool(header.incompatible & L.INCOMPAT_DATA_FILE)
+        self.mapping = self._mapping_class()(self, self._read_table(header.l1_offset, header.l1_size * 8))
         self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
         options = self.options
         if options.l2_cache_size is not None or options.cache_size is not None:
@@ -208,7 +215,6 @@ class Qcow2Node(FormatNode):
         if header.incompatible & ~sum(1 << bit for kind, bit, _ in L.FEATURE_NAMES if kind == 0):
             headers.check_features(header, path)
         for flag, name in (
-            (L.INCOMPAT_DATA_FILE, "external data file"),
             (L.INCOMPAT_EXTENDED_L2, "extended L2 entries"),
         ):
             if header.incompatible & flag:
@@ -249,6 +255,18 @@ class Qcow2Node(FormatNode):
                 "the image has persistent bitmaps, which writing without keeping them would destroy", path=path,
                 hint="Open it for reading only, or remove the bitmaps first.",
             )  # fmt: skip
+
+    def _mapping_class(self) -> type[Mapping]:
+        if self.external:
+            from cowhand.block.formats.qcow2.datafile import ExternalMapping
+
+            return ExternalMapping
+        return Mapping
+
+    @property
+    def raw_data(self) -> bool:
+        """Whether the data file has to read like the disk by itself."""
+        return self.external and bool(self.header.autoclear & L.AUTOCLEAR_RAW_DATA)
 
     def _read_table(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
@@ -312,6 +330,12 @@ class Qcow2Node(FormatNode):
         out["refcount-bits"] = header.refcount_bits
         if header.version >= 3:
             out["lazy-refcounts"] = bool(header.compatible & L.COMPAT_LAZY_REFCOUNTS)
+            if self.external:
+                from cowhand.block.formats.qcow2.datafile import data_file_name
+
+                if header.find(L.EXT_DATA_FILE) is not None:
+                    out["data-file"] = data_file_name(header)
+                out["data-file-raw"] = self.raw_data
             out["corrupt"] = bool(header.incompatible & L.INCOMPAT_CORRUPT)
             out["extended-l2"] = bool(header.incompatible & L.INCOMPAT_EXTENDED_L2)
             if header.find(L.EXT_BITMAPS) is not None:
@@ -341,6 +365,12 @@ class Qcow2Node(FormatNode):
     def flush_file(self) -> None:
         """Make everything stable that was written to the file."""
         self.file.flush()
+
+    def flush_all(self) -> None:
+        """The same, and guest data that lies in a file of its own."""
+        if self.external and not self.data_missing:
+            self.data_child.flush()
+        self.flush_file()
 
     @contextmanager
     def publishing(self, offset: int, before: bytes) -> Iterator[None]:
@@ -564,6 +594,22 @@ class Qcow2Node(FormatNode):
             raise Unprepared(self.write_back.flush)
         if allocator.ripe:
             raise Unprepared(self.release_quarantine)
+
+    def change(self, offset: int, length: int, kind: Kind) -> None:
+        if not self.external:
+            super().change(offset, length, kind)
+            return
+        from cowhand.block.formats.qcow2.datafile import change
+
+        change(self, offset, length, kind)
+
+    def _zero_partial(self, offset: int, length: int, kind: Kind, fallback: bool) -> None:
+        if not self.raw_data:
+            super()._zero_partial(offset, length, kind, fallback)
+            return
+        if not fallback:
+            raise NotSupported("a part of a cluster of a raw data file is zeroed by writing", path=self.filename)
+        self._zero_bytes(offset, length)
 
     def link(self, reservation: Reservation) -> None:
         reservation.state.link(self)

@@ -22,6 +22,7 @@ OFFSET_L1_SIZE = 36  #: followed by the L1 table's offset: 12 bytes that change 
 OFFSET_REFCOUNT_TABLE = 48  #: followed by its length in clusters: 12 bytes that change together
 OFFSET_SNAPSHOTS = 60  #: number, then offset: 12 bytes that change together
 OFFSET_INCOMPATIBLE = 72
+OFFSET_AUTOCLEAR = 88
 
 CLUSTER_BITS_MIN = 9  #: specified
 CLUSTER_BITS_MAX = 21  #: QEMU: 2 MiB

@@ -40,12 +40,12 @@ _TABLES_IN_BATCH = 4096
 #: L1 entries that are compared at once.
 _L1_STRETCH = 1 << 13
 
-_NORMAL = DATA | ALLOCATED | OFFSET
+NORMAL = DATA | ALLOCATED | OFFSET
 _COMPRESSED = DATA | ALLOCATED | COMPRESSED
 #: An entry that cannot be followed: who reads it is told so by ``decode``, and who writes by ``reserve``, in other words.
-_DAMAGED = DATA | ENCODED | ALLOCATED
-_ZERO_PLAIN = ZERO | ALLOCATED
-_ZERO_HOST = ZERO | ALLOCATED | OFFSET
+DAMAGED = DATA | ENCODED | ALLOCATED
+ZERO_PLAIN = ZERO | ALLOCATED
+ZERO_HOST = ZERO | ALLOCATED | OFFSET
 
 _unpack = L.U64.unpack_from
 #: Tables in one batch above which numpy, whose import takes 100 ms, finds the runs.
@@ -155,11 +155,11 @@ class Mapping:
             host = entry & L.L2_OFFSET_MASK
             if entry & self._bad or not host:
                 if host:
-                    return min(have, length), _DAMAGED, node.file, at
+                    return min(have, length), DAMAGED, node.file, at
                 return self._same(data, at, entry, have, length, 0, NO_HOST)
-            flags = _NORMAL
+            flags = NORMAL
             if entry >> 63 and host >> self.cluster_bits not in node.metadata_clusters:
-                flags = _NORMAL | IN_PLACE
+                flags = NORMAL | IN_PLACE
             if have >= length:
                 return length, flags, node.data_child, host + within
             return self._contiguous(data, at, entry, have, length, flags, host + within)
@@ -171,9 +171,9 @@ class Mapping:
             return have, _COMPRESSED, node.file, entry
         if entry & L.L2_OFFSET_MASK:
             if entry & self._bad:
-                return have, _DAMAGED, node.file, at
-            return have, _ZERO_HOST, node.data_child, (entry & L.L2_OFFSET_MASK) + within
-        return self._same(data, at, entry, have, length, _ZERO_PLAIN, NO_HOST)
+                return have, DAMAGED, node.file, at
+            return have, ZERO_HOST, node.data_child, (entry & L.L2_OFFSET_MASK) + within
+        return self._same(data, at, entry, have, length, ZERO_PLAIN, NO_HOST)
 
     def _contiguous(
         self, data: bytearray, at: int, entry: int, have: int, length: int, flags: int, host: int
@@ -268,7 +268,7 @@ class Mapping:
             return None
         if entries.count(first) != len(entries):
             return None
-        return l1_entry, _COMPRESSED if first & L.ENTRY_COMPRESSED else _ZERO_PLAIN if first & L.ENTRY_ZERO else 0
+        return l1_entry, _COMPRESSED if first & L.ENTRY_COMPRESSED else ZERO_PLAIN if first & L.ENTRY_ZERO else 0
 
     def _skip_l1(self, index: int, end: int, entry: int) -> int:
         """Return where the run of L1 entries that equal *entry* ends, or *end*."""
@@ -328,7 +328,7 @@ class Mapping:
                     raise self.bad_entry(entry, table, (first + begin) * 8)
                 position = position if ends is not None else _ramp(entries, begin, size)
                 zero = entry & L.ENTRY_ZERO
-                flags = _ZERO_HOST if zero else _NORMAL | recurse
+                flags = ZERO_HOST if zero else NORMAL | recurse
                 host, owner = entry & L.L2_OFFSET_MASK, node.data_child.node
             else:
                 kind = entry & L.ENTRY_ZERO
@@ -338,7 +338,7 @@ class Mapping:
                     and entries[position] & (L.L2_OFFSET_MASK | L.ENTRY_COMPRESSED | 1) == kind
                 ):
                     position += 1
-                flags, host, owner = (_ZERO_PLAIN if kind else 0), NO_HOST, node
+                flags, host, owner = (ZERO_PLAIN if kind else 0), NO_HOST, node
             end = min(stop, ((offset >> bits) + position - begin) << bits)
             if flags & OFFSET:
                 host += offset & self._within

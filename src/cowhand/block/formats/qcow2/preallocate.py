@@ -31,6 +31,11 @@ def preallocate(node: Qcow2Node, begin: int, end: int, mode: str) -> None:
         last = max(last, reservation.host + reservation.length)
         position = reservation.offset + reservation.length
     node.flush()
+    if node.external:
+        from cowhand.block.formats.qcow2.datafile import resize
+
+        resize(node, end, mode)
+        return
     # Without a byte at the end the file would be shorter than what it promises.
     if last > node.file.node.size:
         node.file.node.resize(last)
@@ -38,6 +43,8 @@ def preallocate(node: Qcow2Node, begin: int, end: int, mode: str) -> None:
 
 def _prepare(node: Qcow2Node, reservation: Reservation, mode: str) -> None:
     """Have the reserved place read as zeroes, and occupy space unless only metadata are wanted."""
+    if node.external:
+        return  # what a data file holds becomes the disk's content
     file, end = node.file, reservation.host + reservation.length
     if not reservation.fresh:
         # It held something before.

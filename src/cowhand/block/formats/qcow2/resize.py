@@ -99,11 +99,21 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
         from cowhand.block.formats.qcow2.shrink import shrink_to
 
         shrink_to(node, size)
+        if node.external:
+            from cowhand.block.formats.qcow2 import datafile
+
+            datafile.shrink(node, size)
         return
     grow_l1(node, -(-size // (1 << node.mapping.table_shift)), exact=True)
     if size == old:
         return
     _hide_backing(node, old, size)
+    if node.raw_data and preallocation == "off":
+        preallocation = "metadata"
+    if node.external and preallocation == "off":
+        from cowhand.block.formats.qcow2 import datafile
+
+        datafile.resize(node, size)
     if preallocation != "off":
         from cowhand.block.formats.qcow2.preallocate import preallocate
 

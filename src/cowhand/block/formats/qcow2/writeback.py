@@ -63,9 +63,9 @@ class WriteBack:
         try:
             self._write(first, "refblock_update_part")
             if second and (first or barrier):
-                self.node.flush_file()
+                self.node.flush_all()
             self._write(second, "l2_update")
-            self.node.flush_file()
+            self.node.flush_all()
         except BaseException:
             if locked:
                 self._restore(first, second, freed, barrier)
