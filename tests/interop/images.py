@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, Phase, settings, strategies as st
@@ -53,21 +54,26 @@ class Shape:
     lazy: bool = False
     formats: tuple[str, ...] = ()
     sizes: tuple[int, ...] = (1 << 20,)
+    data: str = ""  #: "plain" or "raw": an external data file
 
-    def options(self) -> dict[str, str]:
-        """Return what ``create -o`` takes."""
+    def options(self, path: Path | None = None) -> dict[str, str]:
+        """Return what ``create -o`` takes for an image at *path*."""
         out = {"cluster_size": str(self.cluster), "compat": "0.10" if self.version == 2 else "1.1"}
         if self.version > 2:
             out["refcount_bits"] = str(self.refcount_bits)
             out["compression_type"] = self.compression
             if self.lazy:
                 out["lazy_refcounts"] = "on"
+        if self.data:
+            out["data_file"] = f"{path}.data"
+        if self.data == "raw":
+            out["data_file_raw"] = "on"
         return out
 
     @property
     def most_snapshots(self) -> int:
         """How many snapshots may name one cluster besides the disk itself, and one more while a snapshot is applied."""
-        return max(0, min(3, (1 << self.refcount_bits) - 3))
+        return 0 if self.data else max(0, min(3, (1 << self.refcount_bits) - 3))
 
     def below(self) -> Shape:
         """Return the shape of the backing file: a qcow2 of another cluster size."""

@@ -87,7 +87,7 @@ class Life:
     def _compress(self, partner: Partner, request: Request) -> None:
         cluster = self.shape.cluster
         number = request.place % -(-self.expected.size // cluster)
-        if number in self.expected.touched:
+        if self.shape.data or number in self.expected.touched:
             return
         self.expected.touched.add(number)
         length = min(cluster, self.expected.size - number * cluster)

@@ -89,7 +89,7 @@ class Cowhand(Partner):
             path,
             "qcow2",
             shape.sizes[0],
-            shape.options(),
+            shape.options(path),
             backing=name,
             backing_format=shape.formats[0] if name else None,
         )
@@ -170,7 +170,7 @@ class Qemu(Partner):
 
     @staticmethod
     def create(path: Path, shape: Shape, backing: Path | None) -> None:
-        options = ",".join(f"{name}={value}" for name, value in shape.options().items())
+        options = ",".join(f"{name}={value}" for name, value in shape.options(path).items())
         below = ("-b", backing.name, "-F", shape.formats[0]) if backing is not None else ()
         qemu_img("create", "-q", "-f", "qcow2", "-o", options, *below, path, str(shape.sizes[0]))
 

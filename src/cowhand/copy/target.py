@@ -70,7 +70,9 @@ def create_target(
     if path is None or os.path.lexists(path):
         creation.run(overwrite=overwrite)
         disk = _open(creation.filename, creation.format.name, cache, policy, discard)
-        return Target(disk, is_new=creation.protocol.name == "file" and not creation.options.get("keep_data_file"), owned=True)
+        return Target(
+            disk, is_new=creation.protocol.name == "file" and not creation.options.get("keep_data_file"), owned=True
+        )
     if not os.path.isdir(os.path.dirname(path) or "."):
         creation.run()  # says in its own words that the folder is not there
     from cowhand.block.newfile import NewFile
@@ -85,7 +87,9 @@ def create_target(
         file.discard()
         raise
     # A data file that was kept may hold anything.
-    return Target(disk, is_new=not creation.options.get("keep_data_file"), owned=True, file=file, durable=cache != "unsafe")
+    return Target(
+        disk, is_new=not creation.options.get("keep_data_file"), owned=True, file=file, durable=cache != "unsafe"
+    )
 
 
 def existing_target(

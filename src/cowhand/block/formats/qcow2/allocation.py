@@ -263,7 +263,12 @@ def _entry_before(node: Qcow2Node, table: Table, first: int, begin: int) -> int:
 
 def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservation | None:
     if node.external:
-        raise NotSupported("a data file holds no compressed clusters", qemu="Operation not supported", path=node.filename, offset=offset)
+        raise NotSupported(
+            "a data file holds no compressed clusters",
+            qemu="Operation not supported",
+            path=node.filename,
+            offset=offset,
+        )
     mapping = node.mapping
     index, first, _ = _place(node, offset, mapping.cluster_size)
     table = writable_table(node, index)

@@ -16,7 +16,9 @@ def change_backing(node: Qcow2Node, name: str | None, format: str | None) -> Non
     node.check_writable()
     header = node.header
     if name and node.raw_data:
-        raise InvalidArgument("an image with a raw data file cannot have a backing file", qemu="Invalid argument", path=node.filename)
+        raise InvalidArgument(
+            "an image with a raw data file cannot have a backing file", qemu="Invalid argument", path=node.filename
+        )
     before = header.backing_name, header.backing_format
     with graph.quiesce(node):
         node.flush()

@@ -214,9 +214,7 @@ class Qcow2Node(FormatNode):
         header, path = self.header, self.filename
         if header.incompatible & ~sum(1 << bit for kind, bit, _ in L.FEATURE_NAMES if kind == 0):
             headers.check_features(header, path)
-        for flag, name in (
-            (L.INCOMPAT_EXTENDED_L2, "extended L2 entries"),
-        ):
+        for flag, name in ((L.INCOMPAT_EXTENDED_L2, "extended L2 entries"),):
             if header.incompatible & flag:
                 raise UnsupportedFeature(
                     f"the image uses '{name}', which this version does not read",
