@@ -217,6 +217,20 @@ class SnapshotNotFound(CowhandError, LookupError):
     default_errno = _errno.ENOENT
 
 
+class BitmapNotFound(CowhandError, LookupError):
+    """The node has no dirty bitmap of that name."""
+
+    code = "bitmap-not-found"
+    default_errno = _errno.ENOENT
+
+
+class BitmapUnusable(CowhandError):
+    """A dirty bitmap's state forbids what was asked: it is busy, read-only, inconsistent or broken."""
+
+    code = "bitmap-unusable"
+    default_errno = _errno.EINVAL
+
+
 _BY_ERRNO: dict[int, type[CowhandError]] = {
     _errno.ENOENT: ImageNotFound,
     _errno.EEXIST: ImageExists,

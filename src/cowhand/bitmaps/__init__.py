@@ -1,0 +1,1 @@
+"""Dirty bitmaps in memory: which parts of a disk were written."""
