@@ -16,6 +16,7 @@ from cowhand.core.errors import CowhandError, InvalidArgument
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
+    from cowhand.block.policy import Policy
     from cowhand.cli.running import Context
     from cowhand.copy.convert import ConvertResult
 
@@ -53,6 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what has the target's name")
     parser.add_argument("--verify", action="store_true", help="compare both when the copy is made")
+    parser.add_argument(
+        "--untrusted",
+        action="store_true",
+        help="refuse sources that inspect --untrusted warns of; open nothing that they name",
+    )
     _tuning(parser)
     arguments.add_talk(parser)
     arguments.add_share(parser)
@@ -103,6 +109,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     there = refuse_existing(args.target, args.overwrite or args.no_create)
     if there:
         refuse_harm(context, args.target, "writing over it", force=args.force or args.dry_run)
+    policy = _refuse_unsafe(args) if args.untrusted else None
     if args.dry_run:
         return _plan(args, context, there)
     from cowhand.copy.convert import convert
@@ -131,6 +138,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         cache=args.cache,
         source_cache=args.source_cache,
         force_share=args.force_share,
+        policy=policy,
         progress=context.progress(label),
         cancel=context.cancel,
         warn=context.out.warn,
@@ -139,6 +147,33 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.verify:
         _verify(args, result, context)
     return _tell(args, result, context)
+
+
+def _refuse_unsafe(args: argparse.Namespace) -> Policy:
+    """Raise PolicyRefused when a source is not safe; return the policy under which the others are opened, as the format judged."""
+    from cowhand.block.create import local_path
+    from cowhand.block.policy import UNTRUSTED
+    from cowhand.chain.untrusted import judge
+    from cowhand.core.errors import PolicyRefused
+
+    if args.backing:
+        raise InvalidArgument("an untrusted source is not put over a backing file")
+    formats = set()
+    for name in args.source:
+        path = local_path(name)
+        if path is None:
+            raise PolicyRefused(f"'{name}' is no file of this machine, and is not opened untrusted")
+        verdict = judge(path, args.format)
+        if not verdict.sound:
+            reasons = "; ".join(reason.text for reason in verdict.reasons[:5])
+            raise PolicyRefused(
+                f"'{name}' is not safe: {reasons}", path=name, hint=f"See: cowhand inspect --untrusted {name}"
+            )
+        formats.add(verdict.format)
+    if len(formats) > 1:
+        raise InvalidArgument("untrusted sources of different formats are not put together")
+    args.format = formats.pop()
+    return UNTRUSTED
 
 
 def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
