@@ -1,4 +1,4 @@
-"""What a fuzzed image goes through: opened, mapped, read, checked, repaired, and checked again. Anything but an answer or a CowhandError is a finding.
+"""What a fuzzed image goes through: opened, mapped, read, checked, repaired, checked again; anything but an answer or a CowhandError is a finding.
 
 Everything happens in memory: what the image names is not opened, and no file of the machine is touched.
 """
