@@ -29,6 +29,15 @@ for _entry in (
     DriverEntry(
         "blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False
     ),
+    DriverEntry(
+        "blkverify",
+        "filter",
+        "cowhand.block.filters.blkverify",
+        "BlkVerifyNode",
+        prefixes=("blkverify",),
+        creatable=False,
+    ),
+    DriverEntry("quorum", "filter", "cowhand.block.filters.quorum", "QuorumNode", creatable=False),
     DriverEntry("throttle", "filter", "cowhand.block.filters.throttle", "ThrottleNode", creatable=False),
 ):
     REGISTRY.add(_entry)

@@ -181,6 +181,13 @@ class OutOfRange(CowhandError, ValueError):
     code = "out-of-range"
 
 
+class VerificationFailed(CowhandError):
+    """Two copies that should be the same differ; whoever compares them does nothing more."""
+
+    code = "verification-failed"
+    default_errno = _errno.EIO
+
+
 class Poisoned(CowhandError):
     """The node failed in a way that leaves its state unknown; it must be opened again. Nothing more is written."""
 

@@ -25,6 +25,10 @@ class Failure(Exception):
         self.hint = hint
 
 
+class Fatal(Failure):
+    """A failure at which QEMU's process ends on the spot; its message was said already."""
+
+
 class UsageFailure(Failure):
     """A failure that points to the help."""
 

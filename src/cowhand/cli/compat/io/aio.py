@@ -24,8 +24,8 @@ def _request(work: Callable[[], object], what: str, show: Callable[[Timer], None
         try:
             work()
         except CowhandError as error:
-            message = f"{what} failed: {os.strerror(number_of(error))}"
-            return lambda: print(message)
+            failure = error
+            return lambda: print(f"{what} failed: {os.strerror(number_of(failure))}")
         timer.stop()
         return lambda: show(timer)
 

@@ -6,10 +6,12 @@ import errno
 import os
 import sys
 
+from cowhand.cli.compat import program
 from cowhand.cli.compat.io.parsing import Complaint
+from cowhand.cli.compat.program import Fatal
 from cowhand.cli.compat.sizes import precise
 from cowhand.core import clock
-from cowhand.core.errors import CowhandError, OutOfRange
+from cowhand.core.errors import CowhandError, OutOfRange, VerificationFailed
 
 
 class Timer:
@@ -62,7 +64,14 @@ def verify(data: bytes | bytearray | memoryview, byte: int, offset: int) -> bool
 
 
 def number_of(error: CowhandError) -> int:
-    """Return the errno that QEMU reports for *error*: a request beyond the end is an input/output error there."""
+    """Return the errno that QEMU reports for *error*: a request beyond the end is an input/output error there.
+
+    Raises Fatal for two copies that differ, after saying so: the tool ends then.
+    """
+    if isinstance(error, VerificationFailed):
+        sys.stdout.flush()
+        program.plain(error.message)
+        raise Fatal
     return errno.EIO if isinstance(error, OutOfRange) else error.number
 
 

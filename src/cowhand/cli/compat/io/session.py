@@ -12,7 +12,7 @@ from cowhand.cli.compat.io import table
 from cowhand.cli.compat.io.background import Background
 from cowhand.cli.compat.io.opening import How, open_as
 from cowhand.cli.compat.io.parsing import Complaint, UsageComplaint
-from cowhand.cli.compat.program import Failure
+from cowhand.cli.compat.program import Failure, Fatal
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ class Session:
             print(table.usage(words[0], command))
         except Complaint as complaint:
             print(complaint)
+        except Fatal:
+            self.close()
+            raise
         except Failure as failure:
             if failure.message is not None:
                 program.error(failure.message, failure.hint)
