@@ -48,8 +48,7 @@ class TestBlkVerifyContract(FilterContract):
             MemoryOptions(read_only=not inner.writable, request_alignment=inner.limits.request_alignment),
             self.content(),
         )
-        node = blkverify(inner, _Follower(twin, inner))
-        return node  # type: ignore[no-any-return]
+        return blkverify(inner, _Follower(twin, inner))  # type: ignore[no-any-return]
 
 
 class _Follower(FaultNode):
