@@ -8,6 +8,7 @@ packages=(
     nbdkit libnbd-bin fio               # peers and load
     e2fsprogs btrfs-progs xfsprogs      # file systems to work on, reflinks
     zsh fish groff                      # readers of completion scripts and man pages
+    cryptsetup-bin                      # LUKS headers that another program reads and makes
     dpkg-dev patch xz-utils             # unpacking QEMU's source package, for conformance
 )
 

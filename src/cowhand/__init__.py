@@ -30,13 +30,15 @@ def open(
     resizable: bool | None = None,
     policy: Policy | None = None,
     options: Mapping[str, Any] | None = None,
+    secrets: Mapping[str, bytes | str] | None = None,
 ) -> Disk:
     """Open an image, with what lies under it, and return a :class:`cowhand.block.disk.Disk`.
 
     *what* is a path, a ``json:`` or ``PROTOCOL:`` name, or a description in QEMU's form ({"driver": "qcow2", "file": {...}}). *format* names the
     format instead of guessing it from the first bytes; a guessed raw image is opened for writing only as a block-wise copy of itself would
     be: its first sector may not become another format's header. *cache* is one of none, writethrough, writeback, directsync, unsafe.
-    *force_share* takes no locks. *policy* says what the image itself may have opened. Raises CowhandError; nothing stays open then.
+    *force_share* takes no locks. *policy* says what the image itself may have opened. *secrets* are the passphrases that ``key-secret`` options
+    name, by id; none of them is part of a message or a name. Raises CowhandError; nothing stays open then.
     """
     from cowhand.block.disk import Disk
     from cowhand.block.opening import Opening
@@ -57,7 +59,13 @@ def open(
     if force_share:
         common["force-share"] = True
     opening = Opening(REGISTRY, policy or DEFAULT, backing=backing)
-    root = opening.open(what, format=format, options={**common, **(options or {})})
+    if secrets:
+        from cowhand.crypto.secrets import given
+
+        with given(secrets):
+            root = opening.open(what, format=format, options={**common, **(options or {})})
+    else:
+        root = opening.open(what, format=format, options={**common, **(options or {})})
     try:
         return Disk(root, writable=writable, resizable=resizable, write_through=write_through)
     except BaseException:

@@ -11,6 +11,10 @@ def _probe_qcow2(data: bytes, filename: str) -> int:
     return 100 if data[:4] == _QCOW_MAGIC and int.from_bytes(data[4:8], "big") >= 2 else 0
 
 
+def _probe_luks(data: bytes, filename: str) -> int:
+    return 100 if data[:8] == b"LUKS\xba\xbe\0\1" else 0
+
+
 REGISTRY = Registry()
 for _entry in (
     DriverEntry("file", "protocol", "cowhand.block.protocols.file", "FileNode", prefixes=("file",)),
@@ -26,6 +30,7 @@ for _entry in (
     ),
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
     DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
+    DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
     DriverEntry(
         "blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False
     ),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SECTOR = 512
 #: Options that the file takes, never the format, when both declare them or only the file does.
 _FILE_ONLY = ("nocow", "extent_size_hint")
+#: Options of making an image that opening it takes as well.
+_SECRETS = ("key-secret",)
 
 
 class Creator(Protocol):
@@ -66,6 +68,10 @@ class Creation:
                 value = "on" if value else "off"
             parts.append(f"{name}={str(value).replace(',', ',,')}")
         return " ".join(parts)
+
+    def opening_options(self) -> dict[str, Any]:
+        """Return the options without which what is made cannot be opened: the ids of its secrets."""
+        return {name: self.options[name] for name in _SECRETS if self.options.get(name) is not None}
 
     def run(self, *, overwrite: bool = False) -> None:
         """Make the image. Raises ImageExists when something has that name and *overwrite* is not set; then nothing was changed.

@@ -159,7 +159,7 @@ def transfer(
     the target reads as zeroes; a new one without a backing file does anyway.
     """
     progress = progress or Progress()
-    fresh = target.is_new and settings.sparse_size > 0 and not has_backing
+    fresh = target.is_new and settings.sparse_size > 0 and not has_backing and target.disk.root.zero_when_new
     sink = _sink(target.disk, settings, reads_zero=reads_zero or fresh)
     below = target.disk.root.backing if has_backing and target.is_new else None
     policy = Policy(

@@ -69,7 +69,7 @@ def create_target(
     path = local_path(creation.filename)
     if path is None or os.path.lexists(path):
         creation.run(overwrite=overwrite)
-        disk = _open(creation.filename, creation.format.name, cache, policy, discard)
+        disk = _open(creation.filename, creation.format.name, cache, policy, discard, creation.opening_options())
         return Target(
             disk, is_new=creation.protocol.name == "file" and not creation.options.get("keep_data_file"), owned=True
         )
@@ -80,7 +80,7 @@ def create_target(
     file = NewFile(path)
     try:
         creation.write(file.temporary, fresh=True, durable=cache != "unsafe")
-        disk = _open(file.temporary, creation.format.name, cache, policy, discard)
+        disk = _open(file.temporary, creation.format.name, cache, policy, discard, creation.opening_options())
     except BaseException as error:
         if isinstance(error, CowhandError):
             file.rename_in(error)
@@ -112,11 +112,14 @@ def _open(
     cache: str,
     policy: Policy | None,
     discard: bool,
+    secrets: Mapping[str, Any] | None = None,
 ) -> Disk:
     import cowhand
 
-    options = {"discard": "unmap"} if discard and not isinstance(what, Mapping) else None
-    return cowhand.open(what, writable=True, format=format, cache=cache, policy=policy, options=options)
+    options = {"discard": "unmap"} if discard and not isinstance(what, Mapping) else {}
+    return cowhand.open(
+        what, writable=True, format=format, cache=cache, policy=policy, options={**options, **(secrets or {})}
+    )
 
 
 def check_room(disk: Disk, size: int) -> None:

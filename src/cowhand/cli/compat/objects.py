@@ -34,8 +34,9 @@ class Objects:
         name = given.pop("id", None)
         if name is None:
             raise Failure("Parameter 'id' is missing")
+        secret = b""
         if kind == "secret":
-            _check_secret(given)
+            secret, given = _secret(given), {}
         elif kind == "throttle-group":
             given = _limits(given)
         if not _IDENTIFIER.match(name):
@@ -45,6 +46,10 @@ class Objects:
             raise Failure(f"attempt to add duplicate property '{name}' to object (type 'container')")
         if kind == "throttle-group":
             _define_group(name, given)
+        elif kind == "secret":
+            from cowhand.crypto import secrets
+
+            secrets.add(name, secret)
         self.known[name] = {"qom-type": kind, **given}
 
 
@@ -62,23 +67,19 @@ def _parse(text: str) -> dict[str, Any]:
     return out
 
 
-def _check_secret(given: dict[str, Any]) -> None:
-    for name in given:
-        if name not in TYPES["secret"]:
-            raise Failure(f"Parameter '{name}' is unexpected")
+def _secret(given: dict[str, Any]) -> bytes:
+    for key in given:
+        if key not in TYPES["secret"]:
+            raise Failure(f"Parameter '{key}' is unexpected")
     if given.get("format", "raw") not in ("raw", "base64"):
         raise Failure(f"Parameter 'format' does not accept value '{given['format']}'")
-    if "data" in given and "file" in given:
-        raise Failure("'file' and 'data' are mutually exclusive")
-    if "file" in given:
-        try:
-            with open(given["file"], "rb") as file:
-                given["data"] = file.read()
-        except OSError as error:
-            reason = f"Failed to open file “{given['file']}”: {error.strerror}"
-            raise Failure(f"Unable to read {given['file']}: {reason}") from None
-    elif "data" not in given:
-        raise Failure("Either 'file' or 'data' must be provided")
+    from cowhand.core.errors import CowhandError
+    from cowhand.crypto import secrets
+
+    try:
+        return secrets.load(given)
+    except CowhandError as error:
+        raise Failure(error.qemu()) from None
 
 
 def _limits(given: dict[str, Any]) -> dict[str, Any]:

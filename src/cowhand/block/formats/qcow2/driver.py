@@ -480,8 +480,10 @@ class Qcow2Node(FormatNode):
 
         return AMEND_OPTIONS
 
-    def amend(self, options: Mapping_[str, Any], progress: Callable[[int, int], None] | None = None) -> None:
-        """Change the image in place; see :func:`cowhand.block.formats.qcow2.amend.amend`."""
+    def amend(
+        self, options: Mapping_[str, Any], progress: Callable[[int, int], None] | None = None, *, force: bool = False
+    ) -> None:
+        """Change the image in place (nothing of it needs *force*); see :func:`cowhand.block.formats.qcow2.amend.amend`."""
         from cowhand.block.formats.qcow2.amend import amend
 
         with self.operation:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     format = None
-    quiet = shown = image_opts = False
+    quiet = shown = image_opts = force = False
     cache = "writeback"
     chosen = CreateOptions()
     command = Command(words, "ho:f:t:pq", {"image-opts": "image-opts", "force": "force"})
@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> int:
             case "image-opts":
                 image_opts = True
             case _:
-                pass  # --force: nothing that can be amended is unsafe
+                force = True
     if not chosen:
         raise UsageFailure("Must specify options (-o)")
     name = command.positional[-1] if len(command.positional) == 1 else None
@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
         if chosen.wants_help:
             return _help(node.driver)
         try:
-            node.amend(_values(chosen, options, node.driver), line.show_part)
+            node.amend(_values(chosen, options, node.driver), line.show_part, force=force)
         except CowhandError as error:
             raise Failure(error.qemu(), hint=error.facts.get("advice", "")) from error
         line.show_part(1, 1)

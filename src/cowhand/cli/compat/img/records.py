@@ -34,7 +34,9 @@ def image_info(node: BlockNode) -> dict[str, Any]:
         if getattr(source, "cluster_size", 0):
             out["cluster-size"] = source.cluster_size
         out["dirty-flag"] = bool(getattr(getattr(source, "header", None), "incompatible", 0) & _DIRTY)
-    if getattr(getattr(node, "header", None), "crypt_method", 0):
+    header: Any = getattr(node, "header", None)
+    method: int = getattr(header, "crypt_method", 0)
+    if method or node.driver == "luks":
         out["encrypted"] = True
     out |= _backing(node)
     snapshots = [snapshot_info(item) for item in getattr(node, "snapshots", ())]

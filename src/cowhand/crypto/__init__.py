@@ -1,0 +1,1 @@
+"""Encryption: LUKS headers and key slots, sector ciphers, key derivation, secrets."""
