@@ -24,6 +24,7 @@ _ESCAPES = {"\\n": "\n", "\\t": "\t"}
 _VARIABLE = (
     (re.compile(r"\d+ ops; [0-9:. a-z]*\([^)]*\)"), "OPERATIONS"),
     (re.compile(r"^(\d+),1,[0-9:.]+,[0-9.]+,[0-9.]+$", re.MULTILINE), r"\1,TERSE"),
+    (re.compile(r"Run completed in [0-9.]+ seconds"), "TIME"),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "DATE"),
     (re.compile(r'("date-n?sec"|"actual-size"): \d+'), r"\1: N"),
     (re.compile(r"disk size: [0-9.]+ [KMG]?i?B"), "disk size: N"),

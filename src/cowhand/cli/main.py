@@ -30,6 +30,7 @@ COMMANDS = {
     "resize": "make a disk longer or shorter",
     "snapshot": "create, list, apply or delete snapshots inside an image",
     "commit": "write an overlay's changes into the image below it",
+    "rebase": "put an image on another backing file, or on none",
     "completion": "print a script that completes command lines in a shell",
 }
 EXIT_USAGE = 2

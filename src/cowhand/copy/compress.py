@@ -36,7 +36,7 @@ class CompressedSink(LaneSink):
         self.sparse = min(sparse, self.unit)
 
     def prepare(self, offset: int, buffer: bytearray, length: int) -> Any:
-        parts: Parts = super().prepare(offset, buffer, length)
+        parts: Parts = self.parts_of(offset, buffer, length)
         units: list[_Unit] = []
         unit, compress = self.unit, self._compress
         with memoryview(buffer) as view:

@@ -57,6 +57,10 @@ class Sink:
 
     def prepare(self, offset: int, buffer: bytearray, length: int) -> Any:
         """Look at the first *length* bytes of *buffer*, which belong to *offset*; return what ``place`` is to be given."""
+        return self.parts_of(offset, buffer, length)
+
+    def parts_of(self, offset: int, buffer: bytearray, length: int) -> Parts:
+        """Return what of a piece is worth storing."""
         if not self.grain:
             return [(0, length)]
         return data_parts(buffer, length, offset, self.grain, self.sparse)

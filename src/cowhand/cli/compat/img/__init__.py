@@ -12,6 +12,7 @@ from cowhand.cli.compat.program import UsageFailure
 
 COMMANDS = (
     "amend",
+    "bench",
     "check",
     "commit",
     "compare",

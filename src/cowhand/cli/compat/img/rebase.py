@@ -1,56 +1,110 @@
-"""``rebase``: record another backing file. Only the unsafe mode (``-u``), which trusts the user that both hold the same."""
+"""``rebase``: give an image another backing file; its content stays the same, or with ``-u`` only the header changes."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from cowhand.block.options import CACHE_MODES
-from cowhand.cli.compat.images import open_image
-from cowhand.cli.compat.img.command import Command, failing_as
+from cowhand.cli.compat.images import cache_mode, open_image
+from cowhand.cli.compat.img.command import Command, ProgressLine
 from cowhand.cli.compat.program import Failure, UsageFailure
+from cowhand.core.errors import CowhandError, NotSupported
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+
+
+class _Line:
+    """The command line."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.format: str | None = None
+        self.base: str | None = None
+        self.base_format: str | None = None
+        self.cache = self.source_cache = "writeback"
+        self.flags: set[str] = set()
+        command = Command(
+            words,
+            "hf:F:b:upt:T:qUc",
+            {
+                "image-opts": "image-opts",
+                "force-share": "U",
+                "backing-format": "F",
+                "backing": "b",
+                "backing-unsafe": "u",
+                "compress": "c",
+            },
+        )
+        for key, value in command:
+            match key:
+                case "f":
+                    self.format = value
+                case "F":
+                    self.base_format = value
+                case "b":
+                    self.base = value
+                case "t":
+                    self.cache = value
+                case "T":
+                    self.source_cache = value
+                case _:
+                    self.flags.add(key)
+        if len(command.positional) != 1:
+            raise UsageFailure("Expecting one image file name")
+        self.name = command.positional[0]
+        if self.base is None and "u" not in self.flags:
+            raise UsageFailure("Must specify backing file (-b) or use unsafe mode (-u)")
 
 
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    format = base = base_format = None
-    unsafe = image_opts = False
-    command = Command(
-        words,
-        "hf:F:b:upt:T:qU",
-        {"image-opts": "image-opts", "force-share": "U", "backing-format": "F", "backing": "b"},
-    )
-    for key, value in command:
-        match key:
-            case "f":
-                format = value
-            case "F":
-                base_format = value
-            case "b":
-                base = value
-            case "u":
-                unsafe = True
-            case "image-opts":
-                image_opts = True
-            case "t" | "T":
-                if value not in CACHE_MODES:
-                    raise Failure(f"Invalid cache option: {value}")
-            case _:
-                pass  # progress and quiet change nothing of a header's rewriting
-    if len(command.positional) != 1:
-        raise UsageFailure("Expecting one image file name")
-    if base is None and not unsafe:
-        raise UsageFailure("Use backing file (-b) option")
-    if not unsafe:
-        raise Failure(
-            "Rebasing that compares and copies is not supported yet; with -u only the name in the header changes"
-        )
-    name = command.positional[0]
-    with open_image(name, format=format, image_opts=image_opts, writable=True, backing=False) as disk:
-        change = getattr(disk.root, "change_backing", None)
-        if change is None:
-            raise Failure(f"Could not change the backing file to '{base or ''}': Operation not supported")
-        if base and base_format is None:
-            raise Failure(f"Could not change the backing file to '{base}': backing format must be specified")
-        with failing_as(f"Could not change the backing file to '{base or ''}': "):
-            change(base or None, base_format)
+    line = _Line(words)
+    flags = line.flags
+    with ProgressLine("p" in flags and "q" not in flags) as shown:
+        cache_mode(line.cache)
+        cache_mode(line.source_cache, "source cache")
+        with open_image(
+            line.name,
+            format=line.format,
+            image_opts="image-opts" in flags,
+            writable=True,
+            cache=line.cache,
+            backing="u" not in flags,
+        ) as disk:
+            _rebase(line, disk, shown)
     return 0
+
+
+def _rebase(line: _Line, disk: Disk, shown: ProgressLine) -> None:
+    from cowhand.block.status import skip_filters
+    from cowhand.drivers import REGISTRY
+    from cowhand.jobs.rebase import copy_changes
+
+    if line.base_format is not None and REGISTRY.find(line.base_format) is None:
+        raise Failure(f"Invalid format name: '{line.base_format}'")
+    progress = shown.progress()
+    if "u" not in line.flags:
+        copy_changes(
+            disk,
+            line.base or None,
+            line.base_format,
+            compressed="c" in line.flags,
+            cache=line.source_cache,
+            force_share="U" in line.flags,
+            progress=progress,
+        )
+    shown_name = "(null)" if line.base is None else line.base
+    failed = f"Could not change the backing file to '{shown_name}': "
+    change = getattr(skip_filters(disk.root), "change_backing", None)
+    if line.base and line.base_format is None:
+        raise Failure(failed + "backing format must be specified")
+    try:
+        if change is None:
+            raise NotSupported("Operation not supported")
+        change(line.base or None, line.base_format)
+    except CowhandError as error:
+        reason = "No space left in the file header" if error.number == errno.ENOSPC else os.strerror(error.number)
+        raise Failure(failed + reason) from error
+    progress.finish()

@@ -1,0 +1,111 @@
+"""Give an image another backing file, or none. What it shows stays the same.
+
+What the new backing file would show differently is copied into the image first; the name in its header changes last, so a crash at any point
+does no harm: the rebase is simply begun again. With --unsafe only the header changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from cowhand.cli import arguments
+from cowhand.core.units import format_size
+
+if TYPE_CHECKING:
+    from cowhand.cli.running import Context
+    from cowhand.jobs.rebase import RebaseResult
+
+EXAMPLES = """\
+  cowhand rebase -b base.qcow2 work.qcow2            stand on base.qcow2 from now on
+  cowhand rebase --dry-run -b base.qcow2 work.qcow2  compare, and say how much would be copied
+  cowhand rebase -b "" work.qcow2                    stand alone: copy everything that shows through
+  cowhand rebase -u -b new/base.qcow2 work.qcow2     the backing file was moved: change its name alone
+"""
+WRITES = True
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="overlay that gets another backing file")
+    arguments.add_format(parser)
+    parser.add_argument(
+        "-b", "--base", metavar="BASE", required=True, help='the new backing file, relative to the image; "" for none'
+    )
+    parser.add_argument("-F", "--base-format", metavar="FMT", help="its format; recognised when left out")
+    parser.add_argument("-u", "--unsafe", action="store_true", help="change the header alone, whatever the files hold")
+    parser.add_argument("-c", "--compress", action="store_true", help="store what is copied in compressed clusters")
+    parser.add_argument("--force", action="store_true", help="with -u, although other images stand on this one")
+    arguments.add_share(parser)
+    arguments.add_talk(parser)
+    arguments.add_dry_run(parser)
+    arguments.add_output(parser)
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Rebase, or with ``--dry-run`` compare only."""
+    from cowhand.jobs.rebase import rebase
+
+    if args.unsafe:
+        from cowhand.cli.guard import refuse_harm
+
+        refuse_harm(context, args.image, "changing what it stands on", force=args.force or args.dry_run)
+    result = rebase(
+        args.image,
+        args.base,
+        _format(args),
+        format=args.format,
+        unsafe=args.unsafe,
+        look=args.dry_run,
+        compressed=args.compress,
+        force_share=args.force_share,
+        progress=context.progress(f"{os.path.basename(args.image)} → {os.path.basename(args.base) or 'alone'}"),
+        cancel=context.cancel,
+    )
+    if args.dry_run:
+        return _plan(args, context, result)
+    if context.out.json:
+        document = {
+            "filename": args.image,
+            "backing-filename": result.backing,
+            "backing-filename-format": result.backing_format,
+        }
+        numbers = {"compared": result.compared, "copied": result.copied, "zeroes": result.zeroes}
+        context.out.document({**document, **numbers})
+        return 0
+    where = f"stands on {result.backing}" if result.backing else "stands alone"
+    context.out.line(f"{args.image} {where}; {format_size(result.copied + result.zeroes)} copied into it")
+    return 0
+
+
+def _format(args: argparse.Namespace) -> str | None:
+    """Return the new backing file's format, which is recorded in the header: a later reader need not guess."""
+    if args.base_format is not None or not args.base:
+        given: str | None = args.base_format
+        return given
+    import cowhand
+    from cowhand.block.opening import combine
+
+    with cowhand.open(combine(args.image, args.base), backing=False, force_share=True) as disk:
+        return disk.format
+
+
+def _plan(args: argparse.Namespace, context: Context, result: RebaseResult) -> int:
+    from cowhand.cli.guard import dependents
+    from cowhand.cli.plan import Plan, Touch, show
+
+    target = args.base or "nothing"
+    writes = [Touch(args.image, "the name of its backing file")]
+    if result.copied or result.zeroes:
+        writes.insert(0, Touch(args.image, "what differs", result.copied + result.zeroes))
+    warnings = ["nothing was compared: the image may show other bytes afterwards"] if args.unsafe else []
+    plan = Plan(
+        action=f"put {args.image} on {target}",
+        reads=[] if args.unsafe else [Touch(args.image, "what may differ", result.compared)],
+        writes=writes,
+        moves=result.copied,
+        dependents=dependents(args.image),
+        warnings=warnings,
+        undo="cowhand rebase -b OLD IMAGE, while the old backing file is there and unchanged",
+    )
+    return show(plan, context.out)

@@ -1,0 +1,172 @@
+"""Rebasing: an image is given another backing file, and goes on showing what it showed.
+
+Order makes it safe. What the new backing file would show differently is copied into the image while the old one is still its backing file, so its
+content is the same at every moment; when that is stable the name in the header changes, inside one sector. After a crash at any point
+the rebase is simply begun anew.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cowhand.block.disk import Disk
+from cowhand.block.opening import combine, location
+from cowhand.block.status import skip_filters
+from cowhand.copy import plan
+from cowhand.copy.changes import candidates, changes_sink
+from cowhand.copy.engine import WORKERS, Engine
+from cowhand.copy.source import Source
+from cowhand.core.errors import CowhandError, NotSupported
+from cowhand.core.progress import CancelToken, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cowhand.block.policy import Policy
+
+
+class RebaseResult(NamedTuple):
+    """What a rebase did: the name and format that stand in the header now (None: no backing file), and bytes read to compare, copied, made zero."""
+
+    filename: str
+    backing: str | None
+    backing_format: str | None
+    compared: int
+    copied: int
+    zeroes: int
+
+
+class Changes(NamedTuple):
+    """Bytes that were read to be compared, those that were copied, and those that were made zero."""
+
+    compared: int
+    copied: int
+    zeroes: int
+
+
+def rebase(
+    top: str | os.PathLike[str] | Mapping[str, Any] | Disk,
+    backing: str | None,
+    backing_format: str | None = None,
+    *,
+    format: str | None = None,
+    unsafe: bool = False,
+    look: bool = False,
+    compressed: bool = False,
+    cache: str = "writeback",
+    source_cache: str = "writeback",
+    force_share: bool = False,
+    policy: Policy | None = None,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> RebaseResult:
+    """Make *backing* (a name as it is to stand in the header; None or "": nothing) the backing file of *top*, whose content stays the same.
+
+    *top* may be an open, writable disk. With *unsafe* (-u) only the header changes: the user knows that both hold the same, or that the old one
+    is gone. With *look* everything is compared and counted, and nothing is changed. *compressed* (-c) stores what is copied in compressed
+    clusters. *force_share* (-U) reads the new backing file although others may be writing it. *cancel* leaves *top* on its old backing file, with
+    a part of the data in it.
+    Raises CowhandError; *top* shows the same content then.
+    """
+    import cowhand
+
+    name = backing or None
+    with ExitStack() as stack:
+        if isinstance(top, Disk):
+            disk = top
+        else:
+            disk = stack.enter_context(
+                cowhand.open(
+                    top,
+                    writable=not look,
+                    format=format,
+                    backing=not unsafe,
+                    cache=cache,
+                    policy=policy,
+                    resizable=False,
+                )
+            )
+        root = skip_filters(disk.root)
+        change = getattr(root, "change_backing", None)
+        if change is None:
+            raise NotSupported(
+                f"format '{root.driver}' has no backing files", qemu="Operation not supported", path=disk.filename
+            )
+        changes = Changes(0, 0, 0)
+        if not unsafe:
+            changes = copy_changes(
+                disk,
+                name,
+                backing_format,
+                look=look,
+                compressed=compressed,
+                cache=source_cache,
+                force_share=force_share,
+                policy=policy,
+                progress=progress,
+                cancel=cancel,
+            )
+        if not look:
+            change(name, backing_format)
+        return RebaseResult(disk.filename, name, backing_format if name else None, *changes)
+
+
+def copy_changes(
+    disk: Disk,
+    backing: str | None,
+    format: str | None = None,
+    *,
+    look: bool = False,
+    compressed: bool = False,
+    cache: str = "writeback",
+    force_share: bool = False,
+    policy: Policy | None = None,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> Changes:
+    """Store in *disk*, stable on return, what would read otherwise over *backing*: the first half of a rebase. Arguments as for :func:`rebase`."""
+    with ExitStack() as stack:
+        below = _open_below(disk, backing, format, cache, force_share, policy, stack)
+        sink = changes_sink(disk, below, compressed=compressed, look=look)
+        compared = _copy(disk, below, sink, progress or Progress(), cancel)
+        if not look:
+            disk.flush()
+        return Changes(compared, sink.copied, sink.zeroes)
+
+
+def _open_below(
+    disk: Disk,
+    name: str | None,
+    format: str | None,
+    cache: str,
+    force_share: bool,
+    policy: Policy | None,
+    stack: ExitStack,
+) -> Disk | None:
+    if name is None:
+        return None
+    import cowhand
+
+    path = combine(location(disk.root), name)
+    try:
+        return stack.enter_context(
+            cowhand.open(path, format=format, cache=cache, force_share=force_share, policy=policy)
+        )
+    except CowhandError as error:
+        raise error.within("the new backing file", qemu=f"Could not open new backing file '{path}'") from None
+
+
+def _copy(disk: Disk, below: Disk | None, sink: Any, progress: Progress, cancel: CancelToken | None) -> int:
+    """Copy what differs; return how many bytes had to be looked at."""
+    unit = max(sink.unit, 512)
+    total = plan.totals(candidates(disk, below, unit)).data
+    progress.total = total
+    if total:
+        sink.expect(total)
+        # Each piece is planned before it is written, and no piece changes what a later one is planned from.
+        engine = Engine(Source([disk]), sink, workers=WORKERS, progress=progress, cancel=cancel)
+        engine.run(candidates(disk, below, unit))
+    progress.finish()
+    return total
