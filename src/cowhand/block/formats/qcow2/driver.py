@@ -12,6 +12,7 @@ from cowhand.block.createoptions import CreateOption
 from cowhand.block.format import FormatNode, Kind, Reservation, Unprepared
 from cowhand.block.formats.qcow2 import header as headers, layout as L, overlap
 from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT, Allocator
+from cowhand.block.formats.qcow2.cacheoptions import check_cache_options
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create
 from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.refcounts import Refcounts
@@ -200,6 +201,7 @@ class Qcow2Node(FormatNode):
         self.mapping = self._mapping_class()(self, self._read_table(header.l1_offset, header.l1_size * 8))
         self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
         options = self.options
+        check_cache_options(options, self.cluster_size)
         if options.l2_cache_size is not None or options.cache_size is not None:
             self.mapping.cache.limit = options.l2_cache_size or options.cache_size or self.mapping.cache.limit
         if options.refcount_cache_size is not None:

@@ -236,7 +236,8 @@ def check_features(header: Header, path: str) -> None:
         return
     table = header.find(L.EXT_FEATURE_NAMES) or b""
     names: dict[int, str] = {}
-    for at in range(0, len(table) - 47, 48):
+    # The last name may be cut off by the extension's end: what is missing are zeroes.
+    for at in range(0, len(table) - 2, 48):
         if table[at] == 0:
             names[table[at + 1]] = table[at + 2 : at + 48].split(b"\0")[0].decode("ascii", "replace")
     listed = [
@@ -337,6 +338,11 @@ def _check_tables(header: Header, path: str, for_repair: bool) -> None:
         L.OFFSET_L1_SIZE,
         path,
     )
+    if header.size > cluster // L.ENTRY_SIZE * cluster * (L.MAX_L1_BYTES // L.ENTRY_SIZE):
+        raise InvalidFormat(
+            f"a disk of {header.size} bytes needs a larger L1 table than an image may have",
+            qemu="Image is too big", path=path, offset=24,
+        )  # fmt: skip
     needed = -(-header.size // (cluster * (cluster // L.ENTRY_SIZE)))
     if header.l1_size < needed:
         raise InvalidFormat(
