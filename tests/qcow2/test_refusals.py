@@ -35,7 +35,7 @@ def test_name_of_a_feature_that_the_extension_cuts_off_is_read(image: Path) -> N
     patch(image, 72, (1 << 63).to_bytes(8, "big"))
     # In place of the table of known names: one name without its padding, and the end of the extensions.
     patch(image, 112, bytes.fromhex("6803f857 0000000e 003f") + b"Test feature" + bytes(2) + bytes(8))
-    with pytest.raises(CowhandError, match=r"feature\(s\): Test feature$"):
+    with pytest.raises(CowhandError, match=r"feature\(s\): Test feature "):
         cowhand.open(image)
 
 
