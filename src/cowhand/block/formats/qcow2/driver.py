@@ -22,12 +22,13 @@ from cowhand.block.options import NodeOptions, option
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, NotSupported, Poisoned, UnsupportedFeature
-from cowhand.core.extents import ENCODED
+from cowhand.core.extents import ENCODED, OFFSET
 from cowhand.core.locks import RANK_OPERATION, ranked_lock
 
 if TYPE_CHECKING:
     from cowhand.block.check import CheckResult
     from cowhand.block.formats.qcow2.compression import Codec
+    from cowhand.block.formats.qcow2.encryption import Encryption
     from cowhand.block.formats.qcow2.snapshots import Snapshot
     from cowhand.block.opening import Opening
     from cowhand.block.snapshots import SnapshotInfo
@@ -122,6 +123,7 @@ class Qcow2Node(FormatNode):
         self.external = False  #: guest data lies in a data file
         self.data_missing = False  #: which was not opened, since only the header is of interest
         self.views: dict[int, int] = {}  #: open views of snapshots, by the offset of their L1 table
+        self.encryption: Encryption | None = None
         self._codec: Codec | None = None
         self._codec_lock = threading.Lock()
 
@@ -152,7 +154,7 @@ class Qcow2Node(FormatNode):
         file = given.pop("file", None)
         if file is None:
             raise InvalidFormat("a qcow2 image needs a 'file'", qemu='A block device must be specified for "file"')
-        backing = given.pop("backing", "")
+        backing, encrypt = given.pop("backing", ""), given.pop("encrypt", None)
         opening.track(node)
         node.file = opening.child(node, "file", file, Role.PRIMARY)
         node.data_child = node.file
@@ -161,6 +163,12 @@ class Qcow2Node(FormatNode):
             from cowhand.block.formats.qcow2.datafile import attach
 
             attach(node, opening, given)
+        if node.header.crypt_method or encrypt is not None:
+            from cowhand.block.formats.qcow2 import encryption
+
+            node.be_encrypted(
+                encryption.configure(node, encrypt, unlocked=opening.with_backing and not opening.for_repair)
+            )
         if backing is None or not opening.with_backing:
             return node
         if isinstance(backing, dict) and node.header.backing_name and not {"file", "filename"} & backing.keys():
@@ -225,9 +233,11 @@ class Qcow2Node(FormatNode):
                 )
         if header.crypt_method:
             name = "AES" if header.crypt_method == L.CRYPT_AES else "LUKS"
-            if self.writable or not for_repair:
+            if self.writable:
                 raise UnsupportedFeature(
-                    f"the image is encrypted ({name}), which this version does not read", path=path, offset=32
+                    f"the image is encrypted ({name}), which this version reads but does not write",
+                    path=path,
+                    offset=32,
                 )
         if bool(header.incompatible & L.INCOMPAT_COMPRESSION) != (header.compression_type != L.COMPRESSION_DEFLATE):
             raise InvalidFormat(
@@ -328,6 +338,8 @@ class Qcow2Node(FormatNode):
         out: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
         out["compression-type"] = "zstd" if header.compression_type == L.COMPRESSION_ZSTD else "zlib"
         out["refcount-bits"] = header.refcount_bits
+        if self.encryption is not None:
+            out["encrypt"] = self.encryption.describe()
         if header.version >= 3:
             out["lazy-refcounts"] = bool(header.compatible & L.COMPAT_LAZY_REFCOUNTS)
             if self.external:
@@ -514,20 +526,33 @@ class Qcow2Node(FormatNode):
 
     # -- reading
 
+    def be_encrypted(self, encryption: Encryption | None) -> None:
+        """Read data clusters through *encryption* from now on."""
+        self.encryption = encryption
+        if encryption is not None:
+            self.map = encryption.run  # type: ignore[method-assign]
+
     def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
         return self.mapping.run(offset, length)
 
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
+        if self.encryption is not None:
+            from cowhand.block.formats.qcow2.encryption import without_places
+
+            return without_places(self.mapping.batch(offset, length))
         return self.mapping.batch(offset, length)
 
     def host_file(self, run: Any) -> tuple[int, int] | None:
         lane = self.data_child.lane
-        if lane is None or lane.lane_fd < 0 or run[3] < 0:
+        if lane is None or lane.lane_fd < 0 or run[3] < 0 or self.encryption is not None:
             return None
         return lane.lane_fd, run[3]
 
     def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
         if run[1] & ENCODED:
+            if self.encryption is not None and run[1] & OFFSET:
+                self.encryption.decode(run, offset, view)
+                return
             raise self.mapping.read_damaged(offset)
         host, nbytes = L.compressed_location(run[3], self.header.cluster_bits)
         payload = bytearray(nbytes)

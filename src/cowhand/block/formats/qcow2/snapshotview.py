@@ -52,6 +52,8 @@ class SnapshotView(Qcow2Node):
                 graph.attach(view, "backing", origin.backing.node, Role.BACKING)
             view.refcounts = Refcounts(view, origin.refcounts.table)
             view.mapping = Mapping(view, l1)
+            if origin.encryption is not None:
+                view.be_encrypted(origin.encryption.of(view))
         except BaseException:
             graph.close_node(view)
             raise

@@ -1,0 +1,175 @@
+"""Reading encrypted qcow2 images (QEMU ``docs/interop/qcow2``, "Full disk encryption header pointer" and "Data encryption").
+
+LUKS counts sectors by where they lie in the file, the old AES by where the guest has them. Compressed clusters and metadata are not encrypted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cowhand.block.formats.qcow2 import layout as L
+from cowhand.core.errors import InvalidArgument, InvalidFormat
+from cowhand.core.extents import DATA, ENCODED, IN_PLACE, NO_HOST, OFFSET, RECURSE, ZERO, ExtentBatch
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.node import Child
+    from cowhand.crypto.luks import Header
+    from cowhand.crypto.sectors import SectorCipher
+
+_SECTOR = 512
+_EXTENSION_BYTES = 16
+_NAMES = {L.CRYPT_AES: "aes", L.CRYPT_LUKS: "luks"}
+_AES_KEY_BYTES = 16  #: QEMU: longer passphrases are cut, shorter ones padded with zeroes
+_PLACED = DATA | OFFSET
+
+
+class _Store:
+    """The LUKS header inside the image's file, for reading."""
+
+    def __init__(self, file: Child, at: int) -> None:
+        self._file = file
+        self._at = at
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        self._file.read_into(self._at + offset, data)
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        raise AssertionError("an encrypted qcow2 image is only read")
+
+    def flush(self) -> None:
+        """Nothing was written."""
+
+
+class Encryption:
+    """How *node*'s data clusters are encrypted; *given* are the options under ``encrypt``. Unlocked when data is first asked for, or before."""
+
+    def __init__(self, node: Qcow2Node, given: Mapping[str, Any]) -> None:
+        self._node = node
+        self.format = _NAMES[node.header.crypt_method]
+        self.luks: Header | None = None
+        self._at = 0
+        self._secret: str | None = given.get("key-secret")
+        self._cipher: SectorCipher | None = None
+        asked = given.get("format")
+        if asked is not None and asked != self.format:
+            raise InvalidArgument(
+                f"Header reported '{self.format}' encryption format but options specify '{asked}'", path=node.filename
+            )
+        if self.format == "luks":
+            self._read_header()
+
+    def _read_header(self) -> None:
+        from cowhand.crypto import luks
+
+        node = self._node
+        path = node.filename
+        data = node.header.find(L.EXT_CRYPTO)
+        if data is None:
+            raise InvalidFormat(f"Missing CRYPTO header for crypt method {L.CRYPT_LUKS}", path=path, offset=32)
+        if len(data) != _EXTENSION_BYTES:
+            raise InvalidFormat(
+                f"CRYPTO header extension size {len(data)}, but expected size {_EXTENSION_BYTES}", path=path, offset=node.header.header_length
+            )  # fmt: skip
+        self._at, length = L.U64.unpack_from(data)[0], L.U64.unpack_from(data, 8)[0]
+        if self._at % node.cluster_size or not self._at or self._at >= L.MAX_HOST_OFFSET:
+            raise InvalidFormat(
+                f"Encryption header offset '{self._at}' is not a multiple of cluster size '{node.cluster_size}'", path=path,
+                offset=node.header.header_length,
+            )  # fmt: skip
+        if length < luks.HEADER_BYTES:
+            raise InvalidFormat(
+                f"an encryption header of {length} bytes is too short for LUKS", path=path, offset=self._at
+            )
+        store = _Store(node.file, self._at)
+        self.luks = luks.parse(store.read(0, luks.HEADER_BYTES), path, at=self._at)
+
+    def unlock(self) -> SectorCipher:
+        """Return the cipher of the data, made from the secret when it is first asked for. Raises InvalidArgument, AccessDenied."""
+        if self._cipher is not None:
+            return self._cipher
+        from cowhand.crypto import secrets
+        from cowhand.crypto.sectors import SectorCipher
+        from cowhand.crypto.volume import unlock
+
+        if self._secret is None:
+            raise InvalidArgument(
+                "Parameter 'encrypt.key-secret' is required for cipher", path=self._node.filename,
+                hint="Name the secret that opens the image with encrypt.key-secret.",
+            )  # fmt: skip
+        passphrase = secrets.passphrase(self._secret)
+        if self.luks is None:
+            key = passphrase[:_AES_KEY_BYTES].ljust(_AES_KEY_BYTES, b"\0")
+            self._cipher = SectorCipher("aes-128", "cbc", "plain64", key)
+        else:
+            store = _Store(self._node.file, self._at)
+            self._cipher = unlock(self.luks, store, passphrase, self._node.filename).cipher
+        return self._cipher
+
+    def of(self, node: Qcow2Node) -> Encryption:
+        """Return the same for *node*, another view of the image."""
+        self.unlock()
+        other = copy.copy(self)
+        other._node = node
+        return other
+
+    def run(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
+        """Return the mapping's run, its data marked as encoded."""
+        count, flags, child, host = self._node.mapping.run(offset, length)
+        if flags & (_PLACED | ZERO) == _PLACED:
+            flags = flags & ~IN_PLACE | ENCODED
+        return count, flags, child, host
+
+    def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
+        """Fill *view* with the plain bytes of guest *offset*, whose ciphertext *run* places."""
+        cipher = self.unlock()
+        _, _, child, host = run
+        assert child is not None
+        begin = offset % _SECTOR
+        padded = -(-(begin + len(view)) // _SECTOR) * _SECTOR
+        whole = view if padded == len(view) else memoryview(bytearray(padded))
+        child.read_into(host - begin, whole)
+        cipher.decrypt_into((host if self.luks is not None else offset) // _SECTOR, whole)
+        if whole is not view:
+            view[:] = whole[begin : begin + len(view)]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what ``info`` tells, keys as in QEMU's JSON."""
+        if self.luks is None:
+            return {"format": self.format}
+        from cowhand.crypto.volume import describe
+
+        return {"format": self.format, **describe(self.luks)}
+
+
+def without_places(batch: ExtentBatch) -> ExtentBatch:
+    """Return *batch* without the places of data: what lies there is not what the guest reads."""
+    out = ExtentBatch()
+    for row in batch:
+        if row.flags & _PLACED == _PLACED:
+            out.add(row.start, row.length, row.flags & ~(OFFSET | RECURSE), NO_HOST, None)
+        else:
+            out.add(row.start, row.length, row.flags, row.host, row.node)
+    return out
+
+
+def configure(node: Qcow2Node, given: Any, *, unlocked: bool) -> Encryption | None:
+    """Return how *node* is encrypted, or None; *unlocked* asks for the secret at once. Raises InvalidArgument for options that do not fit."""
+    options = given if isinstance(given, Mapping) else {}
+    for name in options:
+        if name not in ("format", "key-secret"):
+            raise InvalidArgument(f"Block format 'qcow2' does not support the option 'encrypt.{name}'")
+    if not node.header.crypt_method:
+        if options.get("format") is not None:
+            raise InvalidArgument(
+                f"No encryption in image header, but options specified format '{options['format']}'", path=node.filename
+            )
+        return None
+    encryption = Encryption(node, options)
+    if unlocked:
+        encryption.unlock()
+    return encryption
