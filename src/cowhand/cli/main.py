@@ -28,6 +28,7 @@ COMMANDS = {
     "dd": "copy a range of blocks from one image to another",
     "measure": "tell how much space an image of a disk would need",
     "resize": "make a disk longer or shorter",
+    "compact": "make an image's file shorter in place",
     "snapshot": "create, list, apply or delete snapshots inside an image",
     "commit": "write an overlay's changes into the image below it",
     "rebase": "put an image on another backing file, or on none",

@@ -1,0 +1,47 @@
+"""Making an image's file shorter in place: what lies at its end moves into the gaps."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from cowhand.block import graph
+from cowhand.block.disk import Disk
+from cowhand.block.opening import Opening
+from cowhand.core.errors import NotSupported
+from cowhand.core.progress import CancelToken, Progress
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.compact import Compaction
+
+
+def compact(
+    what: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> Compaction:
+    """Compact the qcow2 image *what*, which nobody else has open, or with *dry_run* say what that would do.
+
+    The guest's content and the snapshots stay as they are. Cancelled or crashed at any point the image is sound but for lost space, and calling it
+    again goes on. Raises NotSupported for other formats, ImageCorrupt for a damaged image, and what opening raises.
+    """
+    from cowhand.drivers import REGISTRY
+
+    opening = Opening(REGISTRY, backing=False)
+    opening.for_repair = True
+    root: Any = opening.open(what, format=format, options={"read-only": dry_run})
+    try:
+        disk = Disk(root, writable=not dry_run)
+    except BaseException:
+        opening.abandon()
+        raise
+    with disk:
+        if root.driver != "qcow2":
+            raise NotSupported(f"images of format '{root.driver}' cannot be compacted", path=root.filename)
+        from cowhand.block.formats.qcow2.compact import Compactor
+
+        with graph.quiesce(root):
+            return Compactor(root, progress, cancel).run(dry_run=dry_run)
