@@ -21,6 +21,14 @@ for _entry in (
     DriverEntry(
         "host_device", "protocol", "cowhand.block.protocols.file_device", "HostDeviceNode", prefixes=("host_device",)
     ),
+    DriverEntry(
+        "host_cdrom",
+        "protocol",
+        "cowhand.block.protocols.file_device",
+        "HostCdromNode",
+        prefixes=("host_cdrom",),
+        creatable=False,
+    ),
     DriverEntry("memory", "protocol", "cowhand.block.protocols.memory", "MemoryNode", creatable=False),
     DriverEntry(
         "null-co", "protocol", "cowhand.block.protocols.null", "NullNode", prefixes=("null-co",), creatable=False

@@ -16,7 +16,7 @@ MAX_DEPTH = 1000
 
 
 #: The protocols whose files lie in a directory.
-_FILES = ("file", "host_device")
+_FILES = ("file", "host_device", "host_cdrom")
 
 
 class Policy(NamedTuple):

@@ -104,7 +104,9 @@ class FileNode(DescriptorNode):
         flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         fd = -1
         try:
-            self._check_kind(os.stat(self.path).st_mode)  # before opening: a device may act on that alone
+            mode = os.stat(self.path).st_mode
+            if not writable or not stat.S_ISDIR(mode):  # the system says best that a folder cannot be written
+                self._check_kind(mode)  # before opening: a device may act on that alone
             if self.direct and not _DIRECT:
                 raise NotSupported("this system has no direct I/O (cache.direct=on)", path=self.path)
             fd = os.open(self.path, flags | (_DIRECT if self.direct else 0))

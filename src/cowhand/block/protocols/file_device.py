@@ -101,3 +101,9 @@ class HostDeviceNode(FileNode):
             raise InvalidArgument("Cannot grow device files", path=self.path)
         if size != current:
             raise NotSupported("Cannot resize device files", path=self.path)
+
+
+class HostCdromNode(HostDeviceNode):
+    """A drive whose medium is read as any device is; changing media is left to the host."""
+
+    driver: ClassVar[str] = "host_cdrom"

@@ -582,12 +582,16 @@ class Qcow2Node(FormatNode):
         wrong = overlap.conflict(self)
         if wrong is not None:
             raise self._overlapping(wrong[0], wrong[1] * self.cluster_size)
+        self.clear_unknown_marks()
+        self.rebuild_metadata_map()
+
+    def clear_unknown_marks(self) -> None:
+        """Take away autoclear bits that are not known: what they vouch for is not kept up here."""
         known = L.AUTOCLEAR_BITMAPS | L.AUTOCLEAR_RAW_DATA
         if self.header.autoclear & ~known and self.header.version >= 3:
             self.header.autoclear &= known
             self.write_metadata(88, L.U64.pack(self.header.autoclear))
             self.flush_file()
-        self.rebuild_metadata_map()
 
     def rebuild_metadata_map(self) -> None:
         """Learn anew where this image's metadata lies (lock held)."""
@@ -789,4 +793,7 @@ class Qcow2Node(FormatNode):
     def check(self, repair: str | None, say: Callable[[str], None]) -> CheckResult:
         from cowhand.block.formats.qcow2.check import check
 
-        return check(self, repair, say)
+        result = check(self, repair, say)
+        if repair is not None and result.failure is None and not result.corruptions:
+            self.clear_unknown_marks()
+        return result
