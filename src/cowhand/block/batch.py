@@ -1,4 +1,7 @@
-"""Many requests at once on a format: what can be done in place goes straight to the descriptor, neighbours together; the rest singly.
+"""Many requests at once on a format: what can be done in place goes straight to the descriptor, neighbours together.
+
+Writes that need space take it together as well: one pass that reserves, the bytes, one pass that links. What is difficult (two writes to one
+unit, one that straddles two, a unit that somebody owns) goes singly.
 
 A loop over plain tuples with as few calls as possible: at 4 KiB a request costs 2 µs, of which the system call takes three quarters.
 """
@@ -10,9 +13,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.node import DISCARD, READ, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, Request
+from cowhand.core.errors import CowhandError
+from cowhand.core.extents import DATA
 
 if TYPE_CHECKING:
-    from cowhand.block.format import FormatNode
+    from cowhand.block.format import FormatNode, Reservation
 
 #: Neighbours that are done by one system call, at most.
 _MAX_TOGETHER = 64
@@ -24,6 +29,9 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
     """Do *batch* on *node*; the first error is raised after the rest has ended."""
     failure: Exception | None = None
     fast = node.event_sink is None and _preadv is not None
+    gathers = fast and not node.detects_zeroes and len(batch) > 1
+    unit = node.allocation_unit
+    gathered: dict[int, tuple[int, Any]] = {}  #: (offset, bytes) of writes that need space, by their unit
     index, count = 0, len(batch)
     while index < count:
         kind, offset, what = batch[index]
@@ -32,12 +40,88 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
             if fast and kind <= WRITE_REQUEST:
                 done = _together(node, batch, index, kind, offset, what)
             if not done:
+                if (
+                    gathers
+                    and kind == WRITE_REQUEST
+                    and offset // unit not in gathered
+                    and _needs_unit(node, offset, len(what))
+                ):
+                    gathered[offset // unit] = (offset, what)
+                    index += 1
+                    continue
+                if gathered and _meets(gathered, unit, kind, offset, what):
+                    # One that comes later in the batch finds what it would have found if they had been done one by one.
+                    failure = _allocate(node, list(gathered.values()), failure)
+                    gathered.clear()
                 _single(node, kind, offset, what)
         except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
             failure = failure or error
         index += done or 1
+    if gathered:
+        failure = _allocate(node, list(gathered.values()), failure)
     if failure is not None:
         raise failure
+
+
+def _meets(gathered: dict[int, tuple[int, Any]], unit: int, kind: int, offset: int, what: Any) -> bool:
+    """Tell whether a request may touch a unit that is about to be taken."""
+    if kind > WRITE_REQUEST:
+        return True
+    return any(number in gathered for number in range(offset // unit, (offset + len(what) - 1) // unit + 1))
+
+
+def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
+    """Tell whether a write lies in one unit that holds nothing yet."""
+    if not 0 < length <= node.allocation_unit - offset % node.allocation_unit:
+        return False
+    return not node.map(offset, length)[1] & DATA
+
+
+def _allocate(node: FormatNode, writes: list[tuple[int, Any]], failure: Exception | None) -> Exception | None:
+    """Do *writes*, each into a unit of its own that has no place yet; return *failure*, or else the first error."""
+    placed: list[Reservation] = []
+    try:
+        node.check_writable()
+        reservations = node.claim_units([offset for offset, _ in writes])
+    except CowhandError as error:
+        return failure or error
+    waiting: list[Reservation] = [one for one in reservations if one is not None]
+    try:
+        for reservation, (offset, what) in zip(reservations, writes, strict=False):
+            if reservation is None:
+                continue
+            try:
+                _put(node, reservation, offset, what)
+            except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+                waiting.remove(reservation)
+                node.give_up(reservation, error)
+                failure = failure or error
+            else:
+                placed.append(reservation)
+    except BaseException as error:
+        for reservation in waiting:
+            node.give_up(reservation, error)
+        raise
+    if placed:
+        error_of_link = node.finish_units(placed)
+        failure = failure or error_of_link
+    for number, (offset, what) in enumerate(writes):
+        if number >= len(reservations) or reservations[number] is None:
+            try:
+                node.write(offset, (what,))
+            except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+                failure = failure or error
+    return failure
+
+
+def _put(node: FormatNode, reservation: Reservation, offset: int, what: Any) -> None:
+    """Place *what* and its surroundings."""
+    child = reservation.child
+    if reservation.blank and reservation.fresh and not node.encodes and child is not None:
+        # Nothing has to be put around it: old and new read as zeroes.
+        child.write(reservation.host + offset - reservation.offset, (what,))
+    else:
+        node.put(reservation, offset, [memoryview(what)], len(what))
 
 
 def _single(node: FormatNode, kind: int, offset: int, what: Any) -> None:

@@ -113,7 +113,7 @@ class FormatNode(BlockNode):
         self._writing = False
         #: During ``reserve``: the same request has written what lies before.
         self.continues = False
-        self._detects_zeroes = options.detect_zeroes != "off"
+        self.detects_zeroes = options.detect_zeroes != "off"
         #: Something was, or may have been, written since the last flush began. Set after the bytes are down, so that none escapes a flush.
         self.changed = False
 
@@ -150,9 +150,21 @@ class FormatNode(BlockNode):
         """Fill *view* with the guest bytes at *offset*, which *run* says are compressed or encoded."""
         raise NotSupported(f"driver '{self.driver}' cannot decode")
 
+    @property
+    def encodes(self) -> bool:
+        """Whether guest bytes are stored in another form than their own (see :meth:`encode`)."""
+        return type(self).encode is not FormatNode.encode
+
     def encode(self, reservation: Reservation, offset: int, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """Return what is to be stored for guest *buffers* at *offset* (encryption); the default is themselves."""
         return buffers
+
+    def reserve_units(self, offsets: Sequence[int]) -> Sequence[Reservation | None]:
+        """Reserve, as kind DATA, the single unit at each of *offsets*, at once; None for those that :meth:`reserve` has to look at.
+
+        Called with the lock held, for different units that nobody owns. A driver need not have it. Raises as :meth:`reserve`; then nothing is taken.
+        """
+        return ()
 
     # -- reading
 
@@ -272,7 +284,7 @@ class FormatNode(BlockNode):
     @property
     def may_write_directly(self) -> bool:
         """True when a write in place needs no more than the write itself."""
-        return self._writing and self.poison is None and not self._detects_zeroes
+        return self._writing and self.poison is None and not self.detects_zeroes
 
     def set_poison(self, error: BaseException) -> None:
         """Stop all writing, data and metadata, until the image is opened again: its state in memory can no longer be trusted."""
@@ -283,7 +295,7 @@ class FormatNode(BlockNode):
     def write(self, offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
         if not self._writing or self.poison is not None:
             self.check_writable()
-        if len(buffers) == 1 and not self._detects_zeroes:
+        if len(buffers) == 1 and not self.detects_zeroes:
             run = self.map(offset, len(buffers[0])) if len(buffers[0]) else None
             if run is None:
                 return
@@ -306,7 +318,7 @@ class FormatNode(BlockNode):
 
     def _write_piece(self, offset: int, views: Sequence[memoryview], skip: int, length: int) -> int:
         """Write the longest piece that one run or one reservation takes; return its length."""
-        if self._detects_zeroes:
+        if self.detects_zeroes:
             done = self._write_detected(offset, views, skip, length)
             if done:
                 return done
@@ -323,7 +335,7 @@ class FormatNode(BlockNode):
                 break
         count = min(length, reservation.offset + reservation.length - offset)
         try:
-            self._put(reservation, offset, _slice(views, skip, count), count)
+            self.put(reservation, offset, _slice(views, skip, count), count)
         except BaseException as error:
             self.give_up(reservation, error)
             raise
@@ -340,7 +352,7 @@ class FormatNode(BlockNode):
         self.write_zeroes(offset, count, unmap=self.options.detect_zeroes == "unmap")
         return count
 
-    def _put(self, reservation: Reservation, offset: int, data: list[memoryview], count: int) -> None:
+    def put(self, reservation: Reservation, offset: int, data: list[memoryview], count: int) -> None:
         """Place guest *data* and what has to surround it in the reserved units."""
         child = reservation.child
         assert child is not None
@@ -474,6 +486,50 @@ class FormatNode(BlockNode):
         for waiter in reservation.waiters:
             waiter.release()
 
+    def claim_units(self, offsets: Sequence[int]) -> Sequence[Reservation | None]:
+        """Reserve the single unit at each of *offsets*, which lie in different ones; None for what :meth:`claim` has to do.
+
+        One pass of the lock for all of them, see :mod:`cowhand.block.batch`. They end with :meth:`finish_units`, or :meth:`give_up`.
+        """
+        with self.lock:
+            if self.poison is not None or self._reserved:
+                return ()  # somebody may own one of them: the long way finds out who waits for whom
+            try:
+                reservations = self.reserve_units(offsets)
+            except (CowhandError, Unprepared):
+                return ()  # nothing was taken; the long way meets the same, and deals with it
+            except BaseException as error:
+                self.set_poison(error)
+                raise
+            self._reserved.extend(one for one in reservations if one is not None)
+            self.changed = True
+            return reservations
+
+    def finish_units(self, reservations: Sequence[Reservation]) -> CowhandError | None:
+        """Link *reservations*, whose bytes are in place, under one lock; return the first error, after the others are linked."""
+        failure: CowhandError | None = None
+        with self.lock:
+            self.changed = True
+            try:
+                for reservation in reservations:
+                    try:
+                        if self.poison is not None:
+                            raise self._poisoned()
+                        self.link(reservation)
+                    except CowhandError as error:
+                        self.abandon(reservation)
+                        failure = failure or error
+            except BaseException as error:
+                self.set_poison(error)
+                raise
+            finally:
+                done = set(map(id, reservations))
+                self._reserved = [one for one in self._reserved if id(one) not in done]
+                for reservation in reservations:
+                    for waiter in reservation.waiters:
+                        waiter.release()
+        return failure
+
     def change(self, offset: int, length: int, kind: Kind) -> None:
         """Bring whole units to a state that needs no bytes: ZERO, ZERO_UNMAP, DISCARD or EMPTY."""
         self.check_writable()
@@ -568,7 +624,7 @@ class FormatNode(BlockNode):
             return 0
         count = min(length, reservation.offset + reservation.length - offset)
         try:
-            self._put(reservation, offset, [ZEROES[:count]], count)
+            self.put(reservation, offset, [ZEROES[:count]], count)
         except BaseException as error:
             self.give_up(reservation, error)
             raise

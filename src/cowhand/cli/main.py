@@ -96,6 +96,10 @@ def load(name: str) -> ModuleType:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``cowhand`` with *arguments* (those of the process by default) and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        from cowhand.core.memory import own_process
+
+        own_process()
     try:
         return _dispatch(given)
     except BrokenPipeError:

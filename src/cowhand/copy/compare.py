@@ -13,6 +13,7 @@ from cowhand.copy.opening import Image, open_source
 from cowhand.core.buffers import is_zero
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import ALLOCATED, DATA, EOF, OFFSET, ZERO
+from cowhand.core.memory import expect_bulk
 from cowhand.core.progress import CancelToken, Progress
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class _Comparison:
         self.cancel = cancel
         self.found: tuple[int, Difference] | None = None
         progress.total = max(first.size, second.size)
+        expect_bulk(progress.total)
         self._pieces = self._cut()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None

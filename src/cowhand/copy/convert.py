@@ -16,6 +16,7 @@ from cowhand.copy.settings import DEFAULT_SPARSE, Settings, check_request, parse
 from cowhand.copy.source import SECTOR, SalvagingSource, Source
 from cowhand.copy.target import Target, check_room, create_target, existing_target
 from cowhand.core.errors import CowhandError, InvalidArgument, NoSpace, NotSupported
+from cowhand.core.memory import expect_bulk
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
 
@@ -171,6 +172,7 @@ def transfer(
     totals = plan.totals(source.runs(policy))
     progress.total = totals.data + (0 if sink.reads_zero else totals.zero)
     sink.expect(totals.data)
+    expect_bulk(totals.data)
     cloner = throttle = None
     if (
         (settings.reflink or settings.copy_range)

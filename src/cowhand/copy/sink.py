@@ -234,7 +234,7 @@ def lane_of(disk: Disk) -> FormatNode | None:
     There is no lane where a filter or padding stands between, in write-through mode, or where the driver encodes what it stores.
     """
     node = disk.root
-    if disk.write_through or not isinstance(node, FormatNode) or type(node).encode is not FormatNode.encode:
+    if disk.write_through or not isinstance(node, FormatNode) or node.encodes:
         return None
     if node.event_sink is not None or node.limits.request_alignment > 1:
         return None

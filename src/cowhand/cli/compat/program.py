@@ -84,9 +84,10 @@ def start(argument: str, fallback: str) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is not None:  # a process may be started without them
             stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    from cowhand.core import diagnostics
+    from cowhand.core import diagnostics, memory
 
     diagnostics.set_sink(_diagnostic)
+    memory.own_process()
 
 
 def run(tool: Callable[[Sequence[str]], int], arguments: Sequence[str], fallback: str) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
@@ -247,6 +248,37 @@ def _reserve_new(
     entries.byteswap()
     change = EntryChange(table, first, entries.tobytes(), taken=cluster, taken_count=count)
     return Reservation(begin, count << bits, Kind.DATA, node.data_child, host, fresh=fresh, blank=blank, state=change)
+
+
+def reserve_units(node: Qcow2Node, offsets: Sequence[int]) -> list[Reservation | None]:
+    """See :meth:`cowhand.block.format.FormatNode.reserve_units`: adjoining clusters for all of *offsets* that have none, in their order."""
+    mapping = node.mapping
+    size, bits, shift, mask = mapping.cluster_size, mapping.cluster_bits, mapping.table_shift, mapping.entries - 1
+    places: list[tuple[int, Table, int] | None] = []
+    count = 0
+    for offset in offsets:
+        table = writable_table(node, offset >> shift)
+        first = offset >> bits & mask
+        if L.U64.unpack_from(table.data, first * 8)[0]:
+            places.append(None)
+            continue
+        places.append((offset >> bits << bits, table, first))
+        count += 1
+    if not count:
+        return []
+    cluster = node.allocator.take(count)
+    fresh, blank, child = node.allocator.fresh, node.backing is None, node.data_child
+    reservations: list[Reservation | None] = []
+    for place in places:
+        if place is None:
+            reservations.append(None)
+            continue
+        begin, table, first = place
+        host = cluster << bits
+        change = EntryChange(table, first, L.U64.pack(host | L.COPIED), taken=cluster, taken_count=1)
+        reservations.append(Reservation(begin, size, Kind.DATA, child, host, fresh=fresh, blank=blank, state=change))
+        cluster += 1
+    return reservations
 
 
 def _entry_before(node: Qcow2Node, table: Table, first: int, begin: int) -> int:

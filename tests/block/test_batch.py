@@ -1,0 +1,122 @@
+"""Many writes at once that need space: they take it together, and one that fails does not take the others along."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+
+import pytest
+
+from cowhand.block.disk import Disk
+from cowhand.block.node import WRITE_REQUEST
+from cowhand.block.protocols.memory import MemoryNode
+from cowhand.core.errors import NoSpace
+from cowhand.core.extents import DATA
+from cowhand.testing.faults import FaultNode
+from tests.block.disks import PATIENCE, Worker, impatient_interpreter, qcow2_file, qcow2_node
+from tests.qcow2 import oracle
+
+CLUSTER = 4096
+COUNT = 64
+
+
+def sound_content(file: MemoryNode, backing: bytes = b"") -> bytes:
+    """Return the guest's bytes of the closed image in *file*, which another reader finds sound and without leaks."""
+    image = oracle.Image(file.snapshot_bytes(), backing)
+    findings = image.check()
+    assert findings.corruptions == []
+    assert findings.leaks == []
+    return bytes(image.content())
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_scattered_first_writes_lie_one_behind_the_other(backed: bool) -> None:
+    base = random.Random(1).randbytes(COUNT * CLUSTER)
+    backing = MemoryNode(content=base) if backed else None
+    file = qcow2_file(COUNT * CLUSTER, cluster_size=CLUSTER)
+    keeper = Disk(file)
+    model = bytearray(base if backed else bytes(len(base)))
+    order = random.Random(2).sample(range(COUNT), COUNT)
+    with Disk(qcow2_node(file, backing=backing), writable=True) as disk:
+        disk.write(order[0] * CLUSTER, b"0")
+        model[order[0] * CLUSTER] = ord("0")
+        batch = []
+        for number in order:
+            at, data = number * CLUSTER + number * 7, bytes([number + 1]) * (number + 1)
+            batch.append((WRITE_REQUEST, at, data))
+            model[at : at + len(data)] = data
+        disk.submit(batch)
+        assert disk.read(0, disk.size) == model
+        hosts = {}
+        for rows in disk.extents(depth=1):
+            for start, length, flags, host in zip(rows.start, rows.length, rows.flags, rows.host, strict=True):
+                assert flags & DATA
+                hosts.update({start + step: host + step for step in range(0, length, CLUSTER)})
+        places = [hosts[number * CLUSTER] for number in order]
+        assert places == list(range(places[0], places[0] + COUNT * CLUSTER, CLUSTER))
+    keeper.close()
+    assert sound_content(file, base if backed else b"") == model
+
+
+def test_two_writes_to_one_cluster_and_writes_over_two() -> None:
+    file = qcow2_file(COUNT * CLUSTER, cluster_size=CLUSTER)
+    keeper = Disk(file)
+    with Disk(qcow2_node(file), writable=True) as disk:
+        disk.submit(
+            [
+                (WRITE_REQUEST, 0, b"a" * 100),
+                (WRITE_REQUEST, 2000, b"b" * 100),
+                (WRITE_REQUEST, 2 * CLUSTER - 50, b"c" * 100),
+                (WRITE_REQUEST, 5 * CLUSTER, b""),
+                (WRITE_REQUEST, 7 * CLUSTER, b"d" * 3 * CLUSTER),
+            ]
+        )
+        assert disk.read(0, 100) + disk.read(2000, 100) == b"a" * 100 + b"b" * 100
+        assert disk.read(2 * CLUSTER - 50, 100) == b"c" * 100
+        assert disk.read(7 * CLUSTER, 3 * CLUSTER) == b"d" * 3 * CLUSTER
+        model = disk.read(0, disk.size)
+    keeper.close()
+    assert sound_content(file) == model
+
+
+@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize("nth", [1, 3, 5])
+def test_one_that_fails_leaves_the_others(nth: int, backed: bool) -> None:
+    file = qcow2_file(COUNT * CLUSTER, cluster_size=CLUSTER)
+    keeper = Disk(file)
+    fault = FaultNode(file)
+    backing = MemoryNode(content=b"z" * COUNT * CLUSTER) if backed else None
+    with Disk(qcow2_node(fault, backing=backing), writable=True) as disk:
+        disk.write(60 * CLUSTER, b"table")
+        fault.fail("write", nth, errno.ENOSPC)
+        with pytest.raises(NoSpace):
+            disk.submit([(WRITE_REQUEST, number * CLUSTER, b"x" * CLUSTER) for number in range(5)])
+        found = [disk.read(number * CLUSTER, 1) for number in range(5)]
+        assert found == [b"x" if number != nth - 1 else (b"z" if backed else b"\0") for number in range(5)]
+        disk.submit([(WRITE_REQUEST, number * CLUSTER, b"y" * CLUSTER) for number in range(5)])
+        assert disk.read(0, 5 * CLUSTER) == b"y" * 5 * CLUSTER
+    keeper.close()
+    sound_content(file, b"z" * COUNT * CLUSTER if backed else b"")
+
+
+def test_batches_of_two_threads_into_the_same_new_clusters() -> None:
+    """Each thread writes its half of every cluster; both halves survive, whoever takes the cluster."""
+    rounds, half = 40, CLUSTER // 2
+    file = qcow2_file(rounds * COUNT * CLUSTER, cluster_size=CLUSTER)
+    keeper = Disk(file)
+    with Disk(qcow2_node(file), writable=True) as disk:
+        barrier = threading.Barrier(2)
+
+        def write(side: int) -> None:
+            data = bytes([side + 1]) * half
+            for turn in range(rounds):
+                numbers = range(turn * COUNT, (turn + 1) * COUNT)
+                barrier.wait(PATIENCE)
+                disk.submit([(WRITE_REQUEST, number * CLUSTER + side * half, data) for number in numbers])
+
+        with impatient_interpreter():
+            for worker in [Worker(write, 0), Worker(write, 1)]:
+                worker.done()
+    keeper.close()
+    assert sound_content(file) == (b"\1" * half + b"\2" * half) * COUNT * rounds
