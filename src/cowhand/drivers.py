@@ -50,6 +50,8 @@ for _entry in (
         prefixes=("blkverify",),
         creatable=False,
     ),
+    DriverEntry("blklogwrites", "filter", "cowhand.block.filters.blklogwrites", "BlkLogWritesNode", creatable=False),
+    DriverEntry("copy-on-read", "filter", "cowhand.block.filters.copy_on_read", "CopyOnReadNode", creatable=False),
     DriverEntry("quorum", "filter", "cowhand.block.filters.quorum", "QuorumNode", creatable=False),
     DriverEntry("throttle", "filter", "cowhand.block.filters.throttle", "ThrottleNode", creatable=False),
 ):

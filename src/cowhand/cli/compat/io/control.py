@@ -81,7 +81,7 @@ def reopen(session: Session, words: Sequence[str]) -> bool:
 
 
 def _reopen(session: Session, writable: bool | None, cache: str | None, options: dict[str, str]) -> None:
-    root = the_disk(session).root
+    root = session.image
     options = _changes(root, options)
     before, name = session.how, session.name
     how = copy(before)

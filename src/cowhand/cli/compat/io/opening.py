@@ -73,13 +73,29 @@ def open_as(name: str | None, how: How, *, prefix: bool = True) -> Disk:
     try:
         if how.aio == "native" and how.cache not in _DIRECT:
             raise Failure("aio=native was specified, but it requires cache.direct=on, which was not specified.")
-        if how.copy_on_read:
-            raise Failure("copy-on-read is not supported")
-        return _open(_what(name, how), how)
+        disk = _open(_what(name, how), how)
+        return _copying(disk) if how.copy_on_read else disk
     except CowhandError as error:
         raise Failure(f"{before}{error.qemu()}") from error
     except Failure as failure:
         raise Failure(f"{before}{failure.message}") from None
+
+
+def _copying(disk: Disk) -> Disk:
+    """Put a filter over *disk*'s root that copies what is read from below."""
+    from cowhand.block import graph
+    from cowhand.block.filters.copy_on_read import CopyOnReadNode, CopyOnReadOptions
+    from cowhand.block.node import Role
+
+    root = disk.root
+    if disk.read_only:
+        disk.close()
+        raise Failure("Can't use copy-on-read on read-only device")
+    node = CopyOnReadNode(CopyOnReadOptions())
+    graph.attach(node, "file", root, Role.FILTERED)
+    node.start()
+    disk.replace_root(node)
+    return disk
 
 
 def _what(name: str | None, how: How) -> str | Mapping[str, Any]:

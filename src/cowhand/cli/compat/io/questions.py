@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def info(session: Session, words: Sequence[str]) -> bool:
     """Print the format and what it tells of itself."""
-    node: Any = the_disk(session).root
+    node: Any = session.image
     print(f"format name: {node.driver}")
     if REGISTRY.get(node.driver).prefixes:
         print(f"format name: {node.driver}")  # its name as a protocol, which QEMU prints alike

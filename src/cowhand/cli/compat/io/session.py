@@ -18,6 +18,7 @@ from cowhand.core.errors import CowhandError
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
     from cowhand.block.filters.blkdebug import BlkDebugNode
+    from cowhand.block.node import BlockNode
 
 
 class Session:
@@ -50,6 +51,15 @@ class Session:
             disk.close()
         except CowhandError:
             pass  # the drivers have said what failed; QEMU closes all the same
+
+    @property
+    def image(self) -> BlockNode:
+        """The root that the user asked for: not the filter that copies on reading (``-C``)."""
+        assert self.disk is not None
+        root = self.disk.root
+        if self.how.copy_on_read and root.driver == "copy-on-read" and root.primary is not None:
+            return root.primary.node
+        return root
 
     def breakpoints(self) -> BlkDebugNode | None:
         """Return the node that suspends requests, if there is one below the disk."""
