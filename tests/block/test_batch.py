@@ -120,3 +120,26 @@ def test_batches_of_two_threads_into_the_same_new_clusters() -> None:
                 worker.done()
     keeper.close()
     assert sound_content(file) == (b"\1" * half + b"\2" * half) * COUNT * rounds
+
+
+def test_tables_stay_although_the_cache_is_too_small_for_them() -> None:
+    """Each write of a batch lies under a table of its own, and the cache holds one."""
+    cluster, tables = 512, 40
+    reach = cluster * (cluster // 8)
+    file = qcow2_file(tables * reach, cluster_size=cluster)
+    keeper = Disk(file)
+    model = bytearray(tables * reach)
+    with Disk(qcow2_node(file, **{"l2-cache-size": cluster}), writable=True) as disk:
+        for step in range(4):
+            numbers = [number for number in range(tables) for _ in range(2)]
+            batch = []
+            for turn, number in enumerate(numbers):
+                at = number * reach + (2 * step + turn % 2) * cluster + 5
+                data = bytes([1 + (turn + step) % 255]) * 100
+                batch.append((WRITE_REQUEST, at, data))
+                model[at : at + 100] = data
+            random.Random(step).shuffle(batch)
+            disk.submit(batch)
+        assert disk.read(0, disk.size) == model
+    keeper.close()
+    assert sound_content(file) == model

@@ -32,7 +32,7 @@ def completed(script: Path, *words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (("cowhand", "co"), {"convert", "compare", "commit", "completion"}),
+        (("cowhand", "co"), {"convert", "compare", "commit", "compact", "completion"}),
         (("cowhand", "create", "-f", "q"), {"qcow2"}),
         (("cowhand", "convert", "--cache", "writeb"), {"writeback"}),
         (("cowhand", "resize", "--sh"), {"--shrink"}),

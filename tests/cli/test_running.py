@@ -190,7 +190,7 @@ class TestMain:
         text = main.build_parser(name, module).format_help()
         assert f"cowhand {name} " in module.EXAMPLES
         assert module.EXAMPLES.strip() in text
-        assert "--output" in text
+        assert "--output" in text or name == "completion"
 
     def test_a_reader_that_leaves_is_no_error(self) -> None:
         with subprocess.Popen(

@@ -52,12 +52,12 @@ def test_what_is_no_secret(given: dict[str, str], message: str) -> None:
 
 
 def test_what_was_there_before_comes_back() -> None:
-    with secrets.given({"a": b"1"}):
-        with secrets.given({"a": "2"}):
-            assert secrets.lookup("a") == b"2"
-        assert secrets.lookup("a") == b"1"
+    with secrets.given({"nested": b"1"}):
+        with secrets.given({"nested": "2"}):
+            assert secrets.lookup("nested") == b"2"
+        assert secrets.lookup("nested") == b"1"
     with pytest.raises(InvalidArgument):
-        secrets.lookup("a")
+        secrets.lookup("nested")
 
 
 def test_a_passphrase_is_text_and_its_error_does_not_show_it() -> None:

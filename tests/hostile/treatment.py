@@ -161,7 +161,8 @@ def _open(file: Any, base: bytes | None, *, writable: bool) -> Disk:
     if isinstance(file, str):
         file = {"driver": "file", "filename": file}
     description = {"driver": "qcow2", "file": file, "backing": backing, "read-only": not writable, "discard": "unmap"}
-    opening = Opening(REGISTRY)
+    # A stranger's image: what it names beside the given base is not opened.
+    opening = Opening(REGISTRY, policy=UNTRUSTED)
     root = opening.open(description)
     try:
         return Disk(root, writable=writable)

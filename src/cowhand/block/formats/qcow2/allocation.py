@@ -253,19 +253,30 @@ def _reserve_new(
 def reserve_units(node: Qcow2Node, offsets: Sequence[int]) -> list[Reservation | None]:
     """See :meth:`cowhand.block.format.FormatNode.reserve_units`: adjoining clusters for all of *offsets* that have none, in their order."""
     mapping = node.mapping
-    size, bits, shift, mask = mapping.cluster_size, mapping.cluster_bits, mapping.table_shift, mapping.entries - 1
+    bits, shift, mask = mapping.cluster_bits, mapping.table_shift, mapping.entries - 1
     places: list[tuple[int, Table, int] | None] = []
-    count = 0
-    for offset in offsets:
-        table = writable_table(node, offset >> shift)
-        first = offset >> bits & mask
-        if L.U64.unpack_from(table.data, first * 8)[0]:
-            places.append(None)
-            continue
-        places.append((offset >> bits << bits, table, first))
-        count += 1
-    if not count:
-        return []
+    held: list[Table] = []
+    try:
+        for offset in offsets:
+            table = writable_table(node, offset >> shift)
+            first = offset >> bits & mask
+            if L.U64.unpack_from(table.data, first * 8)[0]:
+                places.append(None)
+                continue
+            # The tables of the other offsets must not push this one out of a small cache.
+            table.writing += 1
+            held.append(table)
+            places.append((offset >> bits << bits, table, first))
+        return _reserve_places(node, places, len(held)) if held else []
+    finally:
+        for table in held:
+            table.writing -= 1
+
+
+def _reserve_places(
+    node: Qcow2Node, places: list[tuple[int, Table, int] | None], count: int
+) -> list[Reservation | None]:
+    size, bits = node.mapping.cluster_size, node.mapping.cluster_bits
     cluster = node.allocator.take(count)
     fresh, blank, child = node.allocator.fresh, node.backing is None, node.data_child
     reservations: list[Reservation | None] = []

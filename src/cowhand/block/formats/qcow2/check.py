@@ -7,7 +7,7 @@ of qemu-img's check on the same image.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import TYPE_CHECKING
 
 from cowhand.block.check import CheckResult
@@ -45,7 +45,7 @@ class Examination:
         self.wrote_counts = False
         self._told_unaligned = False
         self.marked = False  #: marked corrupt by this check: a new refcount structure may be made, but no count of the old one is touched
-        self._kept: set[int] | None = None
+        self._kept: Container[int] | None = None
         self._mismatched: list[int] = []  #: refcount blocks that differ from the tally
         self._compared = 0  #: clusters that the last comparison went over
         self.walk = self.new_walk(fix=self.fix_errors)
@@ -358,12 +358,12 @@ class Examination:
 
             write_counts(self, index, mended)
 
-    def _protected(self) -> set[int]:
+    def _protected(self) -> Container[int]:
         """Return clusters that are not freed although nothing was counted of them: metadata that could not be followed lies there."""
         if self._kept is None:
-            from cowhand.block.formats.qcow2.repair import uncounted
+            from cowhand.block.formats.qcow2.repair import Uncounted
 
-            self._kept = uncounted(self)
+            self._kept = Uncounted(self)
         return self._kept
 
     def _sync(self) -> None:

@@ -50,19 +50,29 @@ def _conflict(exam: Examination, host: int, length: int, own: str) -> CowhandErr
     return None
 
 
-def uncounted(exam: Examination) -> set[int]:
-    """Return the clusters that metadata occupies although nothing was counted of it, since its place or its size is not possible.
+class Uncounted:
+    """The clusters that metadata occupies although nothing was counted of it, since its place or its size is not possible.
 
-    Nobody may take them: what lies there may be all that is left of it.
+    Nobody may take them: what lies there may be all that is left of it. Ranges, since a damaged size makes millions of them.
     """
-    node, walk = exam.node, exam.walk
-    found: set[int] = set()
-    for region in overlap.regions(node):
-        clusters = region.clusters
-        if isinstance(clusters, range):
-            clusters = range(clusters.start, min(clusters.stop, walk.clusters))
-        found.update(cluster for cluster in clusters if cluster < walk.clusters and not walk.tally.get(cluster))
-    return found
+
+    def __init__(self, exam: Examination) -> None:
+        walk = exam.walk
+        self._tally = walk.tally
+        self._end = walk.clusters
+        self._ranges = []
+        self._single: set[int] = set()
+        for region in overlap.regions(exam.node):
+            clusters = region.clusters
+            if isinstance(clusters, range):
+                self._ranges.append(clusters)
+            else:
+                self._single.update(clusters)
+
+    def __contains__(self, cluster: int) -> bool:
+        if cluster >= self._end or not (cluster in self._single or any(cluster in known for known in self._ranges)):
+            return False
+        return not self._tally.get(cluster)
 
 
 # -- entries
@@ -166,7 +176,8 @@ class _Rebuilding:
         self.per_table_cluster = exam.walk.size // 8
         # Where a part of the image could not be followed, what looks free may not be: then only what lies behind everything is taken.
         self.lowest = self.end if exam.walk.uncertain else 0
-        self.taboo = set(exam.walk.behind) | uncounted(exam)
+        self.behind = set(exam.walk.behind)
+        self.uncounted = Uncounted(exam)
         self.blocks: dict[int, int] = {}
         self.table_clusters = 0
 
@@ -174,7 +185,8 @@ class _Rebuilding:
         """Return the lowest run of *count* free clusters from *first* on, now counted; behind the end all is free."""
         begin = position = max(first, self.lowest)
         while position - begin < count:
-            if position in self.taboo or (position < self.end and self.tally.get(position)):
+            taken = position < self.end and self.tally.get(position)
+            if taken or position in self.behind or position in self.uncounted:
                 begin = position = self._next_free(position + 1)
             else:
                 position += 1
