@@ -360,11 +360,12 @@ class Examination:
 
     def _protected(self) -> Container[int]:
         """Return clusters that are not freed although nothing was counted of them: metadata that could not be followed lies there."""
-        if self._kept is None:
+        kept = self._kept
+        if kept is None:
             from cowhand.block.formats.qcow2.repair import Uncounted
 
-            self._kept = Uncounted(self)
-        return self._kept
+            kept = self._kept = Uncounted(self)
+        return kept
 
     def _sync(self) -> None:
         """Make the tally what the disk says: what was found different was told, and the COPIED bits are judged by the disk's counts."""
