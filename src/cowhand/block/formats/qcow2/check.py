@@ -7,7 +7,7 @@ of qemu-img's check on the same image.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cowhand.block.check import CheckResult
@@ -21,6 +21,7 @@ from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.formats.qcow2.overlap import Region
+    from cowhand.block.formats.qcow2.repair import Uncounted
     from cowhand.block.formats.qcow2.snapshots import Snapshot
 
 #: QEMU's own limit, and what keeps a check's memory within reason.
@@ -45,7 +46,7 @@ class Examination:
         self.wrote_counts = False
         self._told_unaligned = False
         self.marked = False  #: marked corrupt by this check: a new refcount structure may be made, but no count of the old one is touched
-        self._kept: Container[int] | None = None
+        self._kept: Uncounted | None = None
         self._mismatched: list[int] = []  #: refcount blocks that differ from the tally
         self._compared = 0  #: clusters that the last comparison went over
         self.walk = self.new_walk(fix=self.fix_errors)
@@ -358,7 +359,7 @@ class Examination:
 
             write_counts(self, index, mended)
 
-    def _protected(self) -> Container[int]:
+    def _protected(self) -> Uncounted:
         """Return clusters that are not freed although nothing was counted of them: metadata that could not be followed lies there."""
         kept = self._kept
         if kept is None:
