@@ -54,6 +54,7 @@ class Shape:
     lazy: bool = False
     formats: tuple[str, ...] = ()
     sizes: tuple[int, ...] = (1 << 20,)
+    extended: bool = False  #: subclusters
     data: str = ""  #: "plain" or "raw": an external data file
 
     def options(self, path: Path | None = None) -> dict[str, str]:
@@ -64,6 +65,8 @@ class Shape:
             out["compression_type"] = self.compression
             if self.lazy:
                 out["lazy_refcounts"] = "on"
+        if self.extended:
+            out["extended_l2"] = "on"
         if self.data:
             out["data_file"] = f"{path}.data"
         if self.data == "raw":

@@ -57,11 +57,12 @@ class Kind(IntEnum):
 class Reservation:
     """Allocation units ``[offset, offset + length)`` on their way to a new state; made by a driver's ``reserve``.
 
+    ``[begin, end)``, all of it unless a driver says less, is what changes inside these units: what is to be filled with bytes.
     ``child`` and ``host`` say where the bytes go (kinds DATA and COMPRESSED); ``fresh`` that the new place reads as zeroes by itself,
     ``blank`` that the old content is known to read as zeroes (False: not known). ``state`` is the driver's own.
     """
 
-    __slots__ = ("blank", "child", "fresh", "host", "kind", "length", "offset", "state", "waiters")
+    __slots__ = ("begin", "blank", "child", "end", "fresh", "host", "kind", "length", "offset", "state", "waiters")
 
     def __init__(
         self,
@@ -77,6 +78,8 @@ class Reservation:
     ) -> None:
         self.offset = offset
         self.length = length
+        self.begin = offset
+        self.end = offset + length
         self.kind = kind
         self.child = child
         self.host = host
@@ -333,7 +336,7 @@ class FormatNode(BlockNode):
             reservation = self.claim(offset, length, Kind.DATA, continues=skip > 0)
             if reservation is not None:
                 break
-        count = min(length, reservation.offset + reservation.length - offset)
+        count = min(length, reservation.end - offset)
         try:
             self.put(reservation, offset, _slice(views, skip, count), count)
         except BaseException as error:
@@ -356,7 +359,7 @@ class FormatNode(BlockNode):
         """Place guest *data* and what has to surround it in the reserved units."""
         child = reservation.child
         assert child is not None
-        begin, end = reservation.offset, reservation.offset + reservation.length
+        begin, end = reservation.begin, reservation.end
         head, tail = offset - begin, end - (offset + count)
         borrowed: list[memoryview] = []
         try:
@@ -366,7 +369,7 @@ class FormatNode(BlockNode):
             if self.event_sink is not None:
                 self.event_sink("write_aio")
             start = begin if before or not head else offset
-            child.write(reservation.host + (start - begin), self.encode(reservation, start, pieces))
+            child.write(reservation.host + (start - reservation.offset), self.encode(reservation, start, pieces))
         finally:
             for buffer in borrowed:
                 give(buffer)
@@ -539,7 +542,7 @@ class FormatNode(BlockNode):
             if reservation is None:
                 raise AssertionError(f"driver '{self.driver}' reserved nothing for {kind.name}")
             self.finish(reservation)
-            offset = reservation.offset + reservation.length
+            offset = reservation.end
 
     # -- zeroes and discards
 
@@ -547,13 +550,14 @@ class FormatNode(BlockNode):
         self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
     ) -> None:
         self.check_writable()
-        unit = self.allocation_unit
+        unit = self.copy_unit
         end = offset + length
         kind = Kind.ZERO_UNMAP if unmap else Kind.ZERO
         while offset < end:
             begin = offset - offset % unit
             whole = end if end == self.size else end - end % unit
             if offset == begin and offset < whole and self.capabilities.zeroes is Zeroing.NATIVE:
+                whole = self._end_of_zeroes(offset, whole)
                 try:
                     self.change(offset, -(-(whole - offset) // unit) * unit, kind)
                 except NotSupported:
@@ -569,9 +573,18 @@ class FormatNode(BlockNode):
         if fua:
             self.flush()
 
+    def _end_of_zeroes(self, offset: int, end: int) -> int:
+        """Return up to where one change goes: a part of an allocation unit, or whole ones. A driver may refuse a part."""
+        unit = self.allocation_unit
+        if unit == self.copy_unit:
+            return end
+        if offset % unit:
+            return min(end, offset - offset % unit + unit)
+        return end if end == self.size or end < offset + unit else end - end % unit
+
     def _zero_partial(self, offset: int, length: int, kind: Kind, fallback: bool) -> None:
         """Zero a part of one unit: the whole unit where the rest reads as zeroes anyway and no data is stored for it."""
-        unit = self.allocation_unit
+        unit = self.copy_unit
         begin = offset - offset % unit
         inside = min(unit, self.size - begin)
         _, flags, _, _ = self.map(begin, inside)
@@ -595,7 +608,7 @@ class FormatNode(BlockNode):
 
     def _zero_unit_unless_written(self, begin: int, inside: int, kind: Kind) -> None:
         # Between the look at the neighbours and the reservation somebody may have written there; so look again while holding the unit.
-        reservation = self.claim(begin, self.allocation_unit, kind)
+        reservation = self.claim(begin, self.copy_unit, kind)
         assert reservation is not None
         if self.reads_zero(begin, inside) or not self.map(begin, inside)[1] & DATA:
             self.finish(reservation)
@@ -622,7 +635,7 @@ class FormatNode(BlockNode):
         reservation = self.claim(offset, length, Kind.DATA)
         if reservation is None:
             return 0
-        count = min(length, reservation.offset + reservation.length - offset)
+        count = min(length, reservation.end - offset)
         try:
             self.put(reservation, offset, [ZEROES[:count]], count)
         except BaseException as error:

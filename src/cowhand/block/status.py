@@ -54,25 +54,25 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
         if below is None:
             # QEMU says of it: zero, and of no layer's doing.
             flags = ZERO if here.supports_backing else DATA
-            out.add(part.start, part.length, part.flags | flags, node=here, depth=at)
+            out.add(part.start, part.length, part.flags | flags, part.host, _owner(part, here), at)
             continue
         lower = skip_filters(below.node)
         limit = lower.size
         if part.start >= limit:
-            out.add(part.start, part.length, part.flags | ZERO, node=here, depth=at)
+            out.add(part.start, part.length, part.flags | ZERO, part.host, _owner(part, here), at)
             continue
         if depth is not None and at + 1 >= depth:
             count = min(part.length, limit - part.start)
-            out.add(part.start, count, part.flags, node=here, depth=at)
+            out.add(part.start, count, part.flags, part.host, _owner(part, here), at)
             if count < part.length:
-                rest = part._replace(start=part.start + count, length=part.length - count)
+                rest = _behind(part, count)
                 stack.append((here, rest, at))
             continue
         count = min(part.length, limit - part.start)
         answers = lower.map_batch(part.start, count)
         told = answers.end - part.start
         if told < part.length:
-            stack.append((here, part._replace(start=part.start + told, length=part.length - told), at))
+            stack.append((here, _behind(part, told), at))
         stack.extend((lower, answer, at + 1) for answer in reversed(list(answers)))
     return True
 
@@ -95,3 +95,15 @@ def _ask_file(out: ExtentBatch, part: Extent, level: int) -> bool:
             out.add(part.start + row.start - part.host, row.length, flags | extra, row.start, part.node, level)
         position = answer.end
     return True
+
+
+def _owner(part: Extent, here: BlockNode) -> BlockNode:
+    """Return the node of a row that *here* allocates nothing of; it may have a place all the same."""
+    owner: BlockNode = part.node if part.flags & OFFSET else here
+    return owner
+
+
+def _behind(part: Extent, count: int) -> Extent:
+    """Return *part* without its first *count* bytes."""
+    host = part.host + count if part.flags & OFFSET else part.host
+    return part._replace(start=part.start + count, length=part.length - count, host=host)

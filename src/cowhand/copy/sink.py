@@ -161,9 +161,10 @@ class LaneSink(Sink):
             reservation = node.claim(offset + begin, end - begin, Kind.DATA)
             if reservation is None:
                 continue  # somebody else allocated it meanwhile: look again
-            stop = min(end, reservation.offset + reservation.length - offset)
-            moves.append(_Move(begin, stop, reservation.child, reservation.host, reservation))
-            if reservation.offset != offset + begin or ((stop - begin) % unit and offset + stop != node.size):
+            stop = min(end, reservation.end - offset)
+            host = reservation.host + (reservation.begin - reservation.offset)
+            moves.append(_Move(begin, stop, reservation.child, host, reservation))
+            if reservation.begin != offset + begin or ((stop - begin) % unit and offset + stop != node.size):
                 raise AssertionError(f"a piece at {offset + begin:#x} does not begin and end on units of {unit} bytes")
             begin = stop
 
@@ -193,7 +194,7 @@ class LaneSink(Sink):
         if reservation is not None:
             # Behind the end of the disk the last unit has no guest bytes; what lay there must not come back when the disk grows, and the
             # file ends with a whole unit.
-            padding = reservation.length - (move.end - move.begin)
+            padding = reservation.end - reservation.begin - (move.end - move.begin)
             data += [ZEROES[: min(ZEROES_SIZE, padding - at)] for at in range(0, padding, ZEROES_SIZE)]
         child = move.child
         descriptor = child.lane.lane_fd if child.lane is not None else -1
@@ -235,6 +236,9 @@ def lane_of(disk: Disk) -> FormatNode | None:
     """
     node = disk.root
     if disk.write_through or not isinstance(node, FormatNode) or node.encodes:
+        return None
+    if node.copy_unit != node.allocation_unit:
+        # Parts of one unit would have to be reserved by one piece, which cannot wait for itself.
         return None
     if node.event_sink is not None or node.limits.request_alignment > 1:
         return None

@@ -69,7 +69,12 @@ class EntryChange:
             node.write_back.barrier = True
         self.table.writing -= 1
         if old.count(0) != len(old):
-            free_entries(node, old, self.entries, discard=self.discard)
+            new = self.entries
+            if node.extended:
+                from cowhand.block.formats.qcow2.subclusters import every_second
+
+                old, new = every_second(old), every_second(new)
+            free_entries(node, old, new, discard=self.discard)
 
     def abandon(self, node: Qcow2Node) -> None:
         """Give back what was taken."""
@@ -191,6 +196,10 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
         # Tables are counted at once even so: a repair then has only data to find.
         table.uncounted = False
         raise Unprepared(node.flush_counts)
+    if node.extended:
+        from cowhand.block.formats.qcow2 import subclusters
+
+        return subclusters.reserve_data(node, table, first, count, offset, length)
     if node.external:
         from cowhand.block.formats.qcow2.datafile import reserve_data
 
@@ -315,6 +324,7 @@ def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservatio
     mapping = node.mapping
     index, first, _ = _place(node, offset, mapping.cluster_size)
     table = writable_table(node, index)
+    first *= 2 if node.extended else 1
     if L.U64.unpack_from(table.data, first * 8)[0] & L.COPIED:
         return None
     host = node.allocator.take_bytes(nbytes)
@@ -322,7 +332,8 @@ def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservatio
     entry = L.compressed_entry(host, nbytes, bits)
     low, high = host >> bits, (host + nbytes - 1) >> bits
     node.allocator.use(low, high - low + 1)
-    change = EntryChange(table, first, L.U64.pack(entry), taken=low, taken_count=high - low + 1)
+    stored = L.U64.pack(entry) + (bytes(8) if node.extended else b"")
+    change = EntryChange(table, first, stored, taken=low, taken_count=high - low + 1)
     return Reservation(offset, mapping.cluster_size, Kind.COMPRESSED, node.file, host, state=change)
 
 
@@ -342,6 +353,10 @@ def _reserve_empty(node: Qcow2Node, offset: int, length: int, kind: Kind) -> Res
         covered = -(-end >> mapping.cluster_bits) << mapping.cluster_bits
         return Reservation(offset, min(length, covered - offset), kind, state=NothingToDo())
     table = writable_table(node, index)
+    if node.extended:
+        from cowhand.block.formats.qcow2 import subclusters
+
+        return subclusters.reserve_empty(node, table, first, count, offset, length, kind)
     old = array("Q", bytes(table.data[first * 8 : (first + count) * 8]))
     old.byteswap()
     new = (

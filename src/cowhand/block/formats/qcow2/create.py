@@ -88,15 +88,25 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
                 "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
             )
         header.compatible |= L.COMPAT_LAZY_REFCOUNTS
-    for name in ("extended_l2", "encryption", "encrypt.format", "encrypt.key-secret"):
+    for name in ("encryption", "encrypt.format", "encrypt.key-secret"):
         if options.get(name):
             raise NotSupported(f"qcow2 option '{name}' is not supported yet")
+    if options.get("extended_l2"):
+        if version < 3:
+            raise InvalidArgument(
+                "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+            )
+        if cluster < L.EXTENDED_CLUSTER_MIN:
+            raise InvalidArgument(
+                f"Extended L2 entries are only supported with cluster sizes of at least {L.EXTENDED_CLUSTER_MIN} bytes"
+            )
+        header.incompatible |= L.INCOMPAT_EXTENDED_L2
     if options.get("data_file") or options.get("data_file_raw") or options.get("keep_data_file"):
         from cowhand.block.formats.qcow2.datafile import plan
 
         plan(header, options)
     header.size = size
-    tables = -(-size // (cluster * (cluster // 8)))
+    tables = -(-size // (cluster * (cluster // header.entry_size)))
     if tables * 8 > L.MAX_L1_BYTES:
         raise InvalidArgument(
             "the L1 table of so large an image would be larger than 32 MiB", qemu="The image size is too large (try using a larger cluster size)",
@@ -116,7 +126,7 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
     if preallocation not in ("off", "metadata", "falloc", "full"):
         message = f"Parameter 'preallocation' does not accept value '{preallocation}'"
         raise InvalidArgument(message, hint="preallocation is off, metadata, falloc or full.")
-    if header.backing_name is not None and preallocation != "off":
+    if header.backing_name is not None and preallocation != "off" and not header.incompatible & L.INCOMPAT_EXTENDED_L2:
         raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is on")
     from cowhand.block import graph
     from cowhand.block.formats.qcow2.driver import Qcow2Node, Qcow2Options

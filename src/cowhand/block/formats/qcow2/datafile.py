@@ -193,15 +193,15 @@ def change(node: Qcow2Node, offset: int, length: int, kind: Kind) -> None:
     while offset < end:
         reservation = node.claim(offset, end - offset, kind)
         assert reservation is not None
-        stop = min(reservation.offset + reservation.length, node.size)
+        stop = min(reservation.end, node.size)
         try:
-            if stop > reservation.offset:
-                _follow(node, reservation.offset, stop - reservation.offset, kind, reservation.state)
+            if stop > reservation.begin:
+                _follow(node, reservation.begin, stop - reservation.begin, kind, reservation.state)
         except BaseException as error:
             node.give_up(reservation, error)
             raise
         FormatNode.finish(node, reservation)
-        offset = reservation.offset + reservation.length
+        offset = reservation.end
 
 
 def _follow(node: Qcow2Node, offset: int, length: int, kind: Kind, state: Any) -> None:

@@ -120,6 +120,7 @@ class Qcow2Node(FormatNode):
         self.counts_distrusted = False
         self.operation = ranked_lock(RANK_OPERATION, "qcow2 operation")
         self.corrupt_reported = False
+        self.extended = False  #: clusters have subclusters
         self.external = False  #: guest data lies in a data file
         self.data_missing = False  #: which was not opened, since only the header is of interest
         self.views: dict[int, int] = {}  #: open views of snapshots, by the offset of their L1 table
@@ -206,6 +207,10 @@ class Qcow2Node(FormatNode):
             self, self._read_table(header.refcount_table_offset, header.refcount_table_clusters * self.cluster_size)
         )
         self.external = bool(header.incompatible & L.INCOMPAT_DATA_FILE)
+        self.extended = bool(header.incompatible & L.INCOMPAT_EXTENDED_L2)
+        if self.extended:
+            self.copy_unit = unit >> 5
+            self.limits = self.limits._replace(zero_alignment=self.copy_unit)
         self.mapping = self._mapping_class()(self, self._read_table(header.l1_offset, header.l1_size * 8))
         self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
         options = self.options
@@ -224,13 +229,11 @@ class Qcow2Node(FormatNode):
         header, path = self.header, self.filename
         if header.incompatible & ~sum(1 << bit for kind, bit, _ in L.FEATURE_NAMES if kind == 0):
             headers.check_features(header, path)
-        for flag, name in ((L.INCOMPAT_EXTENDED_L2, "extended L2 entries"),):
-            if header.incompatible & flag:
-                raise UnsupportedFeature(
-                    f"the image uses '{name}', which this version does not read",
-                    path=path,
-                    offset=L.OFFSET_INCOMPATIBLE,
-                )
+        if header.incompatible & L.INCOMPAT_EXTENDED_L2 and header.cluster_size < L.EXTENDED_CLUSTER_MIN:
+            raise InvalidFormat(
+                f"clusters of {header.cluster_size} bytes are too small for subclusters",
+                qemu=f"unsupported subcluster size: {header.cluster_size >> 5}", path=path, offset=20,
+            )  # fmt: skip
         if header.crypt_method:
             name = "AES" if header.crypt_method == L.CRYPT_AES else "LUKS"
             if self.writable:
@@ -267,6 +270,10 @@ class Qcow2Node(FormatNode):
             )  # fmt: skip
 
     def _mapping_class(self) -> type[Mapping]:
+        if self.extended:
+            from cowhand.block.formats.qcow2.subclusters import ExtendedMapping
+
+            return ExtendedMapping
         if self.external:
             from cowhand.block.formats.qcow2.datafile import ExternalMapping
 

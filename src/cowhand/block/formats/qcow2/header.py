@@ -61,6 +61,11 @@ class Header:
     def refcount_bits(self) -> int:
         return 1 << self.refcount_order
 
+    @property
+    def entry_size(self) -> int:
+        """Bytes of an L2 entry."""
+        return 2 * L.ENTRY_SIZE if self.incompatible & L.INCOMPAT_EXTENDED_L2 else L.ENTRY_SIZE
+
     def find(self, kind: int) -> bytes | None:
         """Return the data of the first extension of *kind*, or None."""
         for extension in self.extensions:
@@ -338,12 +343,12 @@ def _check_tables(header: Header, path: str, for_repair: bool) -> None:
         L.OFFSET_L1_SIZE,
         path,
     )
-    if header.size > cluster // L.ENTRY_SIZE * cluster * (L.MAX_L1_BYTES // L.ENTRY_SIZE):
+    if header.size > cluster // header.entry_size * cluster * (L.MAX_L1_BYTES // L.ENTRY_SIZE):
         raise InvalidFormat(
             f"a disk of {header.size} bytes needs a larger L1 table than an image may have",
             qemu="Image is too big", path=path, offset=24,
         )  # fmt: skip
-    needed = -(-header.size // (cluster * (cluster // L.ENTRY_SIZE)))
+    needed = -(-header.size // (cluster * (cluster // header.entry_size)))
     if header.l1_size < needed:
         raise InvalidFormat(
             f"the L1 table has {header.l1_size} entries, and a disk of {header.size} bytes needs {needed}",

@@ -41,7 +41,7 @@ _TABLES_IN_BATCH = 4096
 _L1_STRETCH = 1 << 13
 
 NORMAL = DATA | ALLOCATED | OFFSET
-_COMPRESSED = DATA | ALLOCATED | COMPRESSED
+COMPRESSED_CLUSTER = DATA | ALLOCATED | COMPRESSED
 #: An entry that cannot be followed: who reads it is told so by ``decode``, and who writes by ``reserve``, in other words.
 DAMAGED = DATA | ENCODED | ALLOCATED
 ZERO_PLAIN = ZERO | ALLOCATED
@@ -168,7 +168,7 @@ class Mapping:
         if not entry:
             return self._same(data, at, entry, have, length, 0, NO_HOST)
         if entry & L.ENTRY_COMPRESSED:
-            return have, _COMPRESSED, node.file, entry
+            return have, COMPRESSED_CLUSTER, node.file, entry
         if entry & L.L2_OFFSET_MASK:
             if entry & self._bad:
                 return have, DAMAGED, node.file, at
@@ -246,12 +246,17 @@ class Mapping:
             # A copy of the part that is asked for, so that the rows of one table are of one moment.
             first = offset >> self.cluster_bits & (self.entries - 1)
             last = ((stop - 1) >> self.cluster_bits & (self.entries - 1)) + 1
-            entries = array("Q", bytes(table.data[first * 8 : last * 8]))
-            entries.byteswap()
+            entries = self._words(table, first, last)
             alike = self._alike(entries, entry) if self.l1_entry(index + 1) == entry else None
             ends = find_ends(entries, self.cluster_size) if find_ends is not None else None
             offset = self._rows(out, entries, table, first, offset, stop, recurse, ends)
         return out
+
+    def _words(self, table: Table, first: int, last: int) -> array[int]:
+        """Return what *table* says of its entries ``[first, last)``, as native integers."""
+        words = array("Q", bytes(table.data[first * 8 : last * 8]))
+        words.byteswap()
+        return words
 
     def _run_finder(self, length: int) -> Callable[[array[int], int], list[int]] | None:
         """Return what finds runs by numpy when so many tables are asked for that importing it pays."""
@@ -268,7 +273,7 @@ class Mapping:
             return None
         if entries.count(first) != len(entries):
             return None
-        return l1_entry, _COMPRESSED if first & L.ENTRY_COMPRESSED else ZERO_PLAIN if first & L.ENTRY_ZERO else 0
+        return l1_entry, COMPRESSED_CLUSTER if first & L.ENTRY_COMPRESSED else ZERO_PLAIN if first & L.ENTRY_ZERO else 0
 
     def _skip_l1(self, index: int, end: int, entry: int) -> int:
         """Return where the run of L1 entries that equal *entry* ends, or *end*."""
@@ -322,11 +327,11 @@ class Mapping:
             if entry & L.ENTRY_COMPRESSED:
                 while ends is None and position < count and entries[position] & L.ENTRY_COMPRESSED:
                     position += 1
-                flags, host, owner = _COMPRESSED, NO_HOST, node
+                flags, host, owner = COMPRESSED_CLUSTER, NO_HOST, node
             elif entry & L.L2_OFFSET_MASK:
                 if entry & self._bad:
                     raise self.bad_entry(entry, table, (first + begin) * 8)
-                position = position if ends is not None else _ramp(entries, begin, size)
+                position = position if ends is not None else ramp(entries, begin, size)
                 zero = entry & L.ENTRY_ZERO
                 flags = ZERO_HOST if zero else NORMAL | recurse
                 host, owner = entry & L.L2_OFFSET_MASK, node.data_child.node
@@ -349,7 +354,7 @@ class Mapping:
         return offset
 
 
-def _ramp(entries: array[int], begin: int, step: int) -> int:
+def ramp(entries: array[int], begin: int, step: int) -> int:
     """Return the index after the longest run from *begin* in which each entry is the one before it plus *step* (flags equal)."""
     mask = L.L2_OFFSET_MASK | L.ENTRY_ZERO | L.ENTRY_COMPRESSED
     value = entries[begin] & mask

@@ -22,6 +22,10 @@ def preallocate(node: Qcow2Node, begin: int, end: int, mode: str) -> None:
         if reservation is None:
             position += max(unit, node.map(position, end - position)[0] // unit * unit)
             continue
+        if node.extended:
+            from cowhand.block.formats.qcow2.subclusters import without_data
+
+            without_data(reservation.state.table, reservation.state)
         try:
             _prepare(node, reservation, mode)
         except BaseException as error:

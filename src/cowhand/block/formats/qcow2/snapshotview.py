@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from cowhand.block import graph
 from cowhand.block.formats.qcow2.driver import Qcow2Node, Qcow2Options
-from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.refcounts import Refcounts
 from cowhand.block.formats.qcow2.snapshots import read_l1
 from cowhand.block.node import ALL_PERMISSIONS, CONSISTENT_READ, Capabilities, Child, Role
@@ -37,7 +36,8 @@ class SnapshotView(Qcow2Node):
             snapshot.l1_size,
             snapshot.l1_offset,
         )
-        view.cluster_size = view.allocation_unit = view.copy_unit = origin.cluster_size
+        view.cluster_size = view.allocation_unit = origin.cluster_size
+        view.copy_unit = origin.copy_unit
         view.limits = origin.limits
         view.capabilities = Capabilities()
         view.event_sink = origin.event_sink
@@ -51,7 +51,8 @@ class SnapshotView(Qcow2Node):
             if origin.backing is not None:
                 graph.attach(view, "backing", origin.backing.node, Role.BACKING)
             view.refcounts = Refcounts(view, origin.refcounts.table)
-            view.mapping = Mapping(view, l1)
+            view.extended = origin.extended
+            view.mapping = type(origin.mapping)(view, l1)
             if origin.encryption is not None:
                 view.be_encrypted(origin.encryption.of(view))
         except BaseException:
