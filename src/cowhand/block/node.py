@@ -19,6 +19,7 @@ from cowhand.core.errors import NotSupported
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ExtentBatch
 
 if TYPE_CHECKING:
+    from cowhand.bitmaps.named import BitmapSet
     from cowhand.block.check import CheckResult
     from cowhand.block.opening import Opening
     from cowhand.block.snapshots import SnapshotInfo
@@ -124,6 +125,7 @@ class BlockNode(ABC):
         self.children: dict[str, Child] = {}
         self.parents: list[Edge] = []
         self.hooks: tuple[Hook, ...] = ()
+        self.dirty_bitmaps: BitmapSet | None = None  #: named bitmaps of this node, where it has any
         self.closed = False
         self.probed = False  #: the driver was chosen by looking at the bytes, not by the user
         #: A descriptor through which this node's bytes may be read and written at their own offsets, or -1 (see host_file).
@@ -272,6 +274,10 @@ class BlockNode(ABC):
     def open_snapshot(self, ident: str, name: str) -> BlockNode:
         """Return a new read-only node, used by nobody yet, that shows a snapshot."""
         raise self._no_snapshots()
+
+    def bitmap_keeper(self) -> Any:
+        """Return what keeps persistent bitmaps in this layer: ``add``, ``remove`` and ``touch`` of (node, name, ...); None: nothing does."""
+        return None
 
     def _no_snapshots(self) -> NotSupported:
         return NotSupported(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowhand.block import graph
-from cowhand.core.errors import ReadOnly, SnapshotNotFound
+from cowhand.core.errors import BitmapUnusable, ReadOnly, SnapshotNotFound
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -99,6 +99,11 @@ def apply_snapshot(disk: Disk, id_or_name: str) -> None:
     _check_writable(disk)
     node = _holder(disk)
     wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
+    if node.dirty_bitmaps:
+        raise BitmapUnusable(
+            f"'{disk.filename}' has dirty bitmaps, which do not follow a snapshot",
+            qemu="Device has active dirty bitmaps", path=disk.filename, errno=16, hint="Remove the bitmaps first.",
+        )  # fmt: skip
     with graph.quiesce(node):
         node.apply_snapshot(wanted.id, wanted.name)
         for above in graph.disks_above((node,)):

@@ -181,6 +181,9 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], None] | None) -> 
             diagnostics.report(error.qemu(), as_tool=True)
         error.qemu_message = os.strerror(error.number)
         raise error.within(qemu="Failed to turn zero into data clusters") from None
+    from cowhand.block.formats.qcow2.bitmapstore import remove_all
+
+    remove_all(node)  # version 2 has no way to say that they are up to date
     _rewrite(node, lambda: _become_version_2(node))
 
 

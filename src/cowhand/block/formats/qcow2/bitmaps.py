@@ -1,53 +1,295 @@
-"""The persistent bitmaps that a qcow2 image lists (QEMU ``docs/interop/qcow2``, "Bitmap directory"). Reading only.
+"""The persistent bitmaps of a qcow2 image: the header extension and the bitmap directory (QEMU ``docs/interop/qcow2``, "Bitmaps").
 
-A broken directory is no reason not to read the disk: then there are no bitmaps to tell of, and check says what is wrong.
+Read leniently: an image whose directory is broken is an image all the same. What is sound of it is used, what is not is told of, kept as it
+lies, and dropped by a repair. Rooms: ``bitmapdata`` tables and content, ``bitmapheader`` the switch in the header, ``bitmapstore`` writing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.core import diagnostics
+from cowhand.core.errors import BitmapUnusable, CowhandError
 
 if TYPE_CHECKING:
+    from cowhand.bitmaps.named import DirtyBitmap
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
-IN_USE, AUTO = 1, 2
+IN_USE, AUTO, EXTRA_COMPATIBLE = 1, 2, 4
+RESERVED_FLAGS = 0xFFFFFFF8  #: specified
+TYPE_DIRTY = 1  #: specified; the others are reserved
 MAX_NAME = 1023  #: QEMU
 MAX_DIRECTORY_BYTES = L.MAX_BITMAPS * (L.BITMAP_DIRECTORY_ENTRY.size + MAX_NAME)  #: QEMU
-GRANULARITY_BITS = range(9, 32)  #: QEMU
+GRANULARITY_BITS = range(9, 32)  #: QEMU; the specification says 0 to 63
+MAX_TABLE_ENTRIES = 0x8000000  #: QEMU
+MAX_BITMAP_BYTES = 0x20000000  #: QEMU, of the clusters that one bitmap's table can name
+MAX_EXTRA_BYTES = 4096  #: ours; no extra data is specified yet
+
+_OUTDATED_V2 = (
+    "warning: This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent bitmap support; "
+    "so now they must all be considered inconsistent"
+)
+_OUTDATED = (
+    "warning: a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
+)
+_ADVICE = "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+
+
+class StoredBitmap:
+    """One entry of the directory. ``at`` is its byte in the directory, -1 before it is stored; ``live`` the bitmap in memory.
+
+    ``reason`` says why the bitmap cannot be used although the entry is well-formed: it is kept as it is.
+    """
+
+    __slots__ = ("at", "entries", "extra", "flags", "granularity_bits", "live", "name", "reason", "table")
+
+    def __init__(self, name: bytes, granularity_bits: int) -> None:
+        self.name = name
+        self.granularity_bits = granularity_bits
+        self.flags = AUTO
+        self.table = 0
+        self.entries = 0
+        self.extra = b""
+        self.at = -1
+        self.live: DirtyBitmap | None = None
+        self.reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The name as text."""
+        return self.name.decode("utf-8", "surrogateescape")
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the stored form is out of date."""
+        return bool(self.flags & IN_USE)
+
+    def encode(self) -> bytes:
+        """Return the directory entry."""
+        head = L.BITMAP_DIRECTORY_ENTRY.pack(
+            self.table, self.entries, self.flags, TYPE_DIRTY, self.granularity_bits, len(self.name), len(self.extra)
+        )
+        body = head + self.extra + self.name
+        return body + bytes(-len(body) % 8)
+
+    def info(self) -> dict[str, Any]:
+        """Return QEMU's Qcow2BitmapInfo."""
+        flags = ["in-use"] * bool(self.flags & IN_USE) + ["auto"] * bool(self.flags & AUTO)
+        return {"name": self.text, "granularity": 1 << self.granularity_bits, "flags": flags}
+
+
+class Directory:
+    """What an image says of its bitmaps. ``problems`` tell what is broken, (byte of the file, words) each; ``readable`` that its place is sound."""
+
+    def __init__(self, node: Qcow2Node) -> None:
+        self.node = node
+        self.entries: list[StoredBitmap] = []
+        self.problems: list[tuple[int, str]] = []
+        self.present = False  #: the header names a directory that counts
+        self.readable = False
+        self.outdated = False  #: there is one, but the image was written without it
+        self.offset = self.size = 0
+        self.removed: list[StoredBitmap] = []  #: taken away in memory, and not freed yet
+        self.changed = False  #: entries were added or taken away in memory
+
+    def __iter__(self) -> Iterator[StoredBitmap]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def broken(self) -> bool:
+        """Whether something in the directory is not as it must be."""
+        return bool(self.problems)
+
+    def find(self, name: bytes) -> StoredBitmap | None:
+        """Return the entry *name*, or None."""
+        return next((entry for entry in self.entries if entry.name == name), None)
+
+    def encode(self) -> bytes:
+        """Return the directory's bytes."""
+        return b"".join(entry.encode() for entry in self.entries)
+
+    def check_sound(self) -> None:
+        """Raise BitmapUnusable when the directory is broken: it cannot be changed before it was repaired."""
+        if self.problems:
+            offset, text = self.problems[0]
+            raise BitmapUnusable(
+                f"the bitmap directory is broken: {text}", qemu="Broken bitmap directory", path=self.node.filename, offset=offset,
+                hint="Repair the image first: check --repair all keeps the bitmaps that are sound.",
+            )  # fmt: skip
+
+
+def read_directory(node: Qcow2Node) -> Directory:
+    """Return the directory of *node*'s image, looked at but not into the bitmaps' tables. Raises nothing for what is broken."""
+    out = Directory(node)
+    header = node.header
+    extension = header.find(L.EXT_BITMAPS)
+    if extension is None:
+        return out
+    if header.version < 3 or not header.autoclear & L.AUTOCLEAR_BITMAPS:
+        out.outdated = True
+        return out
+    out.present = True
+    if len(extension) != L.BITMAP_EXTENSION.size:
+        out.problems.append(
+            (0, f"the header extension has {len(extension)} bytes instead of {L.BITMAP_EXTENSION.size}")
+        )
+        return out
+    count, reserved, out.size, out.offset = L.BITMAP_EXTENSION.unpack(extension)
+    problem = _wrong_place(node, count, reserved, out.size, out.offset)
+    if problem is not None:
+        out.problems.append((out.offset, problem))
+        return out
+    data = bytearray(out.size)
+    try:
+        node.file.read_into(out.offset, data)
+    except CowhandError as error:
+        out.problems.append((out.offset, f"it cannot be read: {error.message}"))
+        return out
+    out.readable = True
+    _parse(out, bytes(data), count)
+    return out
+
+
+def _wrong_place(node: Qcow2Node, count: int, reserved: int, size: int, offset: int) -> str | None:
+    """Say what is wrong with the header extension's fields, or None."""
+    if reserved:
+        return f"a reserved field of the header extension is {reserved:#x}"
+    if not 0 < count <= L.MAX_BITMAPS:
+        return f"{count} bitmaps are not possible, only 1 to {L.MAX_BITMAPS}"
+    if not 0 < size <= MAX_DIRECTORY_BYTES:
+        return f"a directory of {size} bytes is not possible"
+    if offset % node.cluster_size or not offset:
+        return f"a directory cannot lie at {offset:#x}"
+    if offset > node.file.node.size - size:
+        return f"the directory of {size} bytes at {offset:#x} does not lie in the file"
+    return None
+
+
+def _parse(out: Directory, data: bytes, count: int) -> None:
+    """Take the entries out of *data*; one whose length cannot be right ends it, since nothing behind it can be found."""
+    head = L.BITMAP_DIRECTORY_ENTRY
+    names: set[bytes] = set()
+    at = number = 0
+    while at < len(data):
+        where = out.offset + at
+        if number == count:
+            out.problems.append((where, f"it lists more than the {count} bitmaps that the header tells of"))
+            return
+        if at + head.size > len(data):
+            out.problems.append((where, "it ends inside an entry"))
+            return
+        table, entries, flags, kind, bits, name_length, extra = head.unpack_from(data, at)
+        begin = at + head.size + extra
+        end = begin + name_length
+        end += -end % 8
+        if end > len(data) or extra > MAX_EXTRA_BYTES:
+            out.problems.append((where, f"entry {number} is longer than the directory"))
+            return
+        entry = StoredBitmap(data[begin : begin + name_length], bits)
+        entry.table, entry.entries, entry.flags, entry.at = table, entries, flags, at
+        entry.extra = data[at + head.size : begin]
+        problem = _wrong_entry(out.node, entry, kind)
+        if problem is None and entry.name in names:
+            problem = "another one has the same name"
+        names.add(entry.name)
+        if problem is None:
+            if extra and not flags & EXTRA_COMPATIBLE:
+                entry.reason = "it has extra data that is not known"
+            out.entries.append(entry)
+        else:
+            out.problems.append((where, f"bitmap '{entry.text}': {problem}"))
+        at = end
+        number += 1
+    if number < count:
+        out.problems.append((out.offset, f"it lists {number} bitmaps, and the header tells of {count}"))
+
+
+def serialized_bytes(size: int, granularity_bits: int) -> int:
+    """Return how many bytes the content of a bitmap of a disk of *size* bytes has."""
+    granules = -(-size >> granularity_bits)
+    return (granules + 7) // 8
+
+
+def needed_entries(node: Qcow2Node, size: int, granularity_bits: int) -> int:
+    """Return how many table entries a bitmap of a disk of *size* bytes has."""
+    return -(-serialized_bytes(size, granularity_bits) // node.cluster_size)
+
+
+def _wrong_entry(node: Qcow2Node, entry: StoredBitmap, kind: int) -> str | None:
+    """Say what is wrong with an entry's fields, or None."""
+    size = node.cluster_size
+    if kind != TYPE_DIRTY:
+        return f"type {kind} is not known"
+    if entry.flags & RESERVED_FLAGS:
+        return f"reserved flags are set ({entry.flags:#x})"
+    if not 0 < len(entry.name) <= MAX_NAME:
+        return f"a name of {len(entry.name)} bytes is not possible"
+    if entry.granularity_bits not in GRANULARITY_BITS:
+        return f"a granularity of 2^{entry.granularity_bits} bytes is not supported"
+    if not 0 < entry.entries <= MAX_TABLE_ENTRIES or entry.entries * size > MAX_BITMAP_BYTES:
+        return f"a table of {entry.entries} entries is not possible"
+    if not entry.table or entry.table % size:
+        return f"a table cannot lie at {entry.table:#x}"
+    if entry.table > node.file.node.size - entry.entries * L.ENTRY_SIZE:
+        return f"the table at {entry.table:#x} does not lie in the file"
+    if not entry.in_use and entry.entries != needed_entries(node, node.header.size, entry.granularity_bits):
+        return f"a table of {entry.entries} entries does not fit the disk"
+    return None
+
+
+# -- what an open image has of them
+
+
+def load(node: Qcow2Node) -> None:
+    """Make the bitmaps that *node*'s header tells of the node's; their content is read when it is needed. The node is used by nobody yet."""
+    directory = node.bitmap_directory = read_directory(node)
+    if directory.outdated:
+        diagnostics.report(_OUTDATED_V2 if node.header.version < 3 else _OUTDATED, as_tool=True)
+        diagnostics.report(_ADVICE)
+    for offset, text in directory.problems:
+        diagnostics.report(
+            f"warning: '{node.filename}': the bitmap directory is broken at {offset:#x}: {text}", as_tool=True
+        )
+    if not directory.entries:
+        return
+    from cowhand.bitmaps.named import BitmapSet
+
+    node.dirty_bitmaps = known = BitmapSet()
+    for entry in directory:
+        if entry.reason is None:
+            known.add(make_live(node, entry))
+    # A broken directory is not kept up to date: what it tells of the bitmaps is marked as out of date by the first write.
+    if known.active and node.writable and not directory.broken:
+        node.hooks = (*node.hooks, known.mark)
+
+
+def make_live(node: Qcow2Node, entry: StoredBitmap) -> DirtyBitmap:
+    """Return the bitmap in memory of *entry*."""
+    from cowhand.bitmaps.bitmap import Bitmap
+    from cowhand.bitmaps.named import DirtyBitmap
+
+    def source(bits: Bitmap) -> None:
+        from cowhand.block.formats.qcow2.bitmapdata import read_content
+
+        read_content(node, entry, bits)
+
+    entry.live = DirtyBitmap(
+        entry.text,
+        Bitmap(node.header.size, 1 << entry.granularity_bits),
+        enabled=bool(entry.flags & AUTO),
+        persistent=True,
+        inconsistent=entry.in_use,
+        read_only=not node.writable or node.bitmap_directory.broken,
+        source=source,
+    )
+    return entry.live
 
 
 def list_bitmaps(node: Qcow2Node) -> list[dict[str, Any]]:
-    """Return {"name", "granularity", "flags"} of each persistent bitmap, as QEMU's info has them; empty where there are none that count."""
-    header = node.header
-    extension = header.find(L.EXT_BITMAPS)
-    # Without the autoclear bit somebody wrote the image who does not know bitmaps: they are out of date.
-    if extension is None or not header.autoclear & L.AUTOCLEAR_BITMAPS or len(extension) != L.BITMAP_EXTENSION.size:
-        return []
-    count, _, size, offset = L.BITMAP_EXTENSION.unpack(extension)
-    if not 0 < size <= min(MAX_DIRECTORY_BYTES, node.file.node.size) or offset > node.file.node.size - size:
-        return []
-    directory = bytearray(size)
-    node.file.read_into(offset, directory)
-    return _parse(bytes(directory), count) or []
-
-
-def _parse(directory: bytes, count: int) -> list[dict[str, Any]] | None:
-    entry = L.BITMAP_DIRECTORY_ENTRY
-    found: list[dict[str, Any]] = []
-    at = 0
-    while at + entry.size <= len(directory):
-        _, _, flags, kind, bits, name_length, extra = entry.unpack_from(directory, at)
-        begin = at + entry.size + extra
-        at = begin + name_length + -(begin + name_length) % 8
-        if at > len(directory) or kind != 1 or bits not in GRANULARITY_BITS or not 0 < name_length <= MAX_NAME:
-            return None
-        found.append(
-            {
-                "name": directory[begin : begin + name_length].decode("utf-8", "replace"),
-                "granularity": 1 << bits,
-                "flags": ["in-use"] * bool(flags & IN_USE) + ["auto"] * bool(flags & AUTO),
-            }
-        )
-    return found if len(found) == count and at == len(directory) else None
+    """Return QEMU's Qcow2BitmapInfo of each bitmap that the image has stored; out-of-date and broken ones are not among them."""
+    return [entry.info() for entry in node.bitmap_directory]

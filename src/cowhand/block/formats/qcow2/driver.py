@@ -27,6 +27,7 @@ from cowhand.core.locks import RANK_OPERATION, ranked_lock
 
 if TYPE_CHECKING:
     from cowhand.block.check import CheckResult
+    from cowhand.block.formats.qcow2.bitmaps import Directory
     from cowhand.block.formats.qcow2.compression import Codec
     from cowhand.block.formats.qcow2.encryption import Encryption
     from cowhand.block.formats.qcow2.snapshots import Snapshot
@@ -108,6 +109,8 @@ class Qcow2Node(FormatNode):
     def __init__(self, options: Qcow2Options) -> None:
         super().__init__(options)
         self.snapshots: list[Snapshot] = []
+        self.bitmap_directory: Directory
+        self.bitmap_bytes_loaded = 0
         self.snapshot_table_bytes = 0
         self.metadata = overlap.MetadataMap()
         self.metadata_clusters: Container[int] = self.metadata.clusters
@@ -222,6 +225,9 @@ class Qcow2Node(FormatNode):
         self.allocator = Allocator(self)
         self.write_back = WriteBack(self)
         self.snapshots, self.snapshot_table_bytes = read_snapshots(self, for_repair=for_repair)
+        from cowhand.block.formats.qcow2.bitmaps import load as load_bitmaps
+
+        load_bitmaps(self)
         if header.incompatible & L.INCOMPAT_DIRTY and self.writable and not for_repair:
             self._repair_dirty()
 
@@ -257,16 +263,6 @@ class Qcow2Node(FormatNode):
             raise ImageCorrupt(
                 "the image is marked corrupt and is only opened for reading",
                 qemu="qcow2: Image is corrupt; cannot be opened read/write", path=path, hint="Look at it with check, then repair it.", errno=13,
-            )  # fmt: skip
-        if (
-            self.writable
-            and not for_repair
-            and header.autoclear & L.AUTOCLEAR_BITMAPS
-            and header.find(L.EXT_BITMAPS) is not None
-        ):
-            raise UnsupportedFeature(
-                "the image has persistent bitmaps, which writing without keeping them would destroy", path=path,
-                hint="Open it for reading only, or remove the bitmaps first.",
             )  # fmt: skip
 
     def _mapping_class(self) -> type[Mapping]:
@@ -591,6 +587,10 @@ class Qcow2Node(FormatNode):
             raise self._overlapping(wrong[0], wrong[1] * self.cluster_size)
         self.clear_unknown_marks()
         self.rebuild_metadata_map()
+        if self.bitmap_directory.present:
+            from cowhand.block.formats.qcow2.bitmapstore import begin
+
+            begin(self)
 
     def clear_unknown_marks(self) -> None:
         """Take away autoclear bits that are not known: what they vouch for is not kept up here."""
@@ -742,7 +742,7 @@ class Qcow2Node(FormatNode):
             return
         if isinstance(self.poison, ImageCorrupt):
             return  # it was said when it was found, and nothing may be written
-        failure: CowhandError | None = None
+        failure = self._store_bitmaps()
         steps = [("L2 table", self._close_tables), ("refcount block", self._close_counts)]
         if self._unprotected:
             del steps[
@@ -757,6 +757,20 @@ class Qcow2Node(FormatNode):
         if failure is not None:
             raise failure
 
+    def _store_bitmaps(self) -> CowhandError | None:
+        """Write the persistent bitmaps; where that fails the image says that they are out of date, and the error is told and returned."""
+        if not self.bitmap_directory.entries and not self.bitmap_directory.changed:
+            return None
+        from cowhand.block.formats.qcow2.bitmapstore import store
+
+        try:
+            store(self)
+        except CowhandError as error:
+            text = f"Lost persistent bitmaps during inactivation of node '{self.name}': {error.qemu()}"
+            diagnostics.report(text, as_tool=True)
+            return error
+        return None
+
     def _close_tables(self) -> None:
         self.flush()
 
@@ -769,7 +783,12 @@ class Qcow2Node(FormatNode):
         if self.lazy:
             self.set_incompatible(self.header.incompatible & ~L.INCOMPAT_DIRTY)
 
-    # -- snapshots and checks
+    # -- bitmaps, snapshots and checks
+
+    def bitmap_keeper(self) -> Any:
+        from cowhand.block.formats.qcow2 import bitmapstore
+
+        return bitmapstore
 
     def list_snapshots(self) -> list[SnapshotInfo]:
         return [snapshot.info() for snapshot in self.snapshots]

@@ -38,6 +38,7 @@ SNAPSHOT_TABLE, INACTIVE_L1, INACTIVE_L2, ACTIVE_L2 = (
     "inactive L2 table",
     "active L2 table",
 )
+BITMAP_DIRECTORY = "bitmap directory"
 _OF_SNAPSHOTS = (INACTIVE_L1, INACTIVE_L2)
 
 
@@ -248,6 +249,9 @@ def regions(node: Qcow2Node) -> Iterator[Region]:
         yield Region(SNAPSHOT_TABLE, _span(node, header.snapshots_offset, node.snapshot_table_bytes))
     if node.snapshots:
         yield from _snapshots(node)
+    directory = node.bitmap_directory
+    if directory.readable:
+        yield Region(BITMAP_DIRECTORY, _span(node, directory.offset, directory.size))
     table = node.mapping.l1.data
     yield Region(
         ACTIVE_L2, *_named(table, L.L1_OFFSET_MASK, bits), alone=_alone(table, bits) if node.snapshots else range(0)

@@ -77,6 +77,8 @@ def set_size(node: Qcow2Node, size: int) -> None:
         node.write_metadata(L.OFFSET_SIZE, L.U64.pack(size))
         node.flush_file()
         node.header.size = size
+        if node.dirty_bitmaps is not None:
+            node.dirty_bitmaps.resize(size)
 
 
 def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
@@ -91,6 +93,10 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
     if node.snapshots and node.header.version < 3 and size != old:
         # Its snapshots need not say how large the disk was.
         raise NotSupported("Can't resize a v2 image which has snapshots", path=node.filename)
+    if node.bitmap_directory.present or node.bitmap_directory.entries:
+        from cowhand.block.formats.qcow2.bitmapstore import prepare_resize
+
+        prepare_resize(node, size)
     if size < old:
         if not shrink:
             raise InvalidArgument("shrinking was not asked for")

@@ -13,6 +13,7 @@ from cowhand.cli.compat.program import UsageFailure
 COMMANDS = (
     "amend",
     "bench",
+    "bitmap",
     "check",
     "commit",
     "compare",

@@ -1,0 +1,264 @@
+"""Keeping the persistent bitmaps of a qcow2 image while it is written (QEMU ``docs/interop/qcow2``, "Bitmaps").
+
+Before the first write the bitmaps that follow writes are marked as in use, so that after a crash nobody trusts them. On closing, their content
+goes to new clusters; all is made stable; one switch in the header makes the new directory the image's; what only the old one named is freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from cowhand.block.formats.qcow2 import bitmapdata, layout as L
+from cowhand.block.formats.qcow2.bitmapheader import switch_directory
+from cowhand.block.formats.qcow2.bitmaps import (
+    AUTO,
+    GRANULARITY_BITS,
+    IN_USE,
+    MAX_BITMAP_BYTES,
+    MAX_DIRECTORY_BYTES,
+    MAX_NAME,
+    StoredBitmap,
+    make_live,
+    needed_entries,
+    serialized_bytes,
+)
+from cowhand.core import diagnostics
+from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
+
+if TYPE_CHECKING:
+    from cowhand.bitmaps.named import DirtyBitmap
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+_FLAGS_IN_ENTRY = 12
+_OFFSET_AUTOCLEAR = 88
+
+
+def begin(node: Qcow2Node) -> None:
+    """Say in the file that the bitmaps which follow writes are out of date from now on. Before the first write; the lock is held."""
+    directory = node.bitmap_directory
+    if not directory.present:
+        return
+    if not directory.readable:
+        # Nothing can be said of a single bitmap, and none may be trusted after this.
+        node.header.autoclear &= ~L.AUTOCLEAR_BITMAPS
+        node.write_metadata(_OFFSET_AUTOCLEAR, L.U64.pack(node.header.autoclear))
+        node.flush_file()
+        return
+    claim(node, [entry for entry in directory if entry.flags & AUTO])
+    if directory.broken or any(entry.reason for entry in directory):
+        for entry in directory:
+            if entry.live is not None and entry.in_use and directory.broken:
+                entry.live.inconsistent = True
+
+
+def claim(node: Qcow2Node, entries: Iterable[StoredBitmap]) -> None:
+    """Mark *entries* as in use, stably. A flag lies in one sector, so each entry is right in every state that the medium may have."""
+    offset = node.bitmap_directory.offset
+    changed = False
+    for entry in entries:
+        if entry.at >= 0 and not entry.in_use:
+            node.write_metadata(offset + entry.at + _FLAGS_IN_ENTRY, L.U32.pack(entry.flags | IN_USE))
+            changed = True
+    if changed:
+        node.flush_file()
+    for entry in entries:
+        entry.flags |= IN_USE
+
+
+def store(node: Qcow2Node) -> None:
+    """Write the bitmaps that changed, and the directory, as far as there is something to write. Takes the locks; no requests are in flight."""
+    directory = node.bitmap_directory
+    if directory.broken or not node.writable:
+        return
+    if not directory.changed and not any(_pending(entry) for entry in directory):
+        return
+    for entry in directory:
+        if _pending(entry) and entry.live is not None:
+            _ = entry.live.bits  # read what is not in memory yet, while no lock is held
+    node.flush()
+    with node.operation, node.exclusive():
+        _store(node)
+
+
+def _pending(entry: StoredBitmap) -> bool:
+    """Tell whether what is stored of *entry* is older than what is in memory."""
+    return entry.live is not None and not entry.live.inconsistent and (entry.in_use or entry.at < 0)
+
+
+def _store(node: Qcow2Node) -> None:
+    directory = node.bitmap_directory
+    node.write_back.run(locked=True)
+    taken: list[tuple[int, int]] = []
+    replaced = list(directory.removed)
+    try:
+        fresh = [_stored_anew(node, entry, taken) if _pending(entry) else entry for entry in directory]
+        data = b"".join(entry.encode() for entry in fresh)
+        place = _put(node, data, taken) if data else 0
+        # The counts, and all that was just written, before the header names any of it.
+        node.write_back.run(locked=True)
+        node.flush_file()
+        switch_directory(node, L.BITMAP_EXTENSION.pack(len(fresh), 0, len(data), place) if data else None)
+    except CowhandError:
+        if node.poison is None:
+            for first, count in taken:
+                node.allocator.untake(first, count)
+            node.changed = True
+        raise
+    replaced += [old for old, new in zip(directory.entries, fresh, strict=True) if old is not new and old.table]
+    size = node.cluster_size
+    if directory.present and directory.size:
+        _free(node, directory.offset // size, -(-directory.size // size))
+    for old in replaced:
+        _free_bitmap(node, old)
+    directory.entries, directory.removed, directory.changed = fresh, [], False
+    directory.present = directory.readable = bool(data)
+    directory.offset, directory.size = place, len(data)
+    at = 0
+    for entry in fresh:
+        entry.at = at
+        at += len(entry.encode())
+    node.rebuild_metadata_map()
+    node.write_back.run(locked=True)
+
+
+def _put(node: Qcow2Node, data: bytes, taken: list[tuple[int, int]]) -> int:
+    """Write *data* to new clusters; return its offset."""
+    clusters = -(-len(data) // node.cluster_size)
+    first = node.allocator.take(clusters)
+    taken.append((first, clusters))
+    node.write_metadata(first * node.cluster_size, data + bytes(-len(data) % node.cluster_size))
+    return first * node.cluster_size
+
+
+def _stored_anew(node: Qcow2Node, entry: StoredBitmap, taken: list[tuple[int, int]]) -> StoredBitmap:
+    """Write all of *entry*'s bitmap to new clusters; return the entry that names them."""
+    assert entry.live is not None
+    bits, size = entry.live.bits, node.cluster_size
+    words = []
+    full = b"\xff" * size
+    for index in range(needed_entries(node, bits.size, entry.granularity_bits)):
+        data = bits.get_bytes(index * size, size)
+        if data == full:
+            words.append(bitmapdata.ALL_ONES)
+        else:
+            words.append(_put(node, data, taken) if any(data) else 0)
+    new = StoredBitmap(entry.name, entry.granularity_bits)
+    new.table, new.entries = _put(node, bitmapdata.encode_table(words), taken), len(words)
+    new.flags = entry.flags & ~(IN_USE | AUTO) | (AUTO if entry.live.enabled else 0)
+    new.extra, new.live = entry.extra, entry.live
+    return new
+
+
+def _free(node: Qcow2Node, first: int, clusters: int) -> None:
+    try:
+        node.refcounts.change(first, clusters, -1)
+    except CowhandError as error:
+        diagnostics.report(f"qcow2_free_clusters failed: {error.qemu()}")
+
+
+def _free_bitmap(node: Qcow2Node, entry: StoredBitmap) -> None:
+    """Free the table and the content of a bitmap that no directory names any more; what cannot be read leaks."""
+    size = node.cluster_size
+    try:
+        words = bitmapdata.read_table(node, entry)
+    except CowhandError as error:
+        diagnostics.report(f"the clusters of bitmap '{entry.text}' are leaked: {error.qemu()}")
+        return
+    for word in words:
+        if word & L.BITMAP_TABLE_OFFSET_MASK:
+            _free(node, (word & L.BITMAP_TABLE_OFFSET_MASK) // size, 1)
+    _free(node, entry.table // size, -(-entry.entries * L.ENTRY_SIZE // size))
+
+
+# -- bitmaps come, change and go
+
+
+def check_constraints(node: Qcow2Node, name: str, granularity: int, size: int) -> None:
+    """Raise InvalidArgument when the image cannot keep such a bitmap of a disk of *size* bytes."""
+    bits = granularity.bit_length() - 1
+    if bits > GRANULARITY_BITS[-1]:
+        raise InvalidArgument(f"Granularity exceeds maximum ({1 << GRANULARITY_BITS[-1]} bytes)")
+    if serialized_bytes(size, bits) > MAX_BITMAP_BYTES:
+        raise InvalidArgument("Too much space will be occupied by the bitmap. Use larger granularity")
+    if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
+        raise InvalidArgument(f"Name length exceeds maximum ({MAX_NAME} characters)")
+
+
+def add(node: Qcow2Node, name: str, granularity: int, *, enabled: bool) -> DirtyBitmap:
+    """Add a bitmap that is kept in the image from the next closing on. Raises InvalidArgument, NotSupported in QEMU's words."""
+    directory = node.bitmap_directory
+    try:
+        if node.header.version < 3:
+            raise NotSupported("Cannot store dirty bitmaps in qcow2 v2 files", path=node.filename)
+        check_constraints(node, name, granularity, node.header.size)
+        directory.check_sound()
+        entry = StoredBitmap(name.encode("utf-8", "surrogateescape"), granularity.bit_length() - 1)
+        if len(directory) >= L.MAX_BITMAPS:
+            raise InvalidArgument("Maximum number of persistent bitmaps is already reached")
+        if len(directory.encode()) + len(entry.encode()) > MAX_DIRECTORY_BYTES:
+            raise InvalidArgument("Not enough space in the bitmap directory")
+    except CowhandError as error:
+        raise error.within(qemu=f"Can't make bitmap '{name}' persistent in '{node.name}'") from None
+    node.check_writable()
+    live = make_live(node, entry)
+    live.replace(live.recent)  # nothing is stored of it
+    live.enabled = enabled
+    directory.entries.append(entry)
+    directory.changed = True
+    return live
+
+
+def touch(node: Qcow2Node, name: str) -> None:
+    """Say in the file that the stored form of bitmap *name* is out of date from now on."""
+    node.check_writable()
+    entry = node.bitmap_directory.find(name.encode("utf-8", "surrogateescape"))
+    if entry is not None:
+        with node.exclusive():
+            claim(node, [entry])
+
+
+def remove(node: Qcow2Node, name: str) -> None:
+    """Take bitmap *name* out of the directory, when it is next stored."""
+    directory = node.bitmap_directory
+    directory.check_sound()
+    node.check_writable()
+    entry = directory.find(name.encode("utf-8", "surrogateescape"))
+    if entry is not None:
+        directory.entries.remove(entry)
+        if entry.table:
+            directory.removed.append(entry)
+        directory.changed = True
+
+
+def remove_all(node: Qcow2Node) -> None:
+    """Drop every bitmap, at once: the image is becoming one that cannot keep them."""
+    directory = node.bitmap_directory
+    if not directory.entries:
+        return
+    for entry in list(directory):
+        if node.dirty_bitmaps is not None and node.dirty_bitmaps.get(entry.text) is not None:
+            node.dirty_bitmaps.remove(entry.text)
+        remove(node, entry.text)
+    with node.exclusive():
+        _store(node)
+
+
+def prepare_resize(node: Qcow2Node, size: int) -> None:
+    """Get ready to follow the disk to *size*. Raises BitmapUnusable, InvalidArgument, with nothing changed, when a bitmap cannot."""
+    directory = node.bitmap_directory
+    if not directory.entries:
+        return
+    directory.check_sound()
+    for entry in directory:
+        if entry.live is None:
+            raise NotSupported(
+                "Cannot resize qcow2 with persistent bitmaps that were not loaded into memory", path=node.filename
+            )
+        entry.live.check()
+        check_constraints(node, entry.text, 1 << entry.granularity_bits, size)
+    for entry in directory:
+        assert entry.live is not None
+        _ = entry.live.bits
+    with node.exclusive():
+        claim(node, list(directory))
