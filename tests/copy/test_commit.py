@@ -10,8 +10,9 @@ import pytest
 
 import cowhand
 from cowhand.block.create import create
-from cowhand.block.format import FormatNode, Kind
+from cowhand.block.format import FormatNode
 from cowhand.block.protocols.file_data import DescriptorNode
+from cowhand.block.reserving import Kind
 from cowhand.copy.convert import convert
 from cowhand.core.errors import Cancelled, CowhandError, InvalidArgument
 from cowhand.core.progress import CancelToken, Progress

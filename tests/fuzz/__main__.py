@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--driver", action="append", choices=DRIVERS)
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--limit", type=int, default=30, help="seconds for one input (default 30)")
+    parser.add_argument("--limit", type=int, default=10, help="seconds for one input (default 10)")
     options = parser.parse_args()
     drivers = options.driver or list(DRIVERS)
     if options.action == "seeds":

@@ -17,7 +17,8 @@ from cowhand.core.errors import CowhandError
 from cowhand.core.extents import DATA
 
 if TYPE_CHECKING:
-    from cowhand.block.format import FormatNode, Reservation
+    from cowhand.block.format import FormatNode
+    from cowhand.block.reserving import Reservation
 
 #: Neighbours that are done by one system call, at most.
 _MAX_TOGETHER = 64

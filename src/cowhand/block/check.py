@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cowhand.block.node import BlockNode
     from cowhand.block.policy import Policy
 
-#: Messages that a result keeps; *on_message* gets all of them.
+#: Lines that a check says, one check of the two of a repair; what it finds beyond them is counted, but not listed.
 MAX_MESSAGES = 100_000
 REPAIRS = (None, "leaks", "all")
 
@@ -96,7 +96,7 @@ def check(
 
     After a repair that changed something, *on_repaired* is called with what was found and done, and the image is checked once more; the result is
     the second check's, with the counts of what was fixed. Damage is not an exception but a result; ``messages`` has QEMU's lines, and
-    *on_message* gets each as it arises. What lies under the image is only opened with *backing*. Raises NotSupported for a format that has
+    *on_message* gets each as it arises, up to ``MAX_MESSAGES``. What lies under the image is only opened with *backing*. Raises NotSupported for a format that has
     no check, and whatever opening raises.
     """
     from cowhand.block.disk import Disk
@@ -139,7 +139,7 @@ def check_node(
     messages: list[str] = []
 
     def say(line: str) -> None:
-        if len(messages) < MAX_MESSAGES:
+        if len(messages) <= MAX_MESSAGES:
             messages.append(line)
         if on_message is not None:
             on_message(line)

@@ -2,39 +2,29 @@
 
 A driver answers :meth:`FormatNode.map` and, when it writes, ``reserve``, ``link`` and ``abandon``; it never touches guest data.
 
-Allocation has three steps. *Reserve* takes space, and nothing that a reader sees changes; *bytes* puts the guest's data and what is copied
-around it in place; *link* makes readers see it. In-place writes take no lock. Everything else owns whole allocation units in the
-in-flight table from reserve to link; who wants one of these units meanwhile waits, then looks again.
+In-place writes take no lock. Everything else goes by reservations, see :mod:`cowhand.block.reserving`.
 """
 
 from __future__ import annotations
 
-import threading
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from enum import IntEnum
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-from cowhand.block.node import (
-    BlockNode,
-    Child,
-    Request,
-    Zeroing,
-)
+from cowhand.block.node import Child, Request, Zeroing
 from cowhand.block.options import NodeOptions
+from cowhand.block.reserving import Kind, Reservation, ReservingNode
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, fill_zero, give, is_zero, take
-from cowhand.core.errors import CowhandError, NotSupported, Poisoned, ReadOnly
+from cowhand.core.errors import NotSupported
 from cowhand.core.extents import (
     COMPRESSED,
     DATA,
     ENCODED,
     IN_PLACE,
-    NO_HOST,
     OFFSET,
     ZERO,
     ExtentBatch,
 )
-from cowhand.core.locks import RANK_ALLOCATION, ranked_lock
 
 #: flags of a run whose bytes can be read where they lie, and those that forbid it
 PLAIN_RUN = DATA | OFFSET
@@ -43,82 +33,17 @@ IN_PLACE_RUN = DATA | OFFSET | IN_PLACE
 IN_PLACE_MASK = PLAIN_MASK | IN_PLACE
 
 
-class Kind(IntEnum):
-    """What a reservation is for."""
-
-    DATA = 0
-    ZERO = 1  #: read as zeroes, keeping space
-    ZERO_UNMAP = 2  #: read as zeroes, giving space back
-    DISCARD = 3  #: a guest's discard: reads as zeroes, or as before; never as the backing file
-    COMPRESSED = 4  #: ``nbytes`` of encoded payload for one allocation unit
-    EMPTY = 5  #: not allocated any more: the backing file shows through (after a commit)
-
-
-class Reservation:
-    """Allocation units ``[offset, offset + length)`` on their way to a new state; made by a driver's ``reserve``.
-
-    ``[begin, end)``, all of it unless a driver says less, is what changes inside these units: what is to be filled with bytes.
-    ``child`` and ``host`` say where the bytes go (kinds DATA and COMPRESSED); ``fresh`` that the new place reads as zeroes by itself,
-    ``blank`` that the old content is known to read as zeroes (False: not known). ``state`` is the driver's own.
-    """
-
-    __slots__ = ("begin", "blank", "child", "end", "fresh", "host", "kind", "length", "offset", "state", "waiters")
-
-    def __init__(
-        self,
-        offset: int,
-        length: int,
-        kind: Kind,
-        child: Child | None = None,
-        host: int = NO_HOST,
-        *,
-        fresh: bool = False,
-        blank: bool = False,
-        state: Any = None,
-    ) -> None:
-        self.offset = offset
-        self.length = length
-        self.begin = offset
-        self.end = offset + length
-        self.kind = kind
-        self.child = child
-        self.host = host
-        self.fresh = fresh
-        self.blank = blank
-        self.state = state
-        self.waiters: list[Any] = []
-
-
-class Unprepared(Exception):
-    """Raised by ``reserve`` when something must be done without the lock first; :meth:`FormatNode.claim` does it and begins again."""
-
-    def __init__(self, prepare: Callable[[], None]) -> None:
-        super().__init__()
-        self.prepare = prepare
-
-
-class FormatNode(BlockNode):
+class FormatNode(ReservingNode):
     """A format. Drivers set ``allocation_unit`` and ``copy_unit`` (bytes) before any I/O."""
 
-    is_format: ClassVar[bool] = True
     #: (mask, flags) of a run that can be read, or written, where it lies
     DIRECT_READ: ClassVar[tuple[int, int]] = (PLAIN_MASK, PLAIN_RUN)
     DIRECT_WRITE: ClassVar[tuple[int, int]] = (IN_PLACE_MASK, IN_PLACE_RUN)
-    allocation_unit: int
     copy_unit: int
 
     def __init__(self, options: NodeOptions) -> None:
         super().__init__(options)
-        #: Guards tables in memory and the in-flight table. Held during reserve and link, never during guest I/O.
-        self.lock = ranked_lock(RANK_ALLOCATION, "allocation")
-        self.poison: CowhandError | None = None
-        self._reserved: list[Reservation] = []
-        self._writing = False
-        #: During ``reserve``: the same request has written what lies before.
-        self.continues = False
         self.detects_zeroes = options.detect_zeroes != "off"
-        #: Something was, or may have been, written since the last flush began. Set after the bytes are down, so that none escapes a flush.
-        self.changed = False
 
     # -- what a driver answers
 
@@ -129,25 +54,6 @@ class FormatNode(BlockNode):
     @abstractmethod
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
         """See :meth:`BlockNode.map_batch`; rows' ``node`` is the node that ``host`` lies in."""
-
-    def begin_writing(self) -> None:
-        """Do what the format demands once before its first change (dirty and autoclear bits, IN_USE, ids). Lock is held."""
-        raise ReadOnly(f"driver '{self.driver}' only reads", path=self.filename)
-
-    def reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
-        """Take what the beginning of ``[offset, offset + length)`` needs; None when it can be written in place (look at map again).
-
-        Called with the lock held and no other reservation overlapping; *offset* lies anywhere for DATA, on a unit for the others. The
-        reservation covers whole units. Nothing that a reader sees changes. On an error everything is as before.
-        """
-        raise NotSupported(f"driver '{self.driver}' cannot allocate")
-
-    def link(self, reservation: Reservation) -> None:
-        """Make readers see *reservation*, whose bytes are in place. Called with the lock held; on an error the old state stands."""
-        raise NotSupported(f"driver '{self.driver}' cannot allocate")
-
-    def abandon(self, reservation: Reservation) -> None:
-        """Take *reservation* back. Never raises; a leak at worst. Called with the lock held."""
 
     def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
         """Fill *view* with the guest bytes at *offset*, which *run* says are compressed or encoded."""
@@ -161,13 +67,6 @@ class FormatNode(BlockNode):
     def encode(self, reservation: Reservation, offset: int, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """Return what is to be stored for guest *buffers* at *offset* (encryption); the default is themselves."""
         return buffers
-
-    def reserve_units(self, offsets: Sequence[int]) -> Sequence[Reservation | None]:
-        """Reserve, as kind DATA, the single unit at each of *offsets*, at once; None for those that :meth:`reserve` has to look at.
-
-        Called with the lock held, for different units that nobody owns. A driver need not have it. Raises as :meth:`reserve`; then nothing is taken.
-        """
-        return ()
 
     # -- reading
 
@@ -265,35 +164,10 @@ class FormatNode(BlockNode):
 
     # -- writing
 
-    def check_writable(self) -> None:
-        """Raise unless changes may be made; the first call prepares the image for them."""
-        if self.poison is not None:
-            raise self._poisoned()
-        if not self._writing:
-            if not self.writable:
-                raise ReadOnly(f"'{self.filename}' is open for reading only", path=self.filename)
-            with self.lock:
-                if not self._writing:
-                    self.begin_writing()
-                    self._writing = True
-
-    def _poisoned(self) -> Poisoned:
-        assert self.poison is not None
-        return Poisoned(
-            f"'{self.filename}' failed before and is not written any more: {self.poison.message}",
-            qemu=self.poison.qemu_message, path=self.filename, errno=self.poison.errno, hint="Close it and open it again; check it first.",
-        )  # fmt: skip
-
     @property
     def may_write_directly(self) -> bool:
         """True when a write in place needs no more than the write itself."""
         return self._writing and self.poison is None and not self.detects_zeroes
-
-    def set_poison(self, error: BaseException) -> None:
-        """Stop all writing, data and metadata, until the image is opened again: its state in memory can no longer be trusted."""
-        if self.poison is None:
-            known = isinstance(error, CowhandError)
-            self.poison = error if known else Poisoned(f"interrupted by {type(error).__name__}")  # type: ignore[assignment]
 
     def write(self, offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
         if not self._writing or self.poison is not None:
@@ -399,150 +273,6 @@ class FormatNode(BlockNode):
             return bool(run[1] & ZERO)
         below = self.children.get("backing")
         return below is None or offset >= below.node.size
-
-    # -- the in-flight table
-
-    def claim(
-        self, offset: int, length: int, kind: Kind, nbytes: int = 0, *, continues: bool = False
-    ) -> Reservation | None:
-        """Reserve the beginning of ``[offset, offset + length)`` once nobody else owns a unit of it; None: write in place.
-
-        *continues*: the same request has written what lies before it, so that new space is best taken right behind.
-        The reservation ends with :meth:`finish` or :meth:`give_up`. The copy engine calls this too, and puts the bytes itself.
-        """
-        unit = self.allocation_unit
-        begin = offset - offset % unit
-        end = -(-(offset + length) // unit) * unit
-        while True:
-            prepare: Callable[[], None] | None = None
-            waiter = None
-            with self.lock:
-                if self.poison is not None:
-                    raise self._poisoned()
-                other, limit = self._owner_of(begin, end)
-                if other is None:
-                    self.continues = continues
-                    try:
-                        reservation = self.reserve(offset, min(length, limit - offset), kind, nbytes)
-                    except Unprepared as signal:
-                        prepare = signal.prepare
-                    except CowhandError:
-                        raise
-                    except BaseException as error:
-                        self.set_poison(error)
-                        raise
-                    else:
-                        if reservation is not None:
-                            self._reserved.append(reservation)
-                            self.changed = True
-                        return reservation
-                else:
-                    waiter = threading.Lock()
-                    waiter.acquire()
-                    other.waiters.append(waiter)
-            if prepare is not None:
-                prepare()
-            elif waiter is not None:
-                waiter.acquire()
-
-    def _owner_of(self, begin: int, end: int) -> tuple[Reservation | None, int]:
-        """Return who owns the unit at *begin*, or None and how far the units from there on are free."""
-        for known in self._reserved:
-            if known.offset < end and begin < known.offset + known.length:
-                if known.offset <= begin:
-                    return known, begin
-                end = known.offset
-        return None, end
-
-    def finish(self, reservation: Reservation) -> None:
-        """Link *reservation*, whose bytes are in place, and let those go on who wait for its units."""
-        with self.lock:
-            self.changed = True
-            try:
-                if self.poison is not None:
-                    # Found while the bytes were on their way: what was reserved may be somebody else's.
-                    raise self._poisoned()
-                self.link(reservation)
-            except CowhandError:
-                self.abandon(reservation)
-                raise
-            except BaseException as error:
-                self.set_poison(error)
-                raise
-            finally:
-                self._release(reservation)
-
-    def give_up(self, reservation: Reservation, error: BaseException) -> None:
-        """Take *reservation* back because of *error*; readers see what they saw."""
-        with self.lock:
-            try:
-                if isinstance(error, (CowhandError, OSError, MemoryError)):
-                    self.abandon(reservation)
-                else:
-                    # Not through an error path of its own: what was done is not known.
-                    self.set_poison(error)
-            finally:
-                self._release(reservation)
-
-    def _release(self, reservation: Reservation) -> None:
-        self._reserved.remove(reservation)
-        for waiter in reservation.waiters:
-            waiter.release()
-
-    def claim_units(self, offsets: Sequence[int]) -> Sequence[Reservation | None]:
-        """Reserve the single unit at each of *offsets*, which lie in different ones; None for what :meth:`claim` has to do.
-
-        One pass of the lock for all of them, see :mod:`cowhand.block.batch`. They end with :meth:`finish_units`, or :meth:`give_up`.
-        """
-        with self.lock:
-            if self.poison is not None or self._reserved:
-                return ()  # somebody may own one of them: the long way finds out who waits for whom
-            try:
-                reservations = self.reserve_units(offsets)
-            except (CowhandError, Unprepared):
-                return ()  # nothing was taken; the long way meets the same, and deals with it
-            except BaseException as error:
-                self.set_poison(error)
-                raise
-            self._reserved.extend(one for one in reservations if one is not None)
-            self.changed = True
-            return reservations
-
-    def finish_units(self, reservations: Sequence[Reservation]) -> CowhandError | None:
-        """Link *reservations*, whose bytes are in place, under one lock; return the first error, after the others are linked."""
-        failure: CowhandError | None = None
-        with self.lock:
-            self.changed = True
-            try:
-                for reservation in reservations:
-                    try:
-                        if self.poison is not None:
-                            raise self._poisoned()
-                        self.link(reservation)
-                    except CowhandError as error:
-                        self.abandon(reservation)
-                        failure = failure or error
-            except BaseException as error:
-                self.set_poison(error)
-                raise
-            finally:
-                done = set(map(id, reservations))
-                self._reserved = [one for one in self._reserved if id(one) not in done]
-                for reservation in reservations:
-                    for waiter in reservation.waiters:
-                        waiter.release()
-        return failure
-
-    def change(self, offset: int, length: int, kind: Kind) -> None:
-        """Bring whole units to a state that needs no bytes: ZERO, ZERO_UNMAP, DISCARD or EMPTY."""
-        self.check_writable()
-        end = offset + length
-        while offset < end:
-            reservation = self.claim(offset, end - offset, kind)
-            if reservation is None:
-                raise AssertionError(f"driver '{self.driver}' reserved nothing for {kind.name}")
-            self.finish(reservation)
-            offset = reservation.end
 
     # -- zeroes and discards
 

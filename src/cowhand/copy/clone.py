@@ -10,9 +10,10 @@ import errno
 from typing import TYPE_CHECKING
 
 from cowhand.block.disk import Disk
-from cowhand.block.format import FormatNode, Kind
+from cowhand.block.format import FormatNode
 from cowhand.block.node import Child
 from cowhand.block.protocols import file_syscalls
+from cowhand.block.reserving import Kind
 from cowhand.copy.sink import LaneSink, Sink
 from cowhand.core.errors import from_os_error
 from cowhand.core.extents import COMPRESSED, DATA, ENCODED, IN_PLACE, OFFSET, ZERO, Extent

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cowhand.block.disk import Disk
-from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.block.format import FormatNode
 from cowhand.block.node import Child
+from cowhand.block.reserving import Kind, Reservation
 from cowhand.copy.sink import LaneSink, Parts
 from cowhand.core.errors import NotSupported
 from cowhand.core.extents import DATA

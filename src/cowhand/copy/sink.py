@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from cowhand.block.disk import Disk
-from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.block.format import FormatNode
+from cowhand.block.reserving import Kind, Reservation
 from cowhand.copy.ahead import SpaceAhead
 from cowhand.copy.zeroes import data_parts
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.format import FormatNode, Kind
+from cowhand.block.format import FormatNode
 from cowhand.block.node import BlockNode
+from cowhand.block.reserving import Kind
 from cowhand.block.status import skip_filters
 from cowhand.copy import plan
 from cowhand.copy.engine import WORKERS, Engine

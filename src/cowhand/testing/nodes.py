@@ -335,6 +335,7 @@ class NodeContract:
         disk.write(0, b"x")
         disk.flush()
         disk.flush()
+        assert disk.read(0, 1) == b"x"
 
     def test_closing_is_once_and_final(self, node: BlockNode) -> None:
         disk = Disk(node)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
-from cowhand.block.format import Kind, Reservation, Unprepared
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.reserving import Kind, Reservation, Unprepared
 from cowhand.core.errors import CowhandError, NotSupported
 
 if TYPE_CHECKING:

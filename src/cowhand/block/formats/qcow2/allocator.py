@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowhand.block.epochs import next_number, oldest_in_flight
-from cowhand.block.format import Unprepared
 from cowhand.block.formats.qcow2.refcounts import MissingBlock
+from cowhand.block.reserving import Unprepared
 from cowhand.core import diagnostics
 from cowhand.core.errors import CowhandError
 
@@ -61,7 +61,7 @@ class Allocator:
     def take(self, count: int, what: str | None = None) -> int:
         """Return the first of *count* adjoining clusters, counted; *what* they are for, where the first cluster of all is refused by a name.
 
-        Raises :class:`cowhand.block.format.Unprepared` when a refcount block must be made first (with the write-back lock), NoSpace, and
+        Raises :class:`cowhand.block.reserving.Unprepared` when a refcount block must be made first (with the write-back lock), NoSpace, and
         ImageCorrupt when what counts as free is metadata.
         """
         refcounts = self.refcounts

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from cowhand.block.check import CheckResult
+from cowhand.block.check import MAX_MESSAGES, CheckResult
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.checkflags import check_flags
 from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped, Walk, words_of
@@ -33,7 +33,8 @@ class Examination:
 
     def __init__(self, node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> None:
         self.node = node
-        self.say = say
+        self._tell = say
+        self.lines_left = MAX_MESSAGES
         self.fix_leaks = repair is not None
         self.fix_errors = repair == "all"
         self.counters = Counters()
@@ -50,6 +51,14 @@ class Examination:
         self._mismatched: list[int] = []  #: refcount blocks that differ from the tally
         self._compared = 0  #: clusters that the last comparison went over
         self.walk = self.new_walk(fix=self.fix_errors)
+
+    def say(self, line: str) -> None:
+        """Tell *line*, or, once after very many, that there is more: a small image can have millions of wrong counts."""
+        self.lines_left -= 1
+        if self.lines_left >= 0:
+            self._tell(line)
+        elif self.lines_left == -1:
+            self._tell(f"More than {MAX_MESSAGES} findings: the others are counted, but not listed")
 
     def new_walk(self, *, fix: bool) -> Walk:
         """Begin counting anew."""
@@ -324,7 +333,7 @@ class Examination:
                 )
         self.unreadable.add(index)
         self.counters.check_errors += count
-        for cluster in range(first, first + count):
+        for cluster in range(first, first + min(count, max(0, self.lines_left) + 1)):
             self.say(f"Can't get refcount for cluster {cluster}: Input/output error")
 
     def _differing(self, index: int, theirs: bytes, ours: bytes, leaks: bool, errors: bool, fresh: bool) -> None:
@@ -344,8 +353,9 @@ class Examination:
                 mend = leaks if had > wanted else errors
                 if mend and not wanted and first + at in self._protected():
                     mend = False
-            verb = "Repairing" if mend else "ERROR" if had < wanted else "Leaked"
-            self.say(f"{verb} cluster {first + at} refcount={had} reference={wanted}")
+            if self.lines_left >= 0:
+                verb = "Repairing" if mend else "ERROR" if had < wanted else "Leaked"
+                self.say(f"{verb} cluster {first + at} refcount={had} reference={wanted}")
             if mend:
                 target[at] = wanted
             if had < wanted:

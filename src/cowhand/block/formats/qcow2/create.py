@@ -129,7 +129,8 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
     if header.backing_name is not None and preallocation != "off" and not header.incompatible & L.INCOMPAT_EXTENDED_L2:
         raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is on")
     from cowhand.block import graph
-    from cowhand.block.formats.qcow2.driver import Qcow2Node, Qcow2Options
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.options import Qcow2Options
     from cowhand.block.node import Role
 
     node = Qcow2Node(Qcow2Options(read_only=False))

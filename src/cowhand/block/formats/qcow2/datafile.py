@@ -10,10 +10,11 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.cache import Table
-from cowhand.block.format import FormatNode, Kind, Reservation
+from cowhand.block.format import FormatNode
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.mapping import DAMAGED, NORMAL, ZERO_HOST, ZERO_PLAIN, Mapping
 from cowhand.block.node import Child, Role, Zeroing
+from cowhand.block.reserving import Kind, Reservation
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 from cowhand.core.errors import CowhandError, InvalidArgument, InvalidFormat, NotSupported
 from cowhand.core.extents import IN_PLACE, NO_HOST, OFFSET, ExtentBatch

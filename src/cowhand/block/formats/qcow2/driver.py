@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping as Mapping_, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping as Mapping_, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.createoptions import CreateOption
-from cowhand.block.format import FormatNode, Kind, Reservation, Unprepared
+from cowhand.block.format import FormatNode
 from cowhand.block.formats.qcow2 import header as headers, layout as L, overlap
 from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT, Allocator
-from cowhand.block.formats.qcow2.cacheoptions import check_cache_options
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create
 from cowhand.block.formats.qcow2.mapping import Mapping
+from cowhand.block.formats.qcow2.metadata import MetadataNode
+from cowhand.block.formats.qcow2.options import Qcow2Options, check_cache_options
 from cowhand.block.formats.qcow2.refcounts import Refcounts
 from cowhand.block.formats.qcow2.writeback import WriteBack
 from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
-from cowhand.block.options import NodeOptions, option
+from cowhand.block.options import NodeOptions
+from cowhand.block.reserving import Kind, Reservation, Unprepared
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, NotSupported, Poisoned, UnsupportedFeature
 from cowhand.core.extents import ENCODED, OFFSET
-from cowhand.core.locks import RANK_OPERATION, ranked_lock
 
 if TYPE_CHECKING:
     from cowhand.block.check import CheckResult
@@ -36,75 +35,16 @@ if TYPE_CHECKING:
     from cowhand.core.extents import ExtentBatch
 
 
-class Qcow2Options(NodeOptions):
-    """Options of an open qcow2 image (QEMU ``qapi/block-core.json``, BlockdevOptionsQcow2)."""
-
-    lazy_refcounts: bool | None = option(
-        kind="bool", help="postpone writing reference counts until the image is closed", strong=False
-    )
-    pass_discard_request: bool | None = option(kind="bool", help="hand the guest's discards down", strong=False)
-    pass_discard_snapshot: bool = option(
-        True, kind="bool", help="hand down what deleting a snapshot frees", strong=False
-    )
-    pass_discard_other: bool = option(False, kind="bool", help="hand down what else is freed", strong=False)
-    overlap_check: str | None = option(
-        help="what writes are checked against", choices=("none", "constant", "cached", "all"), strong=False
-    )
-    overlap_template: str | None = option(
-        name="overlap-check.template", help="the same", choices=("none", "constant", "cached", "all"), strong=False
-    )
-    overlap_main_header: bool | None = option(
-        kind="bool", name="overlap-check.main-header", help="accepted; always on", strong=False
-    )
-    overlap_active_l1: bool | None = option(
-        kind="bool", name="overlap-check.active-l1", help="accepted; always on", strong=False
-    )
-    overlap_active_l2: bool | None = option(
-        kind="bool", name="overlap-check.active-l2", help="accepted; always on", strong=False
-    )
-    overlap_refcount_table: bool | None = option(
-        kind="bool", name="overlap-check.refcount-table", help="accepted; always on", strong=False
-    )
-    overlap_refcount_block: bool | None = option(
-        kind="bool", name="overlap-check.refcount-block", help="accepted; always on", strong=False
-    )
-    overlap_snapshot_table: bool | None = option(
-        kind="bool", name="overlap-check.snapshot-table", help="accepted; always on", strong=False
-    )
-    overlap_inactive_l1: bool | None = option(
-        kind="bool", name="overlap-check.inactive-l1", help="accepted; always on", strong=False
-    )
-    overlap_inactive_l2: bool | None = option(
-        kind="bool", name="overlap-check.inactive-l2", help="with snapshots, or fail", strong=False
-    )
-    overlap_bitmap_directory: bool | None = option(
-        kind="bool", name="overlap-check.bitmap-directory", help="accepted; always on", strong=False
-    )
-    cache_size: int | None = option(kind="size", help="bytes for L2 tables and refcount blocks", strong=False)
-    l2_cache_size: int | None = option(kind="size", help="bytes for L2 tables", strong=False)
-    l2_cache_entry_size: int | None = option(kind="size", help="accepted; whole tables are cached", strong=False)
-    refcount_cache_size: int | None = option(kind="size", help="bytes for refcount blocks", strong=False)
-    cache_clean_interval: int | None = option(
-        kind="int", help="accepted; clean tables are dropped when room is needed", strong=False
-    )
-
-
-class Qcow2Node(FormatNode):
+class Qcow2Node(MetadataNode):
     """A qcow2 image, versions 2 and 3."""
 
     driver: ClassVar[str] = "qcow2"
     options_class: ClassVar[type[NodeOptions]] = Qcow2Options
     supports_backing: ClassVar[bool] = True
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
-    options: Qcow2Options
 
-    header: headers.Header
-    file: Child
-    data_child: Child
     refcounts: Refcounts
     mapping: Mapping
-    allocator: Allocator
-    write_back: WriteBack
 
     def __init__(self, options: Qcow2Options) -> None:
         super().__init__(options)
@@ -112,20 +52,8 @@ class Qcow2Node(FormatNode):
         self.bitmap_directory: Directory
         self.bitmap_bytes_loaded = 0
         self.snapshot_table_bytes = 0
-        self.metadata = overlap.MetadataMap()
-        self.metadata_clusters: Container[int] = self.metadata.clusters
-        self._unprotected = False  #: protection was asked for that cannot be given: nothing is written
         self._preallocated: bool | None = None
-        self.exclusive_held = False
-        #: Reference counts are written when the image is closed; until then the dirty bit says that they are not to be relied on.
-        self.lazy = False
-        #: Counts and COPIED bits of many clusters are on their way to the disk, and its dirty bit says so.
-        self.counts_distrusted = False
-        self.operation = ranked_lock(RANK_OPERATION, "qcow2 operation")
-        self.corrupt_reported = False
         self.extended = False  #: clusters have subclusters
-        self.external = False  #: guest data lies in a data file
-        self.data_missing = False  #: which was not opened, since only the header is of interest
         self.views: dict[int, int] = {}  #: open views of snapshots, by the offset of their L1 table
         self.encryption: Encryption | None = None
         self._codec: Codec | None = None
@@ -361,125 +289,6 @@ class Qcow2Node(FormatNode):
                     out["bitmaps"] = bitmaps
         return out
 
-    # -- metadata I/O
-
-    def write_metadata(self, offset: int, data: Buffer, *, in_flush: bool = False) -> None:
-        """Write metadata at host *offset*; *in_flush*: by a write-back, which flushes it itself. Nothing is written once the node is poisoned."""
-        if self.poison is not None:
-            raise Poisoned(
-                f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno
-            )
-        if self._unprotected:
-            self._refuse_unprotected()
-        if not in_flush:
-            self.changed = True
-        # Also when it is given up later: what a failed operation left there is not fresh.
-        self.allocator.high_water = max(self.allocator.high_water, offset + len(data))
-        self.file.write(offset, (data,))
-
-    def flush_file(self) -> None:
-        """Make everything stable that was written to the file."""
-        self.file.flush()
-
-    def flush_all(self) -> None:
-        """The same, and guest data that lies in a file of its own."""
-        if self.external and not self.data_missing:
-            self.data_child.flush()
-        self.flush_file()
-
-    @contextmanager
-    def publishing(self, offset: int, before: bytes) -> Iterator[None]:
-        """Switch to a new table in the ``with`` block: the field at *offset*, which held *before*, is written and made stable.
-
-        After an error nobody knows whether the file names the old table or the new one. So the old value is written again; if that fails
-        too, neither table may be taken for something else, and the node is poisoned.
-        """
-        try:
-            yield
-        except CowhandError as error:
-            try:
-                self.file.write(offset, (before,))
-                self.file.flush()
-            except CowhandError:
-                self.set_poison(error)
-            raise
-        except BaseException as error:
-            self.set_poison(error)
-            raise
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the write-back and the allocation lock: for what writes metadata at once (table growth, snapshots)."""
-        with self.write_back.lock, self.lock:
-            self.exclusive_held = True
-            try:
-                yield
-            finally:
-                self.exclusive_held = False
-
-    def check_overlap(self, offset: int, length: int) -> None:
-        """Raise ImageCorrupt, and mark the image so, when a write to host ``[offset, offset + length)`` would hit metadata."""
-        bits = self.header.cluster_bits
-        first, last = offset >> bits, (offset + length - 1) >> bits
-        if self._unprotected:
-            self._refuse_unprotected()
-        if self.metadata.hit(first, last) is not None:
-            raise self._overlapping(overlap.owner(self, first, last) or "metadata", offset)
-
-    def _refuse_unprotected(self) -> None:
-        unknown = overlap.unknown(self)
-        if unknown is not None:
-            raise unknown
-
-    def _overlapping(self, name: str, offset: int) -> CowhandError:
-        return self.mark_corrupt(
-            f"Preventing invalid write on metadata (overlaps with {name})", offset=offset, fatal=True
-        )
-
-    def mark_corrupt(self, message: str, *, offset: int, fatal: bool = True) -> CowhandError:
-        """Return the error for damage that was just found; on the first fatal one the image is marked corrupt and not written any more."""
-        error = ImageCorrupt(
-            message, qemu="Input/output error", path=self.filename, offset=offset, hint="Run check on the image."
-        )
-        if self.corrupt_reported and not (fatal and self.writable and self.poison is None):
-            return error
-        if not self.writable or not fatal:
-            if not self.corrupt_reported:
-                diagnostics.report(
-                    f"qcow2: Image is corrupt: {message}; further non-fatal corruption events will be suppressed"
-                )
-        else:
-            diagnostics.report(
-                f"qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed"
-            )
-        self.corrupt_reported = True
-        if fatal and self.writable and self.poison is None:
-            self.set_corrupt_mark()
-            self.set_poison(ImageCorrupt(message, qemu="No medium found", path=self.filename, errno=123))
-        return error
-
-    def set_incompatible(self, bits: int) -> None:
-        """Make *bits* the incompatible features, stably; a lock that excludes other writers of the header is held."""
-        self.write_metadata(L.OFFSET_INCOMPATIBLE, L.U64.pack(bits))
-        self.flush_file()
-        self.header.incompatible = bits
-
-    def distrust_counts(self) -> None:
-        """Say on disk that counts and COPIED bits are not to be relied on, before many are changed; the write-back lock is held.
-
-        The bit demands a repair of who finds it after a crash. Version 2 has none; what a crash leaves there is harmless, and a check
-        calls it wrong until it is repaired. The next write-back that ends well takes the bit away.
-        """
-        if not self.lazy and self.header.version >= 3:
-            self.counts_distrusted = True
-            self.set_incompatible(self.header.incompatible | L.INCOMPAT_DIRTY)
-
-    def trust_counts(self) -> None:
-        """End :meth:`distrust_counts`: all is stable. The write-back lock is held."""
-        if self.counts_distrusted:
-            self.set_incompatible(self.header.incompatible & ~L.INCOMPAT_DIRTY)
-            self.counts_distrusted = False
-
     def change_backing(self, name: str | None, format: str | None) -> None:
         """Record another backing file in the header (None: none any more); what is read changes with it, the content of clusters does not.
 
@@ -510,22 +319,6 @@ class Qcow2Node(FormatNode):
         """Write the reference counts alone; takes the locks."""
         with self.exclusive():
             self.write_back.flush_refcounts()
-
-    def set_corrupt_mark(self) -> None:
-        """Mark the image corrupt on disk, as far as its version can say so."""
-        if self.header.version < 3:
-            return
-        self.header.incompatible |= L.INCOMPAT_CORRUPT
-        try:
-            self.file.write(L.OFFSET_INCOMPATIBLE, (L.U64.pack(self.header.incompatible),))
-            self.file.flush()
-        except CowhandError as error:
-            diagnostics.report(f"qcow2: the corrupt mark could not be written: {error.qemu()}")
-
-    def update_header(self) -> None:
-        """Write the header's cluster anew (backing file, extensions). Fields that switch tables are written alone, elsewhere."""
-        data = self.header.encode()
-        self.write_metadata(0, data)
 
     # -- reading
 
@@ -584,7 +377,7 @@ class Qcow2Node(FormatNode):
             self.set_incompatible(self.header.incompatible | L.INCOMPAT_DIRTY)
         wrong = overlap.conflict(self)
         if wrong is not None:
-            raise self._overlapping(wrong[0], wrong[1] * self.cluster_size)
+            raise self.overlapping(wrong[0], wrong[1] * self.cluster_size)
         self.clear_unknown_marks()
         self.rebuild_metadata_map()
         if self.bitmap_directory.present:
@@ -592,20 +385,26 @@ class Qcow2Node(FormatNode):
 
             begin(self)
 
-    def clear_unknown_marks(self) -> None:
-        """Take away autoclear bits that are not known: what they vouch for is not kept up here."""
-        known = L.AUTOCLEAR_BITMAPS | L.AUTOCLEAR_RAW_DATA
-        if self.header.autoclear & ~known and self.header.version >= 3:
-            self.header.autoclear &= known
-            self.write_metadata(88, L.U64.pack(self.header.autoclear))
-            self.flush_file()
-
     def rebuild_metadata_map(self) -> None:
         """Learn anew where this image's metadata lies (lock held)."""
         fresh = overlap.build(self)
         self.metadata = fresh
-        self._unprotected = overlap.unknown(self) is not None
-        self.metadata_clusters = overlap.EVERY if self._unprotected else fresh.clusters
+        self.unprotected = overlap.unknown(self) is not None
+        self.metadata_clusters = overlap.EVERY if self.unprotected else fresh.clusters
+
+    def check_overlap(self, offset: int, length: int) -> None:
+        """Raise ImageCorrupt, and mark the image so, when a write to host ``[offset, offset + length)`` would hit metadata."""
+        bits = self.header.cluster_bits
+        first, last = offset >> bits, (offset + length - 1) >> bits
+        if self.unprotected:
+            self.refuse_unprotected()
+        if self.metadata.hit(first, last) is not None:
+            raise self.overlapping(overlap.owner(self, first, last) or "metadata", offset)
+
+    def refuse_unprotected(self) -> None:
+        unknown = overlap.unknown(self)
+        if unknown is not None:
+            raise unknown
 
     def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
         from cowhand.block.formats.qcow2.resize import grow_l1
@@ -721,7 +520,9 @@ class Qcow2Node(FormatNode):
 
     def close(self) -> None:
         try:
-            self._write_what_is_left()
+            from cowhand.block.formats.qcow2.closing import write_what_is_left
+
+            write_what_is_left(self)
         finally:
             self._drop_tables()
 
@@ -736,52 +537,6 @@ class Qcow2Node(FormatNode):
         if hasattr(self, "refcounts"):
             self.refcounts.cache.clear()
             self.refcounts.table = bytearray()
-
-    def _write_what_is_left(self) -> None:
-        if not self.writable or not self._writing:
-            return
-        if isinstance(self.poison, ImageCorrupt):
-            return  # it was said when it was found, and nothing may be written
-        failure = self._store_bitmaps()
-        steps = [("L2 table", self._close_tables), ("refcount block", self._close_counts)]
-        if self._unprotected:
-            del steps[
-                0
-            ]  # all writing was refused, so that no table was changed; counts that were taken back are all there is
-        for what, step in steps:
-            try:
-                step()
-            except CowhandError as error:
-                diagnostics.report(f"Failed to flush the {what} cache: {os.strerror(error.errno or 5)}", as_tool=True)
-                failure = failure or error
-        if failure is not None:
-            raise failure
-
-    def _store_bitmaps(self) -> CowhandError | None:
-        """Write the persistent bitmaps; where that fails the image says that they are out of date, and the error is told and returned."""
-        if not self.bitmap_directory.entries and not self.bitmap_directory.changed:
-            return None
-        from cowhand.block.formats.qcow2.bitmapstore import store
-
-        try:
-            store(self)
-        except CowhandError as error:
-            text = f"Lost persistent bitmaps during inactivation of node '{self.name}': {error.qemu()}"
-            diagnostics.report(text, as_tool=True)
-            return error
-        return None
-
-    def _close_tables(self) -> None:
-        self.flush()
-
-    def _close_counts(self) -> None:
-        # Nobody is left who could reach what was freed.
-        self.release_quarantine(everything=True)
-        if self.lazy:
-            self.flush_counts()
-        self.flush()
-        if self.lazy:
-            self.set_incompatible(self.header.incompatible & ~L.INCOMPAT_DIRTY)
 
     # -- bitmaps, snapshots and checks
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cowhand.block.format import Kind, Reservation
 from cowhand.block.node import Zeroing
+from cowhand.block.reserving import Kind, Reservation
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 
 if TYPE_CHECKING:

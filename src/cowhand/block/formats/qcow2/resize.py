@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
-from cowhand.block.format import Kind
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.reserving import Kind
 from cowhand.core.buffers import is_zero
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
 from cowhand.core.extents import DATA, ZERO

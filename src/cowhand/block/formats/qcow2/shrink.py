@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cowhand.block.format import Kind
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.reserving import Kind
 from cowhand.core import diagnostics
 from cowhand.core.errors import CowhandError
 

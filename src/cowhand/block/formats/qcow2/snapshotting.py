@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
-from cowhand.block.format import Kind
 from cowhand.block.formats.qcow2 import countchange as counting, layout as L
 from cowhand.block.formats.qcow2.flags import cleared, fit_flags
 from cowhand.block.formats.qcow2.snapshots import NO_ICOUNT, Snapshot, check_l1, encode_table, read_l1
+from cowhand.block.reserving import Kind
 from cowhand.core import clock, diagnostics
 from cowhand.core.errors import CowhandError, ImageInUse, InvalidArgument, InvalidFormat, NotSupported, SnapshotNotFound
 from cowhand.core.units import MAX_SIZE

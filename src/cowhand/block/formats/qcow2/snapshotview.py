@@ -6,7 +6,8 @@ import copy
 from typing import TYPE_CHECKING
 
 from cowhand.block import graph
-from cowhand.block.formats.qcow2.driver import Qcow2Node, Qcow2Options
+from cowhand.block.formats.qcow2.driver import Qcow2Node
+from cowhand.block.formats.qcow2.options import Qcow2Options
 from cowhand.block.formats.qcow2.refcounts import Refcounts
 from cowhand.block.formats.qcow2.snapshots import read_l1
 from cowhand.block.node import ALL_PERMISSIONS, CONSISTENT_READ, Capabilities, Child, Role

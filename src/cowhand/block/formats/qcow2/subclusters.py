@@ -11,7 +11,6 @@ from array import array
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
-from cowhand.block.format import Kind, Reservation
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.mapping import (
     COMPRESSED_CLUSTER,
@@ -22,6 +21,7 @@ from cowhand.block.formats.qcow2.mapping import (
     Mapping,
     ramp,
 )
+from cowhand.block.reserving import Kind, Reservation
 from cowhand.core.errors import CowhandError, NotSupported
 from cowhand.core.extents import IN_PLACE, MAX_ROWS, NO_HOST, OFFSET, ExtentBatch
 
