@@ -94,10 +94,10 @@ def check(
 ) -> CheckResult:
     """Check the image *what*, which nobody else may be writing, and *repair* "leaks" or "all" that can be repaired.
 
-    After a repair that changed something, *on_repaired* is called with what was found and done, and the image is checked once more; the result is
-    the second check's, with the counts of what was fixed. Damage is not an exception but a result; ``messages`` has QEMU's lines, and
-    *on_message* gets each as it arises, up to ``MAX_MESSAGES``. What lies under the image is only opened with *backing*. Raises NotSupported for a format that has
-    no check, and whatever opening raises.
+    After a repair that changed something, *on_repaired* is called with what was found and done, and the image is checked once more; the
+    result is the second check's, with the counts of what was fixed. Damage is not an exception but a result; ``messages`` has QEMU's lines,
+    and *on_message* gets each as it arises, up to ``MAX_MESSAGES``. What lies under the image is only opened with *backing*. Raises
+    NotSupported for a format that has no check, and whatever opening raises.
     """
     from cowhand.block.disk import Disk
     from cowhand.block.opening import Opening
