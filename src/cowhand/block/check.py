@@ -145,7 +145,10 @@ def check_node(
             on_message(line)
 
     with graph.quiesce(node):
+        hooks = node.hooks
         result = node.check(repair, say)
+        if node.hooks is not hooks:
+            graph.rebind_parents(node)
         if (result.corruptions_fixed or result.leaks_fixed) and result.failure is None:
             if on_repaired is not None:
                 on_repaired(result)

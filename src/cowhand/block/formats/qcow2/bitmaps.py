@@ -89,6 +89,8 @@ class Directory:
         self.problems: list[tuple[int, str]] = []
         self.present = False  #: the header names a directory that counts
         self.readable = False
+        self.failure: CowhandError | None = None  #: why the medium does not give it
+        self.unusable: list[StoredBitmap] = []  #: entries that are broken
         self.outdated = False  #: there is one, but the image was written without it
         self.offset = self.size = 0
         self.removed: list[StoredBitmap] = []  #: taken away in memory, and not freed yet
@@ -148,6 +150,7 @@ def read_directory(node: Qcow2Node) -> Directory:
     try:
         node.file.read_into(out.offset, data)
     except CowhandError as error:
+        out.failure = error
         out.problems.append((out.offset, f"it cannot be read: {error.message}"))
         return out
     out.readable = True
@@ -202,6 +205,7 @@ def _parse(out: Directory, data: bytes, count: int) -> None:
                 entry.reason = "it has extra data that is not known"
             out.entries.append(entry)
         else:
+            out.unusable.append(entry)
             out.problems.append((where, f"bitmap '{entry.text}': {problem}"))
         at = end
         number += 1

@@ -6,7 +6,7 @@ goes to new clusters; all is made stable; one switch in the header makes the new
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import bitmapdata, layout as L
@@ -107,7 +107,7 @@ def _store(node: Qcow2Node) -> None:
         raise
     replaced += [old for old, new in zip(directory.entries, fresh, strict=True) if old is not new and old.table]
     size = node.cluster_size
-    if directory.present and directory.size:
+    if directory.readable and directory.size:
         _free(node, directory.offset // size, -(-directory.size // size))
     for old in replaced:
         _free_bitmap(node, old)
@@ -242,6 +242,32 @@ def remove_all(node: Qcow2Node) -> None:
         remove(node, entry.text)
     with node.exclusive():
         _store(node)
+
+
+def mend(node: Qcow2Node, lost: Set[bytes]) -> None:
+    """Write a directory with what is sound in this one, but for the bitmaps *lost*. The locks are held, and the counts are right.
+
+    What the others occupied is not freed here: no count says that it is in use.
+    """
+    directory = node.bitmap_directory
+    before = directory.problems, directory.entries
+    directory.problems, directory.entries = [], [entry for entry in directory if entry.name not in lost]
+    try:
+        _store(node)
+    except CowhandError:
+        directory.problems, directory.entries = before
+        raise
+    directory.unusable = []
+    known = node.dirty_bitmaps
+    for entry in before[1]:
+        if entry.live is None or known is None:
+            continue
+        if entry.name in lost:
+            known.remove(entry.text)
+        else:
+            entry.live.read_only = not node.writable
+    if known is not None and known.active and known.mark not in node.hooks:
+        node.hooks = (*node.hooks, known.mark)  # who asked for the check binds the edges anew
 
 
 def prepare_resize(node: Qcow2Node, size: int) -> None:

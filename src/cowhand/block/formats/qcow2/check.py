@@ -19,6 +19,7 @@ from cowhand.block.formats.qcow2.tally import native
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat
 
 if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.checkextensions import BitmapFindings
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.formats.qcow2.overlap import Region
     from cowhand.block.formats.qcow2.repair import Uncounted
@@ -31,12 +32,17 @@ _MAX_CLUSTERS = (1 << 31) - 1
 class Examination:
     """One check of one image, with the repairs that were asked for. Used once, by one thread, while nothing else uses the node."""
 
-    def __init__(self, node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, node: Qcow2Node, repair: str | None, say: Callable[[str], None], *, spare_bitmaps: bool = False
+    ) -> None:
         self.node = node
         self._tell = say
         self.lines_left = MAX_MESSAGES
         self.fix_leaks = repair is not None
         self.fix_errors = repair == "all"
+        self._spare_bitmaps = spare_bitmaps  #: what is wrong with them is none of this check's business
+        self.fix_bitmaps = self.fix_errors and not spare_bitmaps
+        self.bitmaps: BitmapFindings | None = None
         self.counters = Counters()
         self.rebuild = False  #: the refcount structure itself is damaged
         self.highest = 0  #: the last cluster in use
@@ -73,15 +79,21 @@ class Examination:
 
     def run(self) -> CheckResult:
         """Check, and repair. What stopped the check on its way is in the result."""
-        snapshots = Counters()
+        snapshots, bitmaps = Counters(), Counters()
         result = CheckResult()
         try:
             self._read_snapshot_table(snapshots)
+            self._look_at_bitmaps(bitmaps)
             self._examine(result)
             if snapshots.corruptions and self.fix_errors:
                 from cowhand.block.formats.qcow2.repair import rewrite_snapshots
 
                 rewrite_snapshots(self, snapshots)
+            sound = not (self.counters.check_errors or self.counters.corruptions or self.marked)
+            if bitmaps.corruptions and self.fix_bitmaps and sound:
+                from cowhand.block.formats.qcow2.checkextensions import rewrite_bitmaps
+
+                rewrite_bitmaps(self, bitmaps)
             if self.marked and self.fix_leaks:
                 # What the damaged structure held was not put right: that takes another look, at the new one.
                 raise Stopped(
@@ -93,7 +105,7 @@ class Examination:
                     )
                 )
             if self.fix_leaks and not any(
-                (self.counters.check_errors, self.counters.corruptions, snapshots.corruptions)
+                (self.counters.check_errors, self.counters.corruptions, snapshots.corruptions, bitmaps.corruptions)
             ):
                 from cowhand.block.formats.qcow2.repair import mark_sound
 
@@ -103,8 +115,15 @@ class Examination:
         except CowhandError as error:
             result.failure = error
         for name in Counters.__slots__:
-            setattr(result, name, getattr(self.counters, name) + getattr(snapshots, name))
+            setattr(result, name, sum(getattr(part, name) for part in (self.counters, snapshots, bitmaps)))
         return result
+
+    def _look_at_bitmaps(self, counters: Counters) -> None:
+        if self.node.header.find(L.EXT_BITMAPS) is None:
+            return
+        from cowhand.block.formats.qcow2.checkextensions import tell_bitmaps
+
+        tell_bitmaps(self, Counters() if self._spare_bitmaps else counters)
 
     def _read_snapshot_table(self, counters: Counters) -> None:
         node = self.node
@@ -196,7 +215,10 @@ class Examination:
                 )
             if self.counters.leaks or self.counters.corruptions:
                 self.counters.assign(before)
-                self.compare(leaks=self.fix_leaks, errors=self.fix_errors)
+                hidden = self.bitmaps is not None and self.bitmaps.hidden and not self.fix_bitmaps
+                if hidden:
+                    self.say("Leaked clusters are kept: they may be of bitmaps that cannot be found any more")
+                self.compare(leaks=not hidden, errors=self.fix_errors)
         self._sync()
         check_flags(self)
         result.image_end_offset = (self.highest + 1) * walk.size
@@ -213,6 +235,8 @@ class Examination:
         """Count all references, those to the refcount blocks last."""
         walk = self.walk
         walk.run()
+        if self.bitmaps is not None:
+            self.bitmaps.count(walk, dropping=self.fix_bitmaps)
         table = words_of(bytes(self.node.refcounts.table))
         for index, entry in enumerate(table):
             if entry:
@@ -388,10 +412,12 @@ class Examination:
             tally.replace(first, (block or bytes(self.per_block * tally.width))[: count * tally.width])
 
 
-def check(node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> CheckResult:
-    """Check *node*, without requests in flight, and repair what *repair* says."""
+def check(
+    node: Qcow2Node, repair: str | None, say: Callable[[str], None], *, spare_bitmaps: bool = False
+) -> CheckResult:
+    """Check *node*, without requests in flight, and repair what *repair* says; with *spare_bitmaps* bitmaps are neither judged nor changed."""
     if repair is None and not node.in_use_for_writing:
-        return _checked(node, repair, say)
+        return _checked(node, repair, say, spare_bitmaps)
     with node.operation:
         if node.in_use_for_writing:
             node.flush()
@@ -399,12 +425,12 @@ def check(node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> Ch
         with node.exclusive():
             if node.in_use_for_writing:
                 node.write_back.run(locked=True)
-            return _checked(node, repair, say)
+            return _checked(node, repair, say, spare_bitmaps)
 
 
-def _checked(node: Qcow2Node, repair: str | None, say: Callable[[str], None]) -> CheckResult:
+def _checked(node: Qcow2Node, repair: str | None, say: Callable[[str], None], spare_bitmaps: bool) -> CheckResult:
     try:
-        return Examination(node, repair, say).run()
+        return Examination(node, repair, say, spare_bitmaps=spare_bitmaps).run()
     finally:
         if repair is not None:
             from cowhand.block.formats.qcow2.repair import forget

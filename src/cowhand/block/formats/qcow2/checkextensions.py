@@ -1,103 +1,143 @@
 """Checking qcow2: the clusters that header extensions name (QEMU ``docs/interop/qcow2``, "Bitmaps extension", "Full disk encryption header").
 
-A check that did not know them would call them leaked, and a repair would free them.
+A check that did not know them would call them leaked, and a repair would free them. A broken bitmap directory does not end a check: what can be
+followed of it is counted, and a repair of everything takes out of it what cannot be used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from array import array
+from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.core.errors import InvalidFormat
+from cowhand.block.formats.qcow2.bitmapdata import wrong_table_entry
+from cowhand.block.formats.qcow2.bitmaps import (
+    MAX_TABLE_ENTRIES,
+    Directory,
+    StoredBitmap,
+    needed_entries,
+    read_directory,
+)
 
 if TYPE_CHECKING:
-    from cowhand.block.formats.qcow2.checkwalk import Walk
+    from cowhand.block.formats.qcow2.check import Examination
+    from cowhand.block.formats.qcow2.checkwalk import Counters, Walk
 
 _CRYPTO_LENGTH = 16
-_MAX_DIRECTORY_BYTES = L.MAX_BITMAPS * (L.BITMAP_DIRECTORY_ENTRY.size + 1023)
-_MAX_NAME = 1023
-_MAX_TABLE_ENTRIES = 0x8000000
-_MAX_BITMAP_BYTES = 0x20000000
-_RESERVED_FLAGS = 0xFFFFFFFC
-_IN_USE = 1
-_TABLE_RESERVED = 0xFF000000000001FE
-_ALL_ONES = 1
+#: Table entries that a check keeps in memory: those of two bitmaps of the largest kind.
+_MAX_KEPT_WORDS = 4 << 20
 
 
-class _Bitmap(NamedTuple):
-    """Where a bitmap's table is."""
-
-    offset: int
-    entries: int
-
-
-def count_extensions(walk: Walk) -> None:
-    """Count what the encryption header and the persistent bitmaps of *walk*'s image occupy."""
+def count_encryption(walk: Walk) -> None:
+    """Count what the encryption header of *walk*'s image occupies."""
     header = walk.node.header
     crypto = header.find(L.EXT_CRYPTO)
     if crypto is not None and header.crypt_method == L.CRYPT_LUKS and len(crypto) >= _CRYPTO_LENGTH:
         walk.region(L.U64.unpack_from(crypto)[0], L.U64.unpack_from(crypto, 8)[0])
-    bitmaps = header.find(L.EXT_BITMAPS)
-    # Without the autoclear bit somebody wrote who does not know bitmaps: they count for nothing.
-    if bitmaps is not None and header.autoclear & L.AUTOCLEAR_BITMAPS and len(bitmaps) == L.BITMAP_EXTENSION.size:
-        _count_bitmaps(walk, *L.BITMAP_EXTENSION.unpack(bitmaps))
 
 
-def _count_bitmaps(walk: Walk, count: int, _reserved: int, size: int, offset: int) -> None:
-    walk.region(offset, size)
-    # A hostile directory can name one table over and over: it is read once, and counts for all.
-    times: dict[_Bitmap, int] = {}
-    for bitmap in _directory(walk, count, size, offset):
-        times[bitmap] = times.get(bitmap, 0) + 1
-    for bitmap, named in times.items():
-        walk.region(bitmap.offset, bitmap.entries * 8, named)
-        _count_table(walk, bitmap, named)
+class BitmapFindings:
+    """What a check finds of an image's persistent bitmaps. ``problems`` are (byte of the file, words); ``lost`` the names that a repair drops."""
+
+    def __init__(self, exam: Examination) -> None:
+        self._walk = exam.walk
+        self.directory: Directory = read_directory(exam.node)
+        self.problems = list(self.directory.problems)
+        self.lost: set[bytes] = set()
+        self._sound: dict[tuple[int, int], bool] = {}
+        self._words: dict[tuple[int, int], array[int]] = {}
+        self._kept_words = 0
+        if self.directory.failure is not None:
+            raise exam.walk.unread(
+                "ERROR: I/O error in the bitmap directory", self.directory.offset, self.directory.failure.message
+            )
+        for entry in self.directory:
+            self._judge(entry)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether clusters may be a bitmap's without anything that still tells so."""
+        found = sum(map(self._followable, self.directory.unusable))
+        return self.directory.present and len(self.directory.problems) > found
+
+    def _judge(self, entry: StoredBitmap) -> None:
+        node, key = self._walk.node, (entry.table, entry.entries)
+        # A hostile directory can name one table over and over: it is read once, and judged for all.
+        sound = self._sound.get(key)
+        if sound is None:
+            end = node.file.node.size
+            words = self._table(key)
+            sound = self._sound[key] = not any(wrong_table_entry(word, node.cluster_size, end) for word in set(words))
+        if not sound:
+            self.lost.add(entry.name)
+            self.problems.append((entry.table, f"bitmap '{entry.text}': its table has entries that are not possible"))
+
+    def _table(self, key: tuple[int, int]) -> array[int]:
+        from cowhand.block.formats.qcow2.checkwalk import words_of
+
+        words = self._words.get(key)
+        if words is None:
+            words = words_of(self._walk.read(key[0], key[1] * L.ENTRY_SIZE, "ERROR: I/O error in a bitmap table"))
+            self._kept_words += len(words)
+            if self._kept_words <= _MAX_KEPT_WORDS:
+                self._words[key] = words
+        return words
+
+    def count(self, walk: Walk, *, dropping: bool) -> None:
+        """Count in *walk* all that the bitmaps occupy; with *dropping* not what is about to be dropped."""
+        directory = self.directory
+        if not directory.readable:
+            return
+        walk.region(directory.offset, directory.size)
+        times: dict[tuple[int, int], int] = {}
+        known = list(directory) if dropping else [*directory, *directory.unusable]
+        for entry in known:
+            if not (dropping and entry.name in self.lost) and self._followable(entry):
+                key = (entry.table, entry.entries)
+                times[key] = times.get(key, 0) + 1
+        for key, named in times.items():
+            walk.region(key[0], key[1] * L.ENTRY_SIZE, named)
+            end = walk.node.file.node.size
+            for word in self._table(key):
+                if word & L.BITMAP_TABLE_OFFSET_MASK and not wrong_table_entry(word, walk.size, end):
+                    walk.region(word & L.BITMAP_TABLE_OFFSET_MASK, walk.size, named)
+
+    def _followable(self, entry: StoredBitmap) -> bool:
+        """Tell whether *entry*'s table can be what it says: the entry may be broken in something else."""
+        node = self._walk.node
+        if not entry.table or entry.table % node.cluster_size or entry.entries > MAX_TABLE_ENTRIES:
+            return False
+        most = max(needed_entries(node, node.header.size, 9), 1)
+        return entry.entries <= most and entry.table + entry.entries * L.ENTRY_SIZE <= node.file.node.size
 
 
-def _stop(walk: Walk, message: str, offset: int) -> Exception:
+def tell_bitmaps(exam: Examination, counters: Counters) -> None:
+    """Look at the bitmaps, and tell what is wrong with them."""
+    findings = exam.bitmaps = BitmapFindings(exam)
+    verb = "Repairing" if exam.fix_bitmaps else "ERROR"
+    for offset, text in findings.problems:
+        exam.say(f"{verb} bitmap directory: {text} (offset {offset:#x})")
+    counters.corruptions += len(findings.problems)
+
+
+def rewrite_bitmaps(exam: Examination, counters: Counters) -> None:
+    """Leave the sound bitmaps alone in the directory; what the others occupied was counted as leaked."""
+    from cowhand.block.formats.qcow2 import bitmapstore
     from cowhand.block.formats.qcow2.checkwalk import Stopped
+    from cowhand.block.formats.qcow2.repair import forget
+    from cowhand.core.errors import CowhandError
 
-    walk.counters.corruptions += 1
-    return Stopped(InvalidFormat(message, qemu="Invalid argument", path=walk.node.filename, offset=offset))
-
-
-def _directory(walk: Walk, count: int, size: int, offset: int) -> list[_Bitmap]:
-    """Return the bitmaps that the directory lists; one that is wrong ends the check, since nothing behind it can be found."""
-    if not 0 < size <= _MAX_DIRECTORY_BYTES:
-        raise _stop(walk, f"a bitmap directory of {size} bytes is not possible", offset)
-    data = walk.read(offset, size, "ERROR: I/O error in the bitmap directory")
-    found: list[_Bitmap] = []
-    at = 0
-    while at < size:
-        if at + L.BITMAP_DIRECTORY_ENTRY.size > size or len(found) == count:
-            raise _stop(walk, "the bitmap directory is broken", offset + at)
-        table, entries, flags, kind, granularity, name, extra = L.BITMAP_DIRECTORY_ENTRY.unpack_from(data, at)
-        length = L.BITMAP_DIRECTORY_ENTRY.size + name + extra
-        length += -length % 8
-        stored = entries * walk.size
-        bad = (
-            at + length > size or extra or not entries or not table or table % walk.size or entries > _MAX_TABLE_ENTRIES
-            or not 9 <= granularity <= 31 or flags & _RESERVED_FLAGS or name > _MAX_NAME or kind != 1 or stored > _MAX_BITMAP_BYTES
-            or (not flags & _IN_USE and walk.node.header.size > stored * 8 << granularity)
-        )  # fmt: skip
-        if bad:
-            raise _stop(walk, f"entry {len(found)} of the bitmap directory is not possible", offset + at)
-        found.append(_Bitmap(table, entries))
-        at += length
-    if len(found) != count:
-        raise _stop(walk, f"the bitmap directory lists {len(found)} bitmaps, and the header says {count}", offset)
-    return found
-
-
-def _count_table(walk: Walk, bitmap: _Bitmap, times: int) -> None:
-    from cowhand.block.formats.qcow2.checkwalk import words_of
-
-    words = words_of(walk.read(bitmap.offset, bitmap.entries * 8, "ERROR: I/O error in a bitmap table"))
-    for entry in words:
-        offset = entry & L.BITMAP_TABLE_OFFSET_MASK
-        if entry & _TABLE_RESERVED or (offset and (entry & _ALL_ONES or offset % walk.size)):
-            raise _stop(walk, f"entry {entry:#x} of a bitmap table is not possible", bitmap.offset)
-    for entry in words:
-        offset = entry & L.BITMAP_TABLE_OFFSET_MASK
-        if offset:
-            walk.region(offset, walk.size, times)
+    node, findings = exam.node, exam.bitmaps
+    assert findings is not None
+    node.flush_file()
+    forget(node)
+    node.rebuild_metadata_map()
+    try:
+        bitmapstore.mend(node, findings.lost)
+    except CowhandError as error:
+        counters.check_errors += 1
+        exam.say(f"ERROR failed to update the bitmap directory: {error.qemu_message}")
+        raise Stopped(error) from error
+    exam.say(f"The bitmap directory has {len(node.bitmap_directory)} bitmaps now")
+    counters.corruptions_fixed += counters.corruptions
+    counters.corruptions = 0

@@ -110,15 +110,16 @@ class Walk:
         """Return bytes of the file; behind its end lie zeroes. An I/O error ends the check; *what* tells of it, None keeps it quiet."""
         data = bytearray(length)
         if offset + length >= 1 << 63:
-            raise self._unread(what, offset, "no file is that long")
+            raise self.unread(what, offset, "no file is that long")
         if offset < self.length and length:
             try:
                 self.node.file.read_into(offset, data)
             except CowhandError as error:
-                raise self._unread(what, offset, error.message) from error
+                raise self.unread(what, offset, error.message) from error
         return bytes(data)
 
-    def _unread(self, what: str | None, offset: int, why: str) -> Stopped:
+    def unread(self, what: str | None, offset: int, why: str) -> Stopped:
+        """Return what ends the check because the file cannot be read at *offset*; tell *what* that means."""
         if what is not None:
             self.counters.check_errors += 1
             self.say(what)
@@ -179,7 +180,7 @@ class Walk:
     # -- the parts of an image
 
     def run(self) -> None:
-        """Count everything but the refcount blocks."""
+        """Count everything but the bitmaps and the refcount blocks."""
         node = self.node
         header = node.header
         self._count_uses()
@@ -188,9 +189,9 @@ class Walk:
         self._walk_snapshots()
         self.region(header.snapshots_offset, node.snapshot_table_bytes)
         self.region(header.refcount_table_offset, header.refcount_table_clusters * self.size)
-        from cowhand.block.formats.qcow2.checkextensions import count_extensions
+        from cowhand.block.formats.qcow2.checkextensions import count_encryption
 
-        count_extensions(self)
+        count_encryption(self)
 
     def _snapshot_trouble(self, index: int) -> str | None:
         snapshot = self.node.snapshots[index]

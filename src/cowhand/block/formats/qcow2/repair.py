@@ -346,7 +346,7 @@ def repair_dirty(node: Qcow2Node) -> None:
     """Put right the counts of an image that was not closed, with lazy reference counts, before it is written. Raises ImageCorrupt."""
     from cowhand.block.formats.qcow2.check import check
 
-    result = check(node, "all", diagnostics.report)
+    result = check(node, "all", diagnostics.report, spare_bitmaps=True)
     if result.failure is not None or result.check_errors or result.corruptions:
         raise ImageCorrupt(
             "the image was not closed properly, and its reference counts cannot be repaired", qemu="Could not repair dirty image: Input/output error",
