@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SECTOR = 512
 #: Options that the file takes, never the format, when both declare them or only the file does.
 _FILE_ONLY = ("nocow", "extent_size_hint")
+#: Protocols that can be named in the place of a format: bytes without any, which a raw image is too.
+_BARE = ("file", "host_device")
 #: Options of making an image that opening it takes as well.
 _SECRETS = ("key-secret",)
 
@@ -78,6 +80,8 @@ class Creation:
 
         A new file appears under its name when it is complete. An existing one is emptied and formatted in place if nobody uses it.
         """
+        if self.format.name == "host_device" != self.protocol.name:
+            raise self._no_device()
         self.check_data_file(overwrite=overwrite)
         path = local_path(self.filename)
         if path is None:
@@ -98,6 +102,14 @@ class Creation:
         with NewFile(path) as file:
             self.write(file.temporary, fresh=True)
             file.appear()
+
+    def _no_device(self) -> CowhandError:
+        name = self.filename
+        reason = f"Could not open '{name}': No such file or directory"
+        if os.path.exists(name):
+            reason = f"'host_device' driver requires '{name}' to be either a character or block device"
+        text = f"Protocol driver 'host_device' does not support image creation, and opening the image failed: {reason}"
+        return NotSupported(f"'{name}' is no device", qemu=text, path=name)
 
     def check_data_file(self, *, overwrite: bool) -> None:
         """Raise when the data file that the image is to have cannot be made: it is the image itself, or exists and is not to be *overwritten*."""
@@ -150,7 +162,8 @@ class Creation:
             }
         )
         try:
-            creator = cast("type[Creator]", self.format.load())
+            format = self._registry.get("raw") if self.format.kind == "protocol" else self.format
+            creator = cast("type[Creator]", format.load())
             options = {name: value for name, value in self.options.items() if name not in _FILE_ONLY and name != "size"}
             if options.get("data_file"):
                 self._with_data_file(creator, node, options, durable)
@@ -263,6 +276,8 @@ def create(
 
 def create_options_of(entry: DriverEntry) -> tuple[CreateOption, ...]:
     """Return what the format takes at creation; raises NotSupported when it makes no images."""
+    if entry.kind == "protocol" and entry.name in _BARE:
+        return FILE_OPTIONS
     if entry.kind != "format" or not entry.creatable:
         raise NotSupported(f"Format driver '{entry.name}' does not support image creation")
     return cast("type[Creator]", entry.load()).create_options

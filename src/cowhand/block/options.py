@@ -101,6 +101,11 @@ class NodeOptions(Declared):
         False, kind="bool", name="cache.no-flush", help="ignore flushes (unsafe)", strong=False
     )
 
+    @classmethod
+    def join(cls, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options, by QEMU's names, that hold when a node that was opened with *old* is reopened with *new*."""
+        return {**old, **new}
+
 
 def declared(cls: type[NodeOptions]) -> dict[str, Option]:
     """Return {QEMU's name: declaration} of the options that *cls* declares, common ones first."""
@@ -171,10 +176,20 @@ def flatten(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _dots(name: str) -> Iterable[int]:
+    return (position for position, letter in enumerate(name) if letter == ".")
+
+
 def nest(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the dotted names of *given* as nested dictionaries, the inverse of :func:`flatten` but for lists."""
+    """Return the dotted names of *given* as nested dictionaries, the inverse of :func:`flatten` but for lists.
+
+    Where a name is both a value and the head of others ("overlap-check", "overlap-check.template"), the longer ones stay as they are.
+    """
     out: dict[str, Any] = {}
     for name, value in given.items():
+        if any(name[:dot] in given and not isinstance(given[name[:dot]], Mapping) for dot in _dots(name)):
+            out[name] = value
+            continue
         *path, last = name.split(".")
         place = out
         for part in path:

@@ -56,7 +56,7 @@ class RawNode(BlockNode):
     @classmethod
     def create(cls, file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
         """Make the open, writable protocol node *file* exactly *size* bytes of zeroes."""
-        mode = options.get("preallocation") or "off"
+        mode = options.get("preallocation", "off")
         if mode not in ("off", "falloc", "full"):
             qemu = (
                 f"Unsupported preallocation mode: {mode}" if mode == "metadata" else f"invalid parameter value: {mode}"

@@ -34,6 +34,8 @@ def describe(name: str, image_opts: bool, implied: str | None = "file") -> str |
         given: dict[str, Any] = dict(as_description(name, implied))
         reference = given.get("file")
         if isinstance(reference, str):
+            if any(key.startswith("file.") for key in given):
+                raise Failure("Cannot reference an existing block device with additional options or a new filename")
             raise Failure(f"Cannot find device='{reference}' nor node-name='{reference}'")
         if given.get("backing") == "":
             program.warning('Use of "backing": "" is deprecated; use "backing": null instead')

@@ -122,19 +122,13 @@ def known_options(format: str, filename: str | None = None) -> dict[str, CreateO
 
     if format in _READ_ONLY:
         raise Failure(f"Format driver '{format}' does not support image creation")
-    own = _file_options() if format in ("file", "host_device") else create_options_of(REGISTRY.get(format))
+    own = create_options_of(REGISTRY.get(format))
     if filename is None or protocol_of(filename, REGISTRY).name not in ("file", "host_device"):
         # What a format only hands to its file is the file's to declare.
         return merge(
             option for option in own if option.name == "size" or format == "file" or option not in FILE_OPTIONS
         )
     return merge(own, FILE_OPTIONS)
-
-
-def _file_options() -> tuple[CreateOption, ...]:
-    from cowhand.block.createoptions import FILE_OPTIONS
-
-    return FILE_OPTIONS
 
 
 def print_help(format: str, filename: str | None) -> None:

@@ -51,25 +51,25 @@ _COMPRESSIONS = {"zlib": L.COMPRESSION_DEFLATE, "zstd": L.COMPRESSION_ZSTD}
 def plan_header(size: int, options: Mapping[str, Any]) -> Header:
     """Return the header of a new image of *size* bytes, tables still missing. Raises InvalidArgument and NotSupported in QEMU's words."""
     header = Header()
-    version = _VERSIONS.get(options.get("compat") or "1.1")
+    version = _VERSIONS.get(options.get("compat", "1.1"))
     if version is None:
         raise InvalidArgument(
             f"Parameter 'version' does not accept value '{options['compat']}'", hint="compat is 0.10 (v2) or 1.1 (v3)."
         )
     header.version = version
-    cluster = options.get("cluster_size") or 65536
-    if cluster & (cluster - 1) or not 1 << L.CLUSTER_BITS_MIN <= cluster <= 1 << L.CLUSTER_BITS_MAX:
+    cluster = options.get("cluster_size", 65536)
+    if not 1 << L.CLUSTER_BITS_MIN <= cluster <= 1 << L.CLUSTER_BITS_MAX or cluster & (cluster - 1):
         raise InvalidArgument("Cluster size must be a power of two between 512 and 2048k")
     header.cluster_bits = cluster.bit_length() - 1
-    bits = options.get("refcount_bits") or 16
-    if bits & (bits - 1) or not 1 <= bits <= 64:
+    bits = options.get("refcount_bits", 16)
+    if not 1 <= bits <= 64 or bits & (bits - 1):
         raise InvalidArgument("Refcount width must be a power of two and may not exceed 64 bits")
     if version < 3 and bits != 16:
         raise InvalidArgument(
             "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"
         )
     header.refcount_order = bits.bit_length() - 1
-    compression = options.get("compression_type") or "zlib"
+    compression = options.get("compression_type", "zlib")
     if compression not in _COMPRESSIONS:
         raise InvalidArgument(
             f"Parameter 'compression-type' does not accept value '{compression}'",
@@ -122,7 +122,7 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
 def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
     """Make the open, writable protocol node *file* a qcow2 image of *size* bytes; *options* are CREATE_OPTIONS by name, converted."""
     header = plan_header(size, options)
-    preallocation = options.get("preallocation") or "off"
+    preallocation = options.get("preallocation", "off")
     if preallocation not in ("off", "metadata", "falloc", "full"):
         message = f"Parameter 'preallocation' does not accept value '{preallocation}'"
         raise InvalidArgument(message, hint="preallocation is off, metadata, falloc or full.")

@@ -13,7 +13,7 @@ from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT, Allocator
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create
 from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.metadata import MetadataNode
-from cowhand.block.formats.qcow2.options import Qcow2Options, check_cache_options
+from cowhand.block.formats.qcow2.options import Qcow2Options, check_options
 from cowhand.block.formats.qcow2.refcounts import Refcounts
 from cowhand.block.formats.qcow2.writeback import WriteBack
 from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
@@ -145,7 +145,7 @@ class Qcow2Node(MetadataNode):
         self.mapping = self._mapping_class()(self, self._read_table(header.l1_offset, header.l1_size * 8))
         self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
         options = self.options
-        check_cache_options(options, self.cluster_size)
+        check_options(options, header, 16 if self.extended else 8)
         if options.l2_cache_size is not None or options.cache_size is not None:
             self.mapping.cache.limit = options.l2_cache_size or options.cache_size or self.mapping.cache.limit
         if options.refcount_cache_size is not None:

@@ -91,7 +91,10 @@ def _reopen(session: Session, writable: bool | None, cache: str | None, options:
         how.writable = writable
     elif "read-only" in options:
         how.writable = options["read-only"] not in ("on", "yes", "true", "y")
-    how.reopened = {**before.reopened, **{k: v for k, v in options.items() if k != "read-only"}}
+    join = type(root.options).join
+    kept = join(options, how.options)
+    how.options = {name: value for name, value in how.options.items() if name in kept}
+    how.reopened = join({k: v for k, v in options.items() if k != "read-only"}, before.reopened)
     session.close()
     try:
         session.open(name, how, anew=True)
