@@ -118,7 +118,7 @@ class TestDescriptions:
             ({"filename": 7}, "'filename' expects a string"),
             (
                 {"driver": "raw", "file": "x", "file.driver": "raw"},
-                "both",
+                "Cannot reference an existing block device",
             ),
             ("json:{", "Could not parse"),
             ("json:[1]", "Invalid JSON object"),

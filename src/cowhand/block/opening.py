@@ -375,6 +375,12 @@ class Opening:
             self._ask_policy(entry, given.get("filename"), self._asker)
         names = declared(cls.options_class)
         chosen = {name: given.pop(name) for name in list(given) if name in names}
+        for name in given:
+            if "." in name and isinstance(given.get(name.partition(".")[0]), str):
+                raise InvalidArgument(
+                    "Cannot reference an existing block device with additional options or a new filename",
+                    hint=f"'{name.partition('.')[0]}' is given both as a name and as a group of options ('{name}').",
+                )
         for name in _INHERITED:
             key = "cache." + name[6:].replace("_", "-") if name.startswith("cache_") else name.replace("_", "-")
             if key not in chosen and role is not None and getattr(parent, name):
