@@ -33,9 +33,7 @@ class Qcow2Options(NodeOptions):
     overlap_check: str | None = option(
         help="what writes are checked against: none, constant, cached or all", strong=False
     )
-    overlap_template: str | None = option(
-        name="overlap-check.template", help="the same", strong=False
-    )
+    overlap_template: str | None = option(name="overlap-check.template", help="the same", strong=False)
     overlap_main_header: bool | None = _overlap_switch("main-header")
     overlap_active_l1: bool | None = _overlap_switch("active-l1")
     overlap_active_l2: bool | None = _overlap_switch("active-l2")
