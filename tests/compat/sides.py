@@ -27,6 +27,7 @@ _VARIABLE = (
     (re.compile(r"Run completed in [0-9.]+ seconds"), "TIME"),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "DATE"),
     (re.compile(r'("date-n?sec"|"actual-size"): \d+'), r"\1: N"),
+    (re.compile(r"#block\d+"), "#blockN"),
     (re.compile(r"disk size: [0-9.]+ [KMG]?i?B"), "disk size: N"),
     (re.compile(r"(WARNING: Image format was not specified for [^\n]*\n[^\n]*\n[^\n]*\n)\1"), r"\1"),
 )

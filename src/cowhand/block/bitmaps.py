@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block import graph
-from cowhand.core.errors import BitmapNotFound, InvalidArgument, NotSupported, ReadOnly
+from cowhand.core.errors import BitmapNotFound, CowhandError, InvalidArgument, NotSupported, ReadOnly
 
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import BitmapSet, DirtyBitmap
@@ -64,6 +64,21 @@ def find_bitmap(disk: Disk, name: str) -> DirtyBitmap:
 def list_bitmaps(disk: Disk) -> list[DirtyBitmap]:
     """Return *disk*'s bitmaps, in their order; ``info()`` of one is what QEMU tells of it."""
     return list(_holder(disk).dirty_bitmaps or ())
+
+
+def can_keep(disk: Disk) -> bool:
+    """Tell whether *disk*'s image can keep bitmaps: whether its format does, in its version."""
+    node = _holder(disk)
+    keeper = node.bitmap_keeper()
+    return keeper is not None and keeper.possible(node)
+
+
+def broken_reason(disk: Disk) -> CowhandError | None:
+    """Return why the bitmaps that *disk*'s image lists may not be all, and cannot be changed; None where all is sound."""
+    node = _holder(disk)
+    keeper = node.bitmap_keeper()
+    reason: CowhandError | None = keeper.broken_reason(node) if keeper is not None else None
+    return reason
 
 
 def add_bitmap(

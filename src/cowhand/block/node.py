@@ -276,7 +276,8 @@ class BlockNode(ABC):
         raise self._no_snapshots()
 
     def bitmap_keeper(self) -> Any:
-        """Return what keeps persistent bitmaps in this layer: ``add``, ``remove`` and ``touch`` of (node, name, ...); None: nothing does."""
+        """Return what keeps persistent bitmaps in this layer: ``add``, ``remove``, ``touch`` of (node, name, ...), ``possible`` and
+        ``broken_reason`` of (node); None: nothing does."""
         return None
 
     def _no_snapshots(self) -> NotSupported:

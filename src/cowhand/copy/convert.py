@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.disk import Disk
-from cowhand.copy import plan
+from cowhand.copy import bitmaps as copying, plan
 from cowhand.copy.engine import Engine
 from cowhand.copy.opening import Image, open_source
 from cowhand.copy.plan import Policy
@@ -62,6 +62,8 @@ def convert(
     copy_range: bool = False,
     reflink: bool = True,
     rate_limit: int | str = 0,
+    bitmaps: bool = False,
+    skip_broken_bitmaps: bool = False,
     cache: str = "unsafe",
     source_cache: str = "writeback",
     force_share: bool = False,
@@ -82,6 +84,7 @@ def convert(
     with *compression_level* more densely than the fast default. *workers* threads (-m), *in_order* as -W's opposite: space is taken in the
     order of the disk. *salvage* replaces unreadable sectors by zeroes. *reflink* shares blocks where the file system can, *copy_range* (-C)
     uses copy_file_range(2) as well. *rate_limit* is in bytes a second. *cache* "unsafe" does not flush a target, as in qemu-img.
+    *bitmaps* copies the persistent bitmaps of the (one) source's active layer too, *skip_broken_bitmaps* but for those that cannot be used.
 
     *progress* hears of bytes copied, *cancel* ends it with Cancelled, *warn* hears of what may go wrong. The sources are never changed; a
     new target that fails is removed. Raises CowhandError; ``qemu()`` has qemu-img's words.
@@ -114,6 +117,8 @@ def convert(
             )
             for what in inputs
         ]
+        if bitmaps:
+            _check_bitmaps(disks, skip_broken_bitmaps)
         size = sum(-(-disk.size // SECTOR) * SECTOR for disk in disks)
         creation = None
         has_backing = backing is not None
@@ -129,6 +134,8 @@ def convert(
             discard = settings.sparse_size > 0
             destination = existing_target(target, target_format, cache=cache, policy=policy, discard=discard)
         with destination:
+            if bitmaps:
+                copying.check_target(destination.disk)
             check_room(destination.disk, source.size)
             moved = transfer(
                 source,
@@ -139,6 +146,8 @@ def convert(
                 progress=progress,
                 cancel=cancel,
             )
+            if bitmaps:
+                copying.copy_bitmaps(disks[0], destination.disk, skip_broken=skip_broken_bitmaps, warn=warn)
             filename, format = destination.disk.filename, destination.disk.format
     name = creation.filename if creation is not None else filename
     return ConvertResult(name, format, size, moved.data, moved.zero, moved.skip, tuple(unreadable))
@@ -207,6 +216,12 @@ def transfer(
         raise
     progress.finish()
     return totals
+
+
+def _check_bitmaps(disks: Sequence[Disk], skip_broken: bool) -> None:
+    if len(disks) > 1:
+        raise InvalidArgument("Copying bitmaps only possible with single source")
+    copying.check_bitmaps(disks[0], skip_broken=skip_broken)
 
 
 def _prepare(

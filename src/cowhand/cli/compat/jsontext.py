@@ -13,6 +13,11 @@ from typing import Any
 _BUCKETS = 512
 _ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*\\u)([0-9a-f]{4})")
 
+#: A line that holds an empty list or object: the closing bracket has a line of its own.
+_EMPTY = re.compile(r'^( *)("(?:[^"\\]|\\.)*": )?([\[{])([\]}])', re.MULTILINE)
+#: A byte that is not UTF-8, as Python holds it.
+_UNDECODABLE = re.compile("[\udc80-\udcff]")
+
 
 def bucket(key: str) -> int:
     """Return the bucket that *key* falls into."""
@@ -34,10 +39,12 @@ def ordered(value: Any) -> Any:
         return {key: ordered(value[key]) for key in sorted(keys, key=bucket)}
     if isinstance(value, (list, tuple)):
         return [ordered(item) for item in value]
+    if isinstance(value, str):
+        return _UNDECODABLE.sub("\ufffd", value)
     return value
 
 
 def render(value: Any) -> str:
     """Return the document of *value*, without a line end."""
-    text = json.dumps(ordered(value), indent=4)
+    text = _EMPTY.sub(r"\1\2\3\n\1\4", json.dumps(ordered(value), indent=4))
     return _ESCAPE.sub(lambda found: found[1] + found[2].upper(), text.replace("\x7f", "\\u007f"))

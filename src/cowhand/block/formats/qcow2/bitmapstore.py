@@ -174,6 +174,20 @@ def _free_bitmap(node: Qcow2Node, entry: StoredBitmap) -> None:
 # -- bitmaps come, change and go
 
 
+def possible(node: Qcow2Node) -> bool:
+    """Tell whether the image can keep bitmaps."""
+    return node.header.version >= 3
+
+
+def broken_reason(node: Qcow2Node) -> CowhandError | None:
+    """Return why the directory cannot be relied on, None where it is sound."""
+    try:
+        node.bitmap_directory.check_sound()
+    except CowhandError as error:
+        return error
+    return None
+
+
 def check_constraints(node: Qcow2Node, name: str, granularity: int, size: int) -> None:
     """Raise InvalidArgument when the image cannot keep such a bitmap of a disk of *size* bytes."""
     bits = granularity.bit_length() - 1
@@ -204,7 +218,9 @@ def add(node: Qcow2Node, name: str, granularity: int, *, enabled: bool) -> Dirty
     live = make_live(node, entry)
     live.replace(live.recent)  # nothing is stored of it
     live.enabled = enabled
-    directory.entries.append(entry)
+    # As in QEMU: behind what is stored, and before what was added since.
+    place = next((index for index, known in enumerate(directory.entries) if known.at < 0), len(directory))
+    directory.entries.insert(place, entry)
     directory.changed = True
     return live
 

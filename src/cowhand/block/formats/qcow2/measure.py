@@ -98,7 +98,7 @@ def bitmaps_size(bitmaps: list[tuple[str, int]], size: int, cluster: int) -> int
         nbytes = _round_up(-(-size // granularity), 8) // 8
         clusters = _round_up(nbytes, cluster) // cluster
         total += clusters * cluster + _round_up(clusters * layout.ENTRY_SIZE, cluster)
-        directory += _round_up(layout.BITMAP_DIRECTORY_ENTRY.size + len(name.encode()), 8)
+        directory += _round_up(layout.BITMAP_DIRECTORY_ENTRY.size + len(name.encode("utf-8", "surrogateescape")), 8)
     return total + _round_up(directory, cluster)
 
 

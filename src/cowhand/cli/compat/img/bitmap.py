@@ -86,7 +86,8 @@ def _do(key: str, value: str, disk: Disk, source: Disk, name: str, granularity: 
 
     match key:
         case "add":
-            bitmaps.add_bitmap(disk, name, granularity=granularity or None)
+            # QEMU hands it on in 32 bits.
+            bitmaps.add_bitmap(disk, name, granularity=granularity & 0xFFFFFFFF if granularity else None)
         case "remove":
             bitmaps.remove_bitmap(disk, name)
         case "clear":

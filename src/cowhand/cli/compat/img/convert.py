@@ -156,8 +156,6 @@ def run(words: Sequence[str]) -> int:
             for name in line.names[:-1]
         ]
         snapshot = line.snapshot.find(disks[0]) if line.snapshot is not None else None
-        if "bitmaps" in line.flags:
-            _check_bitmaps(disks, line)
         target: Disk | str = line.names[-1]
         options: dict[str, Any] = {}
         if "no_create" in line.flags:
@@ -200,19 +198,6 @@ def _creation_options(line: _Line) -> dict[str, Any]:
     return options
 
 
-def _check_bitmaps(disks: Sequence[Disk], line: _Line) -> None:
-    """Refuse ``--bitmaps`` where there is nothing that could be copied, or something that cannot be."""
-    if len(disks) > 1:
-        raise Failure("Copying bitmaps only possible with single source")
-    if disks[0].format != "qcow2":
-        raise Failure("Source lacks bitmap support")
-    format = line.target_format or "raw"
-    if format != "qcow2":
-        raise Failure(f"Format driver '{format}' does not support bitmaps")
-    if disks[0].root.format_specific().get("bitmaps"):
-        raise Failure("Copying persistent bitmaps is not supported")
-
-
 def _convert(
     line: _Line, disks: Sequence[Disk], target: Disk | str, options: dict[str, Any], snapshot: str | None
 ) -> None:
@@ -240,6 +225,8 @@ def _convert(
                 salvage="salvage" in flags,
                 copy_range="copy_range" in flags,
                 rate_limit=line.rate,
+                bitmaps="bitmaps" in flags,
+                skip_broken_bitmaps="skip_broken_bitmaps" in flags,
                 cache=line.cache,
                 warn=program.warning,
                 progress=shown.progress(),
@@ -247,6 +234,6 @@ def _convert(
         except CowhandError as error:
             missing = error.qemu().removesuffix(_NO_BACKING)
             if missing == error.qemu():
-                raise
+                raise Failure(error.qemu(), hint=error.facts.get("advice") or "") from error
             # QEMU finds that out when it opens the new image.
             raise Failure(f"Could not open '{line.names[-1]}': Could not open backing file: {missing}") from error

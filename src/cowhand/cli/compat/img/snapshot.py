@@ -13,7 +13,7 @@ from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.records import snapshot_info, snapshot_table
 from cowhand.cli.compat.program import Failure, UsageFailure
-from cowhand.core.errors import CowhandError, SnapshotNotFound
+from cowhand.core.errors import BitmapUnusable, CowhandError, SnapshotNotFound
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -83,6 +83,8 @@ def _apply(disk: Disk, name: str) -> None:
             return
     except SnapshotNotFound:
         reason = f"Failed to load snapshot: {os.strerror(errno.ENOENT)}"
+    except BitmapUnusable as error:
+        reason = error.qemu()
     except CowhandError as error:
         reason = f"Failed to load snapshot: {os.strerror(error.number)}"
         if error.qemu() != os.strerror(error.number):
