@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
+#: What measured programs see: no setting of Python's, so that bytecode is kept and found as for any user.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
 
 class ProgramFailed(Exception):
     """A measured program ended with an error; nothing can be said about its speed."""
@@ -92,7 +95,7 @@ def spawn(*argv: str | os.PathLike[str], output: Path | None = None) -> Sample:
         (os.POSIX_SPAWN_OPEN, 1, target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644),
     ]
     begin = perf_counter()
-    pid = os.posix_spawn(words[0], words, os.environ, file_actions=actions)
+    pid = os.posix_spawn(words[0], words, ENVIRONMENT, file_actions=actions)
     _, status, usage = os.wait4(pid, 0)
     wall = perf_counter() - begin
     if os.waitstatus_to_exitcode(status) != 0:

@@ -89,7 +89,9 @@ def test_one_that_fails_leaves_the_others(nth: int, backed: bool) -> None:
     backing = MemoryNode(content=b"z" * COUNT * CLUSTER) if backed else None
     with Disk(qcow2_node(fault, backing=backing), writable=True) as disk:
         disk.write(60 * CLUSTER, b"table")
-        fault.fail("write", nth, errno.ENOSPC)
+        if backed:
+            fault.fail("write", 1, errno.ENOSPC)  # of all together, and then of one of them alone
+        fault.fail("write", nth + backed, errno.ENOSPC)
         with pytest.raises(NoSpace):
             disk.submit([(WRITE_REQUEST, number * CLUSTER, b"x" * CLUSTER) for number in range(5)])
         found = [disk.read(number * CLUSTER, 1) for number in range(5)]
@@ -98,6 +100,26 @@ def test_one_that_fails_leaves_the_others(nth: int, backed: bool) -> None:
         assert disk.read(0, 5 * CLUSTER) == b"y" * 5 * CLUSTER
     keeper.close()
     sound_content(file, b"z" * COUNT * CLUSTER if backed else b"")
+
+
+def test_a_large_batch_is_copied_up_by_two_threads() -> None:
+    cluster = 65536
+    base = random.Random(3).randbytes(COUNT * cluster)
+    file = qcow2_file(COUNT * cluster, cluster_size=cluster)
+    keeper = Disk(file)
+    model = bytearray(base)
+    with Disk(qcow2_node(file, backing=MemoryNode(content=base)), writable=True) as disk:
+        numbers = random.Random(4).sample(range(COUNT), COUNT)
+        batch = []
+        for number in numbers:
+            at, data = number * cluster + number * 500, bytes([number + 1]) * (cluster if number % 7 == 0 else 4096)
+            at = number * cluster if number % 7 == 0 else at
+            batch.append((WRITE_REQUEST, at, data))
+            model[at : at + len(data)] = data
+        disk.submit(batch)
+        assert disk.read(0, disk.size) == model
+    keeper.close()
+    assert sound_content(file, base) == model
 
 
 def test_batches_of_two_threads_into_the_same_new_clusters() -> None:

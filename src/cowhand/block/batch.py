@@ -9,10 +9,11 @@ A loop over plain tuples with as few calls as possible: at 4 KiB a request costs
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.node import DISCARD, READ, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, Request
+from cowhand.core.buffers import Buffer, give, take
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import DATA
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Neighbours that are done by one system call, at most.
 _MAX_TOGETHER = 64
+#: Units that are copied up by one write; and from how many bytes on a second thread helps.
+_GROUP = 8
+_WORTH_A_THREAD = 512 << 10
 _preadv = getattr(os, "preadv", None)
 _pwritev = getattr(os, "pwritev", None)
 
@@ -80,29 +84,29 @@ def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
 
 def _allocate(node: FormatNode, writes: list[tuple[int, Any]], failure: Exception | None) -> Exception | None:
     """Do *writes*, each into a unit of its own that has no place yet; return *failure*, or else the first error."""
-    placed: list[Reservation] = []
     try:
         node.check_writable()
         reservations = node.claim_units([offset for offset, _ in writes])
     except CowhandError as error:
         return failure or error
-    waiting: list[Reservation] = [one for one in reservations if one is not None]
+    tasks = [
+        _Task(reservation, offset, what)
+        for reservation, (offset, what) in zip(reservations, writes, strict=False)
+        if reservation is not None
+    ]
     try:
-        for reservation, (offset, what) in zip(reservations, writes, strict=False):
-            if reservation is None:
-                continue
-            try:
-                _put(node, reservation, offset, what)
-            except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
-                waiting.remove(reservation)
-                node.give_up(reservation, error)
-                failure = failure or error
-            else:
-                placed.append(reservation)
+        _put_all(node, tasks)
     except BaseException as error:
-        for reservation in waiting:
-            node.give_up(reservation, error)
+        for task in tasks:
+            node.give_up(task.reservation, error)
         raise
+    placed: list[Reservation] = []
+    for task in tasks:
+        if task.failure is None:
+            placed.append(task.reservation)
+        else:
+            node.give_up(task.reservation, task.failure)
+            failure = failure or task.failure
     if placed:
         error_of_link = node.finish_units(placed)
         failure = failure or error_of_link
@@ -115,14 +119,108 @@ def _allocate(node: FormatNode, writes: list[tuple[int, Any]], failure: Exceptio
     return failure
 
 
-def _put(node: FormatNode, reservation: Reservation, offset: int, what: Any) -> None:
-    """Place *what* and its surroundings."""
-    child = reservation.child
-    if reservation.blank and reservation.fresh and not node.encodes and child is not None:
-        # Nothing has to be put around it: old and new read as zeroes.
-        child.write(reservation.host + offset - reservation.offset, (what,))
+class _Task:
+    """A write with the unit that was reserved for it."""
+
+    __slots__ = ("failure", "offset", "reservation", "what")
+
+    def __init__(self, reservation: Reservation, offset: int, what: Any) -> None:
+        self.reservation = reservation
+        self.offset = offset
+        self.what = what
+        self.failure: Exception | None = None
+
+
+def _put_all(node: FormatNode, tasks: list[_Task]) -> None:
+    """Place the bytes of *tasks* and what surrounds them; each task keeps its error."""
+    copying: list[_Task] = []
+    for task in tasks:
+        reservation, child = task.reservation, task.reservation.child
+        try:
+            if reservation.blank and reservation.fresh and not node.encodes and child is not None:
+                # Nothing has to be put around it: old and new read as zeroes.
+                child.write(reservation.host + task.offset - reservation.offset, (task.what,))
+            elif node.encodes or node.known_zero(reservation.begin, reservation.end - reservation.begin):
+                node.put(reservation, task.offset, [memoryview(task.what)], len(task.what))
+            else:
+                copying.append(task)
+        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+            task.failure = error
+    groups = list(_neighbours(copying))
+    if len(groups) < 2 or len(copying) * node.allocation_unit < _WORTH_A_THREAD:
+        for group in groups:
+            _copy_up(node, group)
+        return
+    from cowhand.core.pairs import both
+
+    # Both take from one iterator, which hands each group out once.
+    remaining = iter(groups)
+
+    def work() -> None:
+        for group in remaining:
+            _copy_up(node, group)
+
+    both(work, work)
+
+
+def _neighbours(tasks: list[_Task]) -> Iterator[list[_Task]]:
+    """Yield *tasks* in groups whose new places adjoin."""
+    group: list[_Task] = []
+    for task in tasks:
+        last = group[-1].reservation if group else None
+        if last is not None and (
+            len(group) == _GROUP
+            or task.reservation.child is not last.child
+            or _place(task.reservation) != _place(last) + last.end - last.begin
+        ):
+            yield group
+            group = []
+        group.append(task)
+    if group:
+        yield group
+
+
+def _place(reservation: Reservation) -> int:
+    """Return where the first byte goes that is to be filled."""
+    return reservation.host + reservation.begin - reservation.offset
+
+
+def _copy_up(node: FormatNode, group: list[_Task]) -> None:
+    """Copy what a group of units read before to their new places, with what is written there, in one write."""
+    borrowed: list[memoryview] = []
+    try:
+        pieces = [_filled(node, task, borrowed) for task in group]
+        first = group[0].reservation
+        assert first.child is not None
+        first.child.write(_place(first), pieces)
+    except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+        if len(group) == 1:
+            group[0].failure = error
+            return
     else:
-        node.put(reservation, offset, [memoryview(what)], len(what))
+        return
+    finally:
+        for piece in borrowed:
+            give(piece)
+    for task in group:
+        # One by one: whose fault it is is found out, and the others get what is theirs.
+        _copy_up(node, [task])
+
+
+def _filled(node: FormatNode, task: _Task, borrowed: list[memoryview]) -> Buffer:
+    """Return the bytes of a whole new unit; what was taken for it is added to *borrowed*."""
+    from cowhand.block.format import FormatNode
+
+    begin, end = task.reservation.begin, task.reservation.end
+    if len(task.what) == end - begin:
+        return task.what  # type: ignore[no-any-return]
+    piece = take(end - begin)
+    borrowed.append(piece)
+    # All of it at once, and the guest's bytes put over it: one system call instead of two.
+    FormatNode.read_into(node, begin, piece)
+    at = task.offset - begin
+    piece[at : at + len(task.what)] = task.what
+    return piece
 
 
 def _single(node: FormatNode, kind: int, offset: int, what: Any) -> None:

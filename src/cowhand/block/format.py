@@ -254,7 +254,7 @@ class FormatNode(ReservingNode):
         """Return what is to be copied to ``[offset, offset + length)`` of new units; nothing where both old and new read as zeroes."""
         if length <= 0:
             return []
-        if reservation.blank or self._known_zero(offset, length):
+        if reservation.blank or self.known_zero(offset, length):
             if reservation.fresh:
                 return []
             return [ZEROES[: min(ZEROES_SIZE, length - at)] for at in range(0, length, ZEROES_SIZE)]
@@ -265,7 +265,8 @@ class FormatNode(ReservingNode):
         FormatNode.read_into(self, offset, buffer)
         return [buffer]
 
-    def _known_zero(self, offset: int, length: int) -> bool:
+    def known_zero(self, offset: int, length: int) -> bool:
+        """Tell whether ``[offset, offset + length)`` reads as zeroes by what this layer says, without a look at those below."""
         run = self.map(offset, length)
         if run[0] < length:
             return False
