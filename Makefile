@@ -67,11 +67,12 @@ conformance-baseline: setup-run
 docs: setup-run
 	$(BIN)/python -m tools.reference
 
+# FUZZ="--target luks" runs one of the targets.
 FUZZ_SECONDS ?= 60
 
 fuzz: setup
 	tools/venv.sh $(VENV) -e '.[dev,fuzz]'
-	$(BIN)/python -m tests.fuzz run --seconds $(FUZZ_SECONDS)
+	$(BIN)/python -m tests.fuzz run --seconds $(FUZZ_SECONDS) $(FUZZ)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache htmlcov .coverage .coverage.*

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import cowhand
+from cowhand.block.create import create
 from cowhand.block.marks import MARKS, looks_like_a_format
 from cowhand.block.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, BlockNode
 from cowhand.block.opening import Opening, combine, has_protocol
@@ -100,6 +101,17 @@ class TestDescriptions:
             what = {"driver": "raw", "offset": "1k", "file.driver": "file", "file.filename": path}
         with cowhand.open("json:" + json.dumps(what) if as_json else what) as disk:
             assert disk.read(0, 1024) == base_content()[1024:2048]
+
+    def test_zero_bytes_are_refused(self) -> None:
+        for what in (
+            "a\0b",
+            {"driver": "file", "filename": "a\0"},
+            {"driver": "blkdebug", "config": "\0", "image.driver": "memory"},
+        ):
+            with pytest.raises(InvalidArgument, match="zero byte"):
+                cowhand.open(what)
+        with pytest.raises(InvalidArgument, match="zero byte"):
+            create("a\0b", "raw", "1M")
 
     def test_a_json_name_inside_a_description(self, tmp_path: Path) -> None:
         inner = json.dumps({"driver": "file", "filename": str(raw_file(tmp_path))})

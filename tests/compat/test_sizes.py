@@ -7,6 +7,8 @@ from hypothesis import given, strategies as st
 
 from cowhand.cli.compat import sizes
 from cowhand.cli.compat.program import Failure
+from cowhand.core.errors import InvalidArgument
+from cowhand.core.units import parse_size
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,9 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
     except (sizes.SizeSyntax, sizes.SizeRange):
         return
     assert 0 <= value <= sizes.MAX_SIZE
+
+
+def test_numbers_of_any_length_are_answered() -> None:
+    for text in ("9" * 5000, "0x" + "f" * 5000, "1." + "1" * 5000 + "k"):
+        with pytest.raises(InvalidArgument, match="out of range"):
+            parse_size(text)

@@ -1,6 +1,7 @@
-"""What a fuzzed image goes through: opened, mapped, read, checked, repaired, checked again; anything but an answer or a CowhandError is a finding.
+"""What a fuzzed image goes through: opened, mapped, read, checked, repaired, written; anything but an answer or a CowhandError is a finding.
 
-Everything happens in memory: what the image names is not opened, and no file of the machine is touched.
+So is a step that takes more time or memory than its budget. Everything happens in memory:
+what the image names is not opened, and no file of the machine is touched.
 """
 
 from __future__ import annotations
@@ -15,13 +16,41 @@ from cowhand.block.opening import Opening
 from cowhand.block.policy import UNTRUSTED
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
+from cowhand.crypto import secrets
 from cowhand.drivers import REGISTRY
+from tests.fuzz.budget import budget
 
 #: Of a large disk, so many pieces are read, and so many batches of the map.
 _PIECE = 32 << 10
 _PIECES = 16
 _BATCHES = 8
+#: Fields of a qcow2 header: offset and bytes (QEMU ``docs/interop/qcow2``).
+_VERSION, _CRYPT_METHOD, _INCOMPATIBLE = (4, 4), (32, 4), (72, 8)
+_DATA_FILE, _DATA_FILE_SINCE = 1 << 2, 3
 MARK = b"written by the fuzzer"
+#: Opens the encrypted images of the corpus.
+SECRET = "fuzz"
+PASSPHRASE = b"correct horse"
+
+
+class Steps:
+    """Does the steps of one input, each within its budget. ``answers``: what each said, "ok" or an error's code."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, str] = {}
+
+    def attempt(self, name: str, step: Callable[[], None]) -> bool:
+        """Do *step*; return whether it succeeded. Raises Finding, Exceeded, and whatever it raises that is no CowhandError."""
+        try:
+            with budget(name):
+                step()
+        except CowhandError as error:
+            if not str(error).strip() or not error.qemu().strip():
+                raise Finding(f"{name}: an error that says nothing: {error!r}") from error
+            self.answers[name] = error.code
+            return False
+        self.answers[name] = "ok"
+        return True
 
 
 class Finding(Exception):
@@ -29,44 +58,62 @@ class Finding(Exception):
 
 
 def exercise(data: bytes, driver: str = "qcow2") -> dict[str, str]:
-    """Do everything with an image of these bytes; return what each step answered, "ok" or an error's code.
+    """Do everything with an image of these bytes; return what each step answered, "ok" or an error's code."""
+    steps = Steps()
+    with secrets.given({SECRET: PASSPHRASE}):
+        if steps.attempt("read", lambda: read_all(data, driver)) or len(data) > 512:
+            steps.attempt("check", lambda: _check(data, driver))
+            for repair in ("leaks", "all"):
+                steps.attempt(f"repair {repair}", lambda repair=repair: _repair(data, driver, repair))  # type: ignore[misc]
+            steps.attempt("write", lambda: write_and_read(data, driver))
+    return steps.answers
 
-    Raises Finding, or whatever the library raises that is no CowhandError.
-    """
-    answers: dict[str, str] = {}
 
-    def attempt(name: str, step: Callable[[], None]) -> None:
+class Medium:
+    """The files of one image, in memory: its own, and one that takes the guest's data where the image says that it lies apart."""
+
+    def __init__(self, data: bytes) -> None:
+        self.file = MemoryNode(content=data)
+        self.data_file = MemoryNode()
+        # Images close what they stand on; these hold it.
+        self._keepers = [Disk(node, name="keeper") for node in (self.file, self.data_file)]
+
+    def __enter__(self) -> Medium:
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        for keeper in self._keepers:
+            keeper.close()
+
+    def _header(self, offset: int, length: int) -> int:
+        field = bytearray(length)
+        if self.file.size >= offset + length:
+            self.file.read_into(offset, field)
+        return int.from_bytes(field, "big")
+
+    def open(self, driver: str, *, writable: bool = False, for_repair: bool = False) -> Disk:
+        """Open the image, with the corpus's passphrase where it is encrypted; nothing that it names is opened."""
+        opening = Opening(REGISTRY, UNTRUSTED, backing=False)
+        opening.for_repair = for_repair
+        description: dict[str, Any] = {"driver": driver, "file": self.file, "read-only": not writable}
+        if driver == "luks":
+            description["key-secret"] = SECRET
+        else:
+            if self._header(*_CRYPT_METHOD):
+                description["encrypt"] = {"key-secret": SECRET}
+            if self._header(*_INCOMPATIBLE) & _DATA_FILE and self._header(*_VERSION) >= _DATA_FILE_SINCE:
+                description["data-file"] = self.data_file
+        root = opening.open(description)
         try:
-            step()
-            answers[name] = "ok"
-        except CowhandError as error:
-            if not str(error).strip() or not error.qemu().strip():
-                raise Finding(f"{name}: an error that says nothing: {error!r}") from error
-            answers[name] = error.code
-
-    attempt("read", lambda: _read(data, driver))
-    if answers["read"] == "ok" or len(data) > 512:
-        attempt("check", lambda: _check(data, driver))
-        for repair in ("leaks", "all"):
-            attempt(f"repair {repair}", lambda repair=repair: _repair(data, driver, repair))  # type: ignore[misc]
-        attempt("write", lambda: _write(data, driver))
-    return answers
+            return Disk(root, writable=writable)
+        except BaseException:
+            opening.abandon()
+            raise
 
 
-def _open(file: MemoryNode, driver: str, *, writable: bool, for_repair: bool = False) -> Disk:
-    opening = Opening(REGISTRY, UNTRUSTED, backing=False)
-    opening.for_repair = for_repair
-    description: dict[str, Any] = {"driver": driver, "file": file, "read-only": not writable}
-    root = opening.open(description)
-    try:
-        return Disk(root, writable=writable)
-    except BaseException:
-        opening.abandon()
-        raise
-
-
-def _read(data: bytes, driver: str) -> None:
-    with _open(MemoryNode(content=data), driver, writable=False) as disk:
+def read_all(data: bytes, driver: str) -> None:
+    """Open, map, and read from all over the disk."""
+    with Medium(data) as medium, medium.open(driver) as disk:
         position = 0
         for batch in islice(disk.extents(), _BATCHES):
             for row in batch:
@@ -80,40 +127,33 @@ def _read(data: bytes, driver: str) -> None:
 
 
 def _check(data: bytes, driver: str) -> None:
-    with _open(MemoryNode(content=data), driver, writable=False, for_repair=True) as disk:
+    with Medium(data) as medium, medium.open(driver, for_repair=True) as disk:
         result = check_node(disk.root)
         if min(result.corruptions, result.leaks, result.check_errors) < 0:
             raise Finding(f"check counts less than nothing: {result!r}")
 
 
 def _repair(data: bytes, driver: str, repair: str) -> None:
-    medium = MemoryNode(content=data)
-    keeper = Disk(medium, name="keeper")  # holds the medium when the image closes it
-    try:
-        with _open(medium, driver, writable=True, for_repair=True) as disk:
+    with Medium(data) as medium:
+        with medium.open(driver, writable=True, for_repair=True) as disk:
             result = check_node(disk.root, repair=repair)
         if result.failure is not None:
             return
-        with _open(medium, driver, writable=False, for_repair=True) as disk:
+        with medium.open(driver, for_repair=True) as disk:
             again = check_node(disk.root)
         if again.failure is None and again.corruptions > result.corruptions:
             raise Finding(f"repair said {result!r}, and then there is {again!r}")
-    finally:
-        keeper.close()
 
 
-def _write(data: bytes, driver: str) -> None:
-    medium = MemoryNode(content=data)
-    keeper = Disk(medium, name="keeper")
-    try:
-        with _open(medium, driver, writable=True) as disk:
+def write_and_read(data: bytes, driver: str) -> None:
+    """Write into the middle, flush, open again and read."""
+    with Medium(data) as medium:
+        with medium.open(driver, writable=True) as disk:
             offset = max(0, disk.size // 2 - len(MARK)) // 512 * 512
             if offset + len(MARK) > disk.size:
                 return
             disk.write(offset, MARK)
             disk.flush()
-        with _open(medium, driver, writable=False) as disk:
+        with medium.open(driver) as disk:
             if disk.read(offset, len(MARK)) != MARK:
                 raise Finding(f"what was written at {offset} and flushed is not there")
-    finally:
-        keeper.close()

@@ -48,7 +48,8 @@ def mutate(data: bytes, seed: int, size: int, otherwise: Callable[[bytes], bytes
     return bytes(out[:size])
 
 
-def _edge(bits: int, chance: random.Random) -> int:
+def edge(bits: int, chance: random.Random) -> int:
+    """Return a number of so many bits that lies where mistakes are made: zero, one, a power of two and beside it, the largest."""
     power = 1 << chance.randrange(bits)
     return chance.choice((0, 1, power, power - 1, power + 1, (1 << bits) - 1)) & ((1 << bits) - 1)
 
@@ -63,7 +64,7 @@ def _offset(data: bytearray, chance: random.Random) -> int:
         chance.randrange(len(data) // cluster + 2) * cluster,
         chance.randrange(len(data) + cluster),
         len(data) // cluster * cluster,
-        _edge(56, chance),
+        edge(56, chance),
     )
     return chance.choice(choices)
 
@@ -78,7 +79,7 @@ def _header_field(out: bytearray, chance: random.Random) -> None:
     elif name.endswith("features"):
         value = old ^ 1 << chance.randrange(8)
     else:
-        value = chance.choice((old + 1, old - 1, old * 2, chance.randrange(24), _edge(8 * width, chance)))
+        value = chance.choice((old + 1, old - 1, old * 2, chance.randrange(24), edge(8 * width, chance)))
     out[offset : offset + width] = (value & limit).to_bytes(width, "big")
 
 
@@ -105,7 +106,7 @@ def _extension(out: bytearray, chance: random.Random) -> None:
     begin = int.from_bytes(out[100:104], "big") if out[7] >= 3 else 72
     begin = begin if 72 <= begin < len(out) - 16 else 112
     at = min(begin + chance.choice((0, 0, 8, 16, 24)), len(out) - 16)
-    length = chance.choice((0, 8, 24, 48, 65536, _edge(32, chance)))
+    length = chance.choice((0, 8, 24, 48, 65536, edge(32, chance)))
     out[at : at + 8] = struct.pack(">II", chance.choice(_EXTENSIONS), length)
 
 

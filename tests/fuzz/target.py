@@ -1,19 +1,23 @@
-"""The fuzzed process: ``python -m tests.fuzz.target DRIVER [libFuzzer's options] [CORPUS...]``. Started by ``python -m tests.fuzz run``.
+"""The fuzzed process: ``python -m tests.fuzz.target TARGET FINDINGS [libFuzzer's options] [CORPUS...]``. Started by ``python -m tests.fuzz run``.
 
-Limits: libFuzzer's ``-timeout`` (seconds for each input) and ``-rss_limit_mb``; the address space is limited here as well.
+A finding does not end it: the input and what happened go into the folder FINDINGS once for each place in the code, and fuzzing goes on. libFuzzer's
+own limits (``-timeout`` of wall-clock time, ``-rss_limit_mb``) and the address space's end it: those are for what cannot be caught.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
 import resource
 import sys
+import traceback
+from pathlib import Path
 
 import atheris
 
-ADDRESS_SPACE = 2 << 30
-_ROOMS = ("cowhand.core", "cowhand.block")
+ADDRESS_SPACE = 3 << 30
+_ROOMS = ("cowhand.core", "cowhand.block", "cowhand.crypto")
 
 
 def load() -> None:
@@ -23,25 +27,57 @@ def load() -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{room}."):
             importlib.import_module(module.name)
     importlib.import_module("cowhand.drivers")
+    importlib.import_module("cowhand.cli.compat.optionstrings")
+
+
+def place_of(problem: BaseException) -> str:
+    """Return what tells one finding from another: the kind of exception, its text for our own, and the last line of the library it came through."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    inside = [frame for frame in frames if "/cowhand/" in frame.filename] or frames
+    last = inside[-1] if inside else None
+    where = "" if last is None or type(problem).__name__ == "Exceeded" else f"{Path(last.filename).name}:{last.lineno}"
+    text = str(problem).partition(":")[0] if type(problem).__module__.startswith("tests.") else ""
+    return f"{type(problem).__name__} {text} {where}"
+
+
+def keep(problem: BaseException, data: bytes, folder: Path) -> None:
+    """Write the input and the traceback of a finding that is not there yet."""
+    name = "finding-" + hashlib.sha256(place_of(problem).encode()).hexdigest()[:12]
+    if not (folder / name).exists():
+        (folder / name).write_bytes(data)
+        (folder / f"{name}.txt").write_text("".join(traceback.format_exception(problem)))
+        print(f"FINDING {name}: {place_of(problem)}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Fuzz until libFuzzer's limits end it."""
-    driver = sys.argv.pop(1)
+    name, folder = sys.argv.pop(1), Path(sys.argv.pop(1))
     with atheris.instrument_imports(include=["cowhand"], enable_loader_override=False):
         load()
-    from tests.fuzz.exercise import exercise
-    from tests.fuzz.mutation import mutate
+    from tests.fuzz.budget import INSTRUMENTED, set_factor
+    from tests.fuzz.targets import TARGETS
 
+    set_factor(INSTRUMENTED)
+    target = TARGETS[name]
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
 
     def one_input(data: bytes) -> None:
-        exercise(bytes(data), driver)
+        try:
+            target.exercise(bytes(data))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as problem:  # noqa: BLE001 whatever it is, it is the finding
+            keep(problem, bytes(data), folder)
 
-    def custom_mutator(data: bytes, size: int, seed: int) -> bytes:
-        return mutate(bytes(data), seed, size, lambda plain: bytes(atheris.Mutate(plain, size)))
+    mutate = target.mutate
+    if mutate is None:
+        atheris.Setup(sys.argv, one_input)
+    else:
 
-    atheris.Setup(sys.argv, one_input, custom_mutator=custom_mutator)
+        def custom_mutator(data: bytes, size: int, seed: int) -> bytes:
+            return mutate(bytes(data), seed, size, lambda plain: bytes(atheris.Mutate(plain, size)))
+
+        atheris.Setup(sys.argv, one_input, custom_mutator=custom_mutator)
     atheris.Fuzz()
 
 

@@ -219,6 +219,8 @@ def prepare(
     """
     registry = registry or _built_in()
     filename = os.fspath(filename)
+    if "\0" in filename:
+        raise InvalidArgument("a file name cannot contain a zero byte")
     entry = format_of(format, registry)
     protocol = protocol_of(filename, registry)
     known = merge(create_options_of(entry), FILE_OPTIONS)

@@ -136,6 +136,8 @@ def _convert(name: str, value: Any, kind: str, choices: Iterable[str]) -> Any:
             raise InvalidArgument(f"Parameter '{name}' expects a number, not '{value}'") from error
     if not isinstance(value, str):
         raise InvalidArgument(f"Parameter '{name}' expects a string")
+    if "\0" in value:  # the system's calls take no such names, and the tools' arguments cannot hold one
+        raise InvalidArgument(f"Parameter '{name}' cannot contain a zero byte")
     if choices and value not in choices:
         raise InvalidArgument(f"Invalid parameter '{value}' for '{name}'", hint="One of: " + ", ".join(choices))
     return value

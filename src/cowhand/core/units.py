@@ -11,6 +11,9 @@ _NUMBER = re.compile(
     r"\s*(0[xX][0-9a-fA-F]+|\d+(?:\.\d*)?|\.\d+)\s*([bBkKmMgGtTpPeE]?)(?:(?<=[kKmMgGtTpPeE])i?[bB])?\s*\Z"
 )
 
+#: Ours: longer numbers are refused without looking at their value (Python itself refuses to convert very long ones).
+_MAX_DIGITS = 128
+
 #: The largest size that a disk may have: offsets are signed 64-bit numbers everywhere below.
 MAX_SIZE = (1 << 63) - 512
 
@@ -30,6 +33,8 @@ def parse_size(text: str | int, default_suffix: str = "") -> int:
                 hint="Write a number with an optional suffix k, M, G, T, P or E, such as 512M or 1.5G.",
             )
         number, suffix = match.group(1), (match.group(2) or default_suffix).lower()
+        if len(number) > _MAX_DIGITS:
+            raise InvalidArgument(f"size {text[:_MAX_DIGITS]}… is out of range", hint="Sizes lie between 0 and 8 EiB.")
         shift = _SUFFIX[suffix]
         if number[:2] in ("0x", "0X"):
             value = int(number, 16) << shift
