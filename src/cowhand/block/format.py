@@ -385,6 +385,10 @@ class FormatNode(ReservingNode):
         if (offset < begin or whole < end) and self.poison is not None:
             raise self._poisoned()  # the rest changes nothing, but is a request like any other
 
+    def make_empty(self) -> bool:
+        """Let the backing file show through everywhere at once (inside a quiesce); False where that is done unit by unit. Raises CowhandError."""
+        return False
+
     def write_compressed(self, offset: int, payload: Buffer) -> None:
         """Store *payload*, the encoded form of the one allocation unit at *offset*. Raises NotSupported where the unit holds data already."""
         self.check_writable()

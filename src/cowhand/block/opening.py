@@ -17,7 +17,14 @@ from cowhand.block.node import BlockNode, Child, Role
 from cowhand.block.options import NodeOptions, declared, nest, parse
 from cowhand.block.policy import DEFAULT, Policy
 from cowhand.block.registry import PROBE_SIZE, DriverEntry, Registry
-from cowhand.core.errors import CowhandError, InvalidArgument, PolicyRefused, UnsupportedFeature
+from cowhand.core.errors import (
+    AccessDenied,
+    CowhandError,
+    ImageInUse,
+    InvalidArgument,
+    PolicyRefused,
+    UnsupportedFeature,
+)
 
 _PROTOCOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.\-_]*:")
 
@@ -80,6 +87,7 @@ class _Waiting(NamedTuple):
     reference: str
     path: _Path | None
     asker: _Asker | None
+    layer: int = 1
 
 
 class Opening:
@@ -91,10 +99,12 @@ class Opening:
         self.with_backing = backing  #: False opens a format without what lies under it
         self.opened: list[BlockNode] = []
         self.for_repair = False  #: check and repair open what ordinary users are refused (corrupt, dirty)
+        self.writable_layer = 0  #: which layer below the top is opened for writing, too: 1 is the backing file, 0 none
         self.probing = True  #: whether a filter that is being opened stands where formats are looked for
         self._waiting: list[_Waiting] = []
         self._path: _Path | None = None  #: the files above the node that is being opened
         self._asker: _Asker | None = None  #: whose word is being followed, None for the user's
+        self._layer = 0  #: how many layers lie above the node that is being opened
 
     # -- from outside
 
@@ -223,7 +233,7 @@ class Opening:
 
     def backing(self, node: BlockNode, description: Mapping[str, Any] | str | BlockNode) -> None:
         """Open what the user gave as *node*'s backing file once *node* itself is complete (a chain is opened without recursion)."""
-        self._waiting.append(_Waiting(node, description, "", self._path, self._asker))
+        self._waiting.append(_Waiting(node, description, "", self._path, self._asker, self._layer + 1))
 
     def implicit_backing(
         self, node: BlockNode, reference: str, format: str | None, given: Mapping[str, Any] | None = None
@@ -237,7 +247,8 @@ class Opening:
         owner, what = node.filename, "backing file"
         implied = self._implied(owner, reference, combine(location(node), reference), format, what)
         description = {**implied, **(given or {})}
-        self._waiting.append(_Waiting(node, description, reference, self._path, _Asker(owner, what)))
+        asker = _Asker(owner, what)
+        self._waiting.append(_Waiting(node, description, reference, self._path, asker, self._layer + 1))
 
     def implicit_child(
         self, node: BlockNode, name: str, reference: str, format: str | None, role: Role, *, what: str
@@ -279,18 +290,22 @@ class Opening:
     def _open_waiting(self) -> None:
         while self._waiting:
             waiting = self._waiting.pop()
-            self._path, self._asker = waiting.path, waiting.asker
+            self._path, self._asker, self._layer = waiting.path, waiting.asker, waiting.layer
             if self._path is not None and self._path.depth >= self.policy.max_depth:
                 raise UnsupportedFeature(
                     f"the chain of images is more than {self.policy.max_depth} deep", path=waiting.node.filename
                 )
             try:
-                self.child(waiting.node, "backing", waiting.description, Role.BACKING)
+                read_only = waiting.layer != self.writable_layer
+                self.child(waiting.node, "backing", waiting.description, Role.BACKING, read_only=read_only)
             except CowhandError as error:
                 name = waiting.reference or "given"
-                raise error.within(
-                    f"backing file '{name}' of '{waiting.node.filename}'", qemu="Could not open backing file"
-                ) from None
+                where, frame = f"backing file '{name}' of '{waiting.node.filename}'", "Could not open backing file"
+                if not read_only and isinstance(error, (ImageInUse, AccessDenied)):
+                    # It would have done for reading: QEMU opens it so first, and has no such words when it wants more.
+                    error.facts["for_writing"] = True
+                    raise error.within(where) from None
+                raise error.within(where, qemu=frame) from None
 
     # -- inside
 

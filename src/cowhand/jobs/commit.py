@@ -7,7 +7,7 @@ any moment, and after a crash at any point: the commit is simply begun anew. Onl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from cowhand.block import graph
 from cowhand.block.disk import Disk
 from cowhand.block.format import FormatNode
 from cowhand.block.node import BlockNode
+from cowhand.block.opening import has_protocol, location
 from cowhand.block.reserving import Kind
 from cowhand.block.status import skip_filters
 from cowhand.copy import plan
@@ -22,7 +23,7 @@ from cowhand.copy.engine import WORKERS, Engine
 from cowhand.copy.plan import Policy
 from cowhand.copy.sink import choose
 from cowhand.copy.source import Source
-from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
+from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
 
@@ -43,13 +44,54 @@ class CommitResult(NamedTuple):
     emptied: bool
 
 
-class _Layer(NamedTuple):
-    filename: str
-    driver: str
+class Layers:
+    """A chain open for a commit: the disks of its top and of its base, and how many layers lie above the base. Close it, or use ``with``."""
+
+    def __init__(self, top: Disk, base: Disk | None, above: int) -> None:
+        self.top = top
+        self._base = base
+        self.above = above
+
+    @property
+    def base(self) -> Disk:
+        """What is written; raises InvalidArgument where the top stands on nothing."""
+        if self._base is None:
+            raise InvalidArgument("Image does not have a backing file", path=self.top.filename)
+        return self._base
+
+    def find(self, base: str, *, as_in_header: bool = False) -> int:
+        """Return how many layers lie above the one called *base*, the name in a header or the same file; raises InvalidArgument.
+
+        A relative name is relative to the image above the layer, as in that image's header, and else (not *as_in_header*) to where we are.
+        """
+        node = skip_filters(self.top.root)
+        known: list[str] = []
+        while (below := node.backing) is not None:
+            layer = skip_filters(below.node)
+            known.append(layer.filename)
+            if _names(base, layer, node, as_in_header):
+                return len(known)
+            node = layer
+        hint = f"It has: {', '.join(known)}" if known else "It has no backing file."
+        name = self.top.filename
+        raise InvalidArgument(f"Did not find '{base}' in the backing chain of '{name}'", hint=hint, path=name)
+
+    def __enter__(self) -> Layers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close both disks, and the chain."""
+        with ExitStack() as stack:
+            stack.callback(self.top.close)
+            if self._base is not None:
+                stack.callback(self._base.close)
 
 
 def commit(
-    top: str | os.PathLike[str],
+    top: str | os.PathLike[str] | Mapping[str, Any],
     base: str | None = None,
     *,
     format: str | None = None,
@@ -68,109 +110,103 @@ def commit(
     written. *cancel* leaves a base that holds a part of the data and a top that still holds all: nothing that a reader of *top* sees has
     changed. Other overlays of *base* become invalid, which this function cannot know: ``cowhand.chain`` can. Raises CowhandError.
     """
-    rate = parse_size(rate_limit)
     drop = drop or base is not None
-    with ExitStack() as stack:
-        chain, disk_top, disk_base = _open(os.fspath(top), format, base, cache, policy, stack, empty=not drop)
-        size_before = disk_base.size
-        grown = disk_top.size > size_before
-        if grown:
-            _check_growth(disk_base)
-            disk_base.resize(disk_top.size)
-        moved = _copy(disk_top, disk_base, size_before, len(chain) - 1, rate, progress or Progress(), cancel)
-        disk_base.flush()
-        emptied = not drop and _empty(disk_top, cancel or CancelToken(), warn)
-        return CommitResult(disk_base.filename, moved.data, moved.zero, grown, emptied)
+    layers = open_layers(top, format=format, cache=cache, policy=policy, writable=not drop)
+    try:
+        above = 1 if base is None else layers.find(base)
+        if above != layers.above:
+            layers.close()
+            layers = open_layers(top, above, format=format, cache=cache, policy=policy, writable=not drop)
+        moved, grown = copy_down(layers, rate_limit=rate_limit, progress=progress, cancel=cancel)
+        emptied = not drop and empty(layers.top, cancel, warn)
+        return CommitResult(layers.base.filename, moved.data, moved.zero, grown, emptied)
+    finally:
+        layers.close()
 
 
-def _open(
-    top: str,
-    format: str | None,
-    base: str | None,
-    cache: str,
-    policy: OpenPolicy | None,
-    stack: ExitStack,
+def open_layers(
+    top: str | os.PathLike[str] | Mapping[str, Any],
+    above: int = 1,
     *,
-    empty: bool,
-) -> tuple[list[_Layer], Disk, Disk]:
-    """Return the layers from top to base, and disks of both, open for writing (the top only when it is to be emptied).
+    format: str | None = None,
+    cache: str = "writeback",
+    policy: OpenPolicy | None = None,
+    writable: bool = True,
+) -> Layers:
+    """Open *top*, also for writing if it is *writable*, and the layer that has *above* others above it for writing. Raises CowhandError.
 
-    The chain is read once to learn what it is made of, then opened from the base up: one node for the base, for the layer above and for us.
+    It is one graph, opened once as *top* describes it: filters and options between the layers stay where they are.
     """
-    import cowhand
     from cowhand.block.opening import Opening
     from cowhand.block.options import CACHE_MODES
     from cowhand.block.policy import DEFAULT
     from cowhand.drivers import REGISTRY
 
-    with cowhand.open(top, format=format, cache=cache, policy=policy) as look:
-        chain = _layers(look.root, top, base)
-    _, direct, no_flush = CACHE_MODES[cache]
-    switches: dict[str, Any] = {"cache.direct": direct, "cache.no-flush": no_flush}
-    lowest = chain[-1]
-    disk_base = stack.enter_context(
-        cowhand.open(
-            lowest.filename,
-            writable=True,
-            format=lowest.driver,
-            cache=cache,
-            policy=policy,
-            options={"discard": "unmap"},
-        )
-    )
-    below: BlockNode = disk_base.root
-    for layer in reversed(chain[:-1]):
-        is_top = layer is chain[0]
-        opening = Opening(REGISTRY, policy or DEFAULT)
-        options = {"read-only": not (is_top and empty), "discard": "unmap", "backing": below, **switches}
-        try:
-            below = opening.open(layer.filename, format=layer.driver, options=options)
-        except CowhandError as error:
-            raise error.within(f"layer '{layer.filename}'") from None
+    write_through, direct, no_flush = CACHE_MODES[cache]
+    options: dict[str, Any] = {"cache.direct": direct, "cache.no-flush": no_flush}
+    opening = Opening(REGISTRY, policy or DEFAULT)
+    opening.writable_layer = above
+    root = opening.open(top, format=format, options={"read-only": not writable, "discard": "unmap", **options})
     try:
-        disk_top = Disk(below, writable=empty, resizable=False)
+        disk = Disk(root, writable=writable, resizable=False, write_through=write_through)
     except BaseException:
-        if not below.parents and not below.closed:
-            graph.close_node(below)
+        opening.abandon()
         raise
-    return chain, stack.enter_context(disk_top), disk_base
+    try:
+        node = _layer(disk.root, above)
+        base = None if node is None else Disk(node, writable=True, write_through=write_through)
+    except BaseException:
+        disk.close()
+        raise
+    return Layers(disk, base, above)
 
 
-def _layers(root: BlockNode, top: str, base: str | None) -> list[_Layer]:
-    """Return what lies from *root* down to *base* (None: the first backing file), both included; raises InvalidArgument."""
+def copy_down(
+    layers: Layers,
+    *,
+    rate_limit: int | str = 0,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> tuple[plan.Totals, bool]:
+    """Write what lies above the base into it, stable on return; return the bytes of each kind, and whether the base grew. Raises CowhandError."""
+    rate = parse_size(rate_limit)
+    top, base = layers.top, layers.base
+    size_before = base.size
+    grown = top.size > size_before
+    if grown:
+        _check_growth(base)
+        base.resize(top.size)
+    moved = _copy(top, base, size_before, layers.above, rate, progress or Progress(), cancel)
+    base.flush()
+    return moved, grown
+
+
+def _layer(root: BlockNode, above: int) -> BlockNode | None:
     node = skip_filters(root)
-    layers = [_Layer(node.filename, node.driver)]
-    while True:
+    for _ in range(above):
         below = node.backing
         if below is None:
-            if base is None:
-                raise InvalidArgument("Image does not have a backing file", path=top)
-            raise InvalidArgument(f"Did not find '{base}' in the backing chain of '{top}'", hint=_known(layers))
-        reference = node.filename
+            return None
         node = skip_filters(below.node)
-        layers.append(_Layer(node.filename, node.driver))
-        if base is None or _names(base, node.filename, reference):
-            return layers
+    return node
 
 
-def _names(given: str, filename: str, above: str) -> bool:
-    """Tell whether *given* means the layer *filename*: by its name, relative to the layer *above* as in a header, or the same file."""
-    from cowhand.block.opening import has_protocol
-
-    if given == filename:
+def _names(given: str, layer: BlockNode, above: BlockNode, as_in_header: bool) -> bool:
+    """Tell whether *given* means *layer*, which lies under *above*."""
+    if given == getattr(getattr(above, "header", None), "backing_name", None):
         return True
-    for candidate in (given, os.path.join(os.path.dirname(above), given)):
+    candidates = [os.path.join(os.path.dirname(location(above)), given)]
+    if not as_in_header:
+        candidates.append(given)
+    for candidate in candidates:
         try:
-            if not has_protocol(candidate) and os.path.samefile(candidate, filename):
+            if candidate == layer.filename:
+                return True
+            if not has_protocol(candidate) and os.path.samefile(candidate, layer.filename):
                 return True
         except OSError:
             continue
     return False
-
-
-def _known(layers: list[_Layer]) -> str:
-    below = ", ".join(layer.filename for layer in layers[1:])
-    return f"It has: {below}" if below else "It has no backing file."
 
 
 def _check_growth(disk: Disk) -> None:
@@ -209,15 +245,18 @@ def _copy(
     return totals
 
 
-def _empty(disk: Disk, cancel: CancelToken, warn: Callable[[str], None] | None) -> bool:
-    """Let the base show through everywhere; False where the format cannot say so."""
-    node = disk.root
+def empty(disk: Disk, cancel: CancelToken | None = None, warn: Callable[[str], None] | None = None) -> bool:
+    """Let the base show through everywhere in *disk*; False, and *warn* is told, where the format cannot say so. Raises CowhandError."""
+    cancel = cancel or CancelToken()
+    node = skip_filters(disk.root)
     if not isinstance(node, FormatNode):
         return False
     unit = node.allocation_unit
     end = -(-disk.size // unit) * unit
     try:
         with graph.quiesce(node):
+            if node.make_empty():
+                return True
             for offset in range(0, end, _EMPTY_PIECE):
                 cancel.check()
                 node.change(offset, min(_EMPTY_PIECE, end - offset), Kind.EMPTY)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat import program
-from cowhand.cli.compat.optionstrings import as_description
+from cowhand.cli.compat.optionstrings import as_description, parse
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
 
@@ -48,6 +48,12 @@ def describe(name: str, image_opts: bool, implied: str | None = "file") -> str |
     if not name:
         raise Failure("The 'file' block driver requires a file name")
     return name
+
+
+def described(name: str, image_opts: bool) -> str | Mapping[str, Any]:
+    """The same, in the form in which the library's functions take it."""
+    what = describe(name, image_opts)
+    return _without_filename(what) if isinstance(what, Mapping) else what
 
 
 def _parse_json(name: str) -> Mapping[str, Any]:
@@ -112,6 +118,13 @@ def warn_of_guess(disk: Disk) -> None:
         )
 
 
+def refuse_unsharing(described: str | Mapping[str, Any], option: str, status: int = 1) -> None:
+    """Fail when what describes an image that *option* has opened although others write it says the contrary."""
+    given = {pair.name: pair.value for pair in parse(described)} if isinstance(described, str) else described
+    if given.get("force-share", "on") != "on":
+        raise Failure(f"{option} conflicts with image options", status=status)
+
+
 def open_image(
     name: str,
     *,
@@ -127,6 +140,8 @@ def open_image(
     """Open the image argument *name* of an image tool's command; *unshared* lets nobody else write it. Raises Failure with the exit *status*."""
     if image_opts and format is not None:
         raise Failure("--image-opts and --format are mutually exclusive", status=status)
+    if image_opts and force_share:
+        refuse_unsharing(name, "--force-share/-U", status)
     try:
         disk = open_disk(
             describe(name, image_opts),

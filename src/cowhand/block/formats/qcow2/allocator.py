@@ -183,6 +183,11 @@ class Allocator:
         self.held += count * self.cluster_size
         self.unflushed_bytes += count * self.cluster_size
 
+    def forget(self) -> None:
+        """Forget what was freed: the tables in which it counted are gone, and nobody can reach it any more."""
+        self._unflushed, self._stamped = [], []
+        self.next_byte = self.held = self.unflushed_bytes = 0
+
     def waiting(self, cluster: int) -> int:
         """Return how many references to *cluster* are in quarantine."""
         parts = [*self._unflushed, *(part for _, freed in self._stamped for part in freed)]

@@ -518,6 +518,11 @@ class Qcow2Node(MetadataNode):
         with self.operation:
             resize(self, size, preallocation=preallocation, shrink=shrink)
 
+    def make_empty(self) -> bool:
+        from cowhand.block.formats.qcow2.emptying import make_empty
+
+        return make_empty(self)
+
     def close(self) -> None:
         try:
             from cowhand.block.formats.qcow2.closing import write_what_is_left

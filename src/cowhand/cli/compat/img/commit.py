@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-from cowhand.block.opening import combine, location
-from cowhand.block.options import nest
-from cowhand.block.status import skip_filters
-from cowhand.cli.compat.images import cache_mode, describe, open_image, warn_of_guess
-from cowhand.cli.compat.img.command import Command, ProgressLine
+from cowhand.cli.compat.images import cache_mode, described, warn_of_guess
+from cowhand.cli.compat.img.command import Command, ProgressLine, failing_as
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import size_argument
-from cowhand.core.errors import IOFailed
+from cowhand.core.errors import CowhandError, IOFailed
 
 if TYPE_CHECKING:
-    from cowhand.block.disk import Disk
-
-
-def _find(disk: Disk, base: str) -> None:
-    """Refuse a *base* that is no layer under *disk*: a relative name is relative to the image above the layer, as in headers."""
-    node = skip_filters(disk.root)
-    while (below := node.backing) is not None:
-        layer = skip_filters(below.node)
-        recorded = getattr(getattr(node, "header", None), "backing_name", None)
-        full = os.path.realpath(combine(location(node), base))
-        if base == recorded or full == os.path.realpath(layer.filename):
-            return
-        node = layer
-    raise Failure(f"Did not find '{base}' in the backing chain of '{disk.filename}'")
+    from cowhand.jobs.commit import Layers
 
 
 def run(words: Sequence[str]) -> int:
@@ -63,28 +46,43 @@ def run(words: Sequence[str]) -> int:
         raise UsageFailure("Expecting one image file name")
     name = command.positional[0]
     cache = cache_mode(cache)
-    from cowhand.jobs.commit import commit
+    if image_opts and format is not None:
+        raise Failure("--image-opts and --format are mutually exclusive")
+    from cowhand.jobs.commit import copy_down, empty, open_layers
 
-    # Opened once for its words and warnings; the commit itself opens the chain from the base up.
-    with open_image(name, format=format, image_opts=image_opts, cache=cache) as disk:
-        warn_of_guess(disk)
-        if base is not None:
-            _find(disk, base)
-    what = describe(name, image_opts)
-    top = what if isinstance(what, str) else "json:" + json.dumps(nest(what))
-    with ProgressLine(shown and not quiet) as line:
+    with ExitStack() as stack:
+        what, layers = _open(name, image_opts, format, cache)
+        stack.callback(lambda: layers.close())
+        line = stack.enter_context(ProgressLine(shown and not quiet))
+        above = 1 if base is None else layers.find(base, as_in_header=True)
+        if above != layers.above:
+            layers.close()
+            layers = open_layers(what, above, format=format, cache=cache)
         try:
-            commit(
-                top,
-                base,
-                format=format,
-                drop=drop,
-                rate_limit=rate,
-                cache=cache,
-                progress=line.progress(),
-            )
+            copy_down(layers, rate_limit=rate, progress=line.progress())
         except IOFailed as error:
-            raise Failure(f"Block job failed: {os.strerror(error.errno or errno.EIO)}") from error
+            raise Failure(f"Block job failed: {os.strerror(error.number)}") from error
+        if base is None and not drop:
+            try:
+                empty(layers.top)
+            except CowhandError as error:
+                raise Failure(f"Failed to empty {layers.top.filename}: {os.strerror(error.number)}") from error
     if not quiet:
         print("Image committed.")
     return 0
+
+
+def _open(name: str, image_opts: bool, format: str | None, cache: str) -> tuple[str | Mapping[str, Any], Layers]:
+    """Return what *name* describes, and its chain down to the backing file."""
+    from cowhand.jobs.commit import open_layers
+
+    prefix = f"Could not open '{name}': "
+    with failing_as(prefix):
+        what = described(name, image_opts)
+    try:
+        layers = open_layers(what, format=format, cache=cache)
+    except CowhandError as error:
+        # That the base cannot be written, QEMU finds out when the chain is open.
+        raise Failure(("" if error.facts.get("for_writing") else prefix) + error.qemu()) from error
+    warn_of_guess(layers.top)
+    return what, layers

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cowhand.cli.compat.images import CACHE_MODES, describe, open_disk
+from cowhand.cli.compat.images import CACHE_MODES, describe, open_disk, refuse_unsharing
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
 
@@ -70,6 +70,8 @@ def open_as(name: str | None, how: How, *, prefix: bool = True) -> Disk:
     """Open *name*, or what the options of *how* describe without a name. Raises Failure in the tool's words."""
     shown = f" device {name}" if name is not None and not how.image_opts else ""
     before = f"can't open{shown}: " if prefix else ""
+    if how.force_share:
+        refuse_unsharing(name if name is not None and how.image_opts else how.options, "-U")
     try:
         if how.aio == "native" and how.cache not in _DIRECT:
             raise Failure("aio=native was specified, but it requires cache.direct=on, which was not specified.")

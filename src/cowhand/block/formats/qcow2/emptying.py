@@ -1,0 +1,114 @@
+"""Emptying a whole qcow2 image at once, after a commit: new, small tables at the file's beginning, and the file ends behind them.
+
+What the guest had stored is meant to go, so tables may be overwritten by zeroes; order only has to see to it that the file opens at any
+moment and names nothing that is not there. The dirty bit is set before the first change: after a crash the reference counts are made anew.
+Source: QEMU ``docs/interop/qcow2``; the places are those at which a new image has its tables.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cowhand.block.cache import Table
+from cowhand.block.formats.qcow2 import layout as L
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+#: Clusters before the L1 table: the header's, the refcount table's, and that of its only block.
+_BEFORE_L1 = 3
+
+
+def make_empty(node: Qcow2Node) -> bool:
+    """Make *node*, which nobody else uses meanwhile, an image that stores nothing; False when its tables have to be gone through instead.
+
+    Raises CowhandError; then *node* writes nothing more, and what is in the file shows its backing file once it is opened again.
+    """
+    node.check_writable()
+    with node.operation:
+        node.settle()
+        clusters = _BEFORE_L1 + -(-node.header.l1_size * 8 // node.cluster_size)
+        if not _can_be_cut(node, clusters):
+            return False
+        with node.exclusive():
+            if not node.lazy:
+                node.set_incompatible(node.header.incompatible | L.INCOMPAT_DIRTY)
+            # From here on memory and file differ in what no write-back could put right.
+            node.changed = False
+            try:
+                _forget_content(node)
+                _move_tables(node, clusters)
+                _count(node, clusters)
+                if node.file.node.size > clusters * node.cluster_size:
+                    node.file.node.resize(clusters * node.cluster_size, shrink=True)
+                node.file.flush()
+                node.allocator.high_water = clusters * node.cluster_size
+                if not node.lazy:
+                    node.set_incompatible(node.header.incompatible & ~L.INCOMPAT_DIRTY)
+            except BaseException as error:
+                node.changed = False
+                node.set_poison(error)
+                raise
+            node.rebuild_metadata_map()
+    return True
+
+
+def _can_be_cut(node: Qcow2Node, clusters: int) -> bool:
+    """Tell whether nothing but the header, the counts and the L1 table has to stay, and one refcount block counts these."""
+    header = node.header
+    return (
+        header.version >= 3
+        and not node.snapshots
+        and not node.views
+        and not node.bitmap_directory.present
+        and not node.bitmap_directory.entries
+        and header.crypt_method != L.CRYPT_LUKS
+        and not node.external
+        and node.encryption is None
+        and node.file.node.capabilities.resizable
+        and clusters <= node.refcounts.per_block
+    )
+
+
+def _forget_content(node: Qcow2Node) -> None:
+    """Make the L1 table say that nothing is allocated, stably: from now on the rest of the file means nothing."""
+    l1 = node.mapping.l1
+    node.fire("l1_update")
+    if l1.data:
+        node.file.write_zeroes(l1.host, -(-len(l1.data) // node.cluster_size) * node.cluster_size)
+        node.file.flush()
+    l1.data[:] = bytes(len(l1.data))
+    l1.dirty = 0
+    node.mapping.cache.clear()
+    node.refcounts.cache.clear()
+
+
+def _move_tables(node: Qcow2Node, clusters: int) -> None:
+    """Have the header name tables at the file's beginning, all zeroes."""
+    unit, header, mapping = node.cluster_size, node.header, node.mapping
+    node.fire("empty_image_prepare")
+    node.file.write_zeroes(unit, (clusters - 1) * unit)
+    node.file.flush()
+    node.fire("l1_update")
+    node.fire("reftable_update")
+    header.l1_offset, header.refcount_table_offset, header.refcount_table_clusters = _BEFORE_L1 * unit, unit, 1
+    fields = L.U64.pack(header.l1_offset) + L.U64.pack(unit) + L.U32.pack(1)
+    node.file.write(L.OFFSET_L1_SIZE + 4, (fields,))
+    node.file.flush()
+    mapping.l1 = Table(mapping.l1.data, header.l1_offset)
+
+
+def _count(node: Qcow2Node, clusters: int) -> None:
+    """Count what is left, in the only block."""
+    unit, refcounts, allocator = node.cluster_size, node.refcounts, node.allocator
+    block = Table(bytearray(unit), 2 * unit)
+    refcounts.counts.fill(block.data, 0, clusters, 1)
+    node.fire("refblock_alloc")
+    node.file.write(2 * unit, (block.data,))
+    node.file.flush()
+    refcounts.table = bytearray(unit)
+    L.U64.pack_into(refcounts.table, 0, 2 * unit)
+    node.file.write(unit, (refcounts.table[:8],))
+    refcounts.cache.put(0, block)
+    refcounts.free_index = 0
+    allocator.forget()
