@@ -96,6 +96,46 @@ class TestTwoWritesIntoOneNewCluster:
         keeper.close()
         assert content_of(file, b"") == self.WRITTEN * pairs
 
+    @pytest.mark.parametrize("data", [False, True])
+    @pytest.mark.parametrize("backed", [False, True])
+    def test_into_subclusters(self, backed: bool, data: bool) -> None:
+        """Pieces of subclusters and whole ones, of the same cluster and of the same subcluster: 10,000 pairs of writes in all."""
+        clusters, unit, rounds = 250, 16384, 10
+        below = b"\xbb" * (clusters * unit)
+        nodes = {"data_file_node": MemoryNode(), "data_file": "x"} if data else {}
+        keepers = [Disk(node) for node in nodes.values() if isinstance(node, MemoryNode)]
+        file = qcow2_file(clusters * unit, cluster_size=unit, extended_l2=True, **nodes)
+        given = {"data-file": nodes["data_file_node"]} if data else {}
+        root = qcow2_node(file, backing=MemoryNode(content=below) if backed else None, **given)
+        keepers.append(Disk(file))
+        expected = bytearray(below if backed else bytes(len(below)))
+        barrier = threading.Barrier(2)
+
+        def write(side: int) -> None:
+            for number in range(clusters * rounds):
+                barrier.wait(PATIENCE)
+                disk.write(*place(number, side))
+
+        def place(number: int, side: int) -> tuple[int, bytes]:
+            # Rounds go over the clusters anew, so that writes meet in new and in placed clusters.
+            begin = number % clusters * unit + number // clusters * 1300
+            length = (200, 512, 700, 600)[number % 4]
+            return begin + side * length, bytes([number % 250 + 1 + side]) * length
+
+        with Disk(root, writable=True) as disk, impatient_interpreter():
+            for worker in [Worker(write, 0), Worker(write, 1)]:
+                worker.done()
+        for keeper in keepers:
+            keeper.close()
+        for number in range(clusters * rounds):
+            for side in (0, 1):
+                begin, content = place(number, side)
+                expected[begin : begin + len(content)] = content
+        external = [nodes["data_file_node"].snapshot_bytes()] if data else []  # type: ignore[attr-defined]
+        image = oracle.Image(file.snapshot_bytes(), below if backed else b"", *external)
+        assert image.check().corruptions == []
+        assert image.content() == expected
+
     def test_the_second_waits_for_the_first(self) -> None:
         file = qcow2_file(1 << 20, cluster_size=CLUSTER)
         debug = blkdebug_over(file)

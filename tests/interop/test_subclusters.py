@@ -54,6 +54,23 @@ def test_a_write_copies_subclusters_and_no_more(tmp_path: Path) -> None:
     assert_clean(path)
 
 
+def test_a_run_that_begins_inside_a_cluster_ends_where_the_next_one_differs(tmp_path: Path) -> None:
+    """Two adjoining clusters, both data in the first half and zero in the second."""
+    path = tmp_path / "disk.qcow2"
+    create(path, "qcow2", 1 << 20, {"extended_l2": "on"})
+    with cowhand.open(path, writable=True) as disk:
+        disk.write(0, b"a" * 131_072)
+        disk.write_zeroes(32_768, 32_768)
+        disk.write_zeroes(98_304, 32_768)
+        assert disk.read(40_000, 40_000) == bytes(25_536) + b"a" * 14_464
+        disk.write(40_000, b"b" * 60_000)
+        assert disk.read(0, 131_072) == b"a" * 40_000 + b"b" * 60_000 + bytes(31_072)
+    raw = tmp_path / "raw"
+    raw.write_bytes((b"a" * 40_000 + b"b" * 60_000).ljust(1 << 20, b"\0"))
+    assert_identical(path, "qcow2", raw, "raw")
+    assert_clean(path)
+
+
 @pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
 def test_preallocation_over_a_backing_file_does_not_hide_it(mode: str, tmp_path: Path) -> None:
     base, path = tmp_path / "base.raw", tmp_path / "disk.qcow2"

@@ -30,11 +30,14 @@ class Shape:
     lazy: bool = False  #: reference counts are postponed
     cache: int = 0  #: bytes of tables that an open image keeps, 0 for the default
     filled: int = 0  #: bytes of the disk that hold data when the test begins
+    extended: bool = False  #: extended L2 entries
+    data: str = ""  #: "plain" or "raw": guest data lies in a data file
+    shrinks: bool = False  #: the disk may also become smaller
 
     @property
     def snapshots(self) -> bool:
         """Whether counts are wide enough for the tests' snapshots."""
-        return self.refcount_bits >= 4 and SNAPSHOTS
+        return self.refcount_bits >= 4 and SNAPSHOTS and not self.data
 
     def base(self, rng: random.Random) -> bytes:
         """Return a backing file's content: three quarters of the disk, with a hole; or longer than the disk, at random."""
@@ -51,27 +54,47 @@ class Shape:
             + "-filled" * bool(self.filled)
             + "-cache" * bool(self.cache)
             + "-lazy" * self.lazy
+            + "-extended" * self.extended
+            + (f"-{self.data}" if self.data else "")
+            + "-shrinks" * self.shrinks
         )
 
 
 def create(shape: Shape, content: bytes = b"") -> MemoryNode:
     """Return an image of *shape* that holds *content*, made by the driver (without a backing file's name: tests give the node)."""
-    node = MemoryNode()
+    return create_media(shape, content)[0]
+
+
+def create_media(shape: Shape, content: bytes = b"") -> list[MemoryNode]:
+    """Return the image, and its data file if it has one."""
+    media = [MemoryNode() for _ in range(2 if shape.data else 1)]
     options: dict[str, Any] = {"compat": "0.10" if shape.version == 2 else "1.1", "cluster_size": shape.cluster}
     if shape.version > 2:
-        options |= {"refcount_bits": shape.refcount_bits, "lazy_refcounts": shape.lazy}
-    keeper = Disk(node)  # holds the memory while the driver opens and closes it
-    create_image(node, shape.size, options)
+        options |= {"refcount_bits": shape.refcount_bits, "lazy_refcounts": shape.lazy, "extended_l2": shape.extended}
+    if shape.data:
+        options |= {"data_file": "data", "data_file_raw": shape.data == "raw", "data_file_node": media[1]}
+    keepers = [Disk(node) for node in media]  # hold the memory while the driver opens and closes it
+    create_image(media[0], shape.size, options)
     if content:
-        with open_over(node, writable=True) as disk:
+        with open_over(*media[:1], writable=True, data=media[1] if shape.data else None) as disk:
             disk.write(0, content)
-    keeper.close()
-    return node.copy()
+    for keeper in keepers:
+        keeper.close()
+    return [node.copy() for node in media]
 
 
-def open_over(file: BlockNode, backing: BlockNode | None = None, *, writable: bool = False, cache: int = 0) -> Disk:
-    """Open the qcow2 image that *file* holds; *backing* lies under it; *cache* bounds the bytes of tables in memory."""
+def open_over(
+    file: BlockNode,
+    backing: BlockNode | None = None,
+    *,
+    writable: bool = False,
+    cache: int = 0,
+    data: BlockNode | None = None,
+) -> Disk:
+    """Open the qcow2 image that *file* holds; *backing* lies under it, *data* is its data file; *cache* bounds the bytes of tables in memory."""
     description: dict[str, Any] = {"driver": "qcow2", "file": file, "backing": backing, "read-only": not writable}
+    if data is not None:
+        description["data-file"] = data
     if cache:
         description |= {"l2-cache-size": cache, "refcount-cache-size": cache}
     root = Opening(REGISTRY).open(description)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,10 +64,12 @@ class Life:
         self.rng = rng
         self.base = shape.base(rng)
         start = rng.randbytes(shape.filled)
-        self.recorder = RecorderNode(images.create(shape, start), sector=sector)
+        image, *data = images.create_media(shape, start)
+        self.recorder = RecorderNode(image, sector=sector)
         self.log = self.recorder.log
-        # Holds the recorder open while the image above it is closed and opened again.
-        self.keeper = Disk(self.recorder)
+        self.data = [RecorderNode(node, sector=sector, log=self.log) for node in data]
+        # Hold the recorders open while the image above them is closed and opened again.
+        self.keepers = [Disk(node) for node in (self.recorder, *self.data)]
         self.disk = self._open()
         self.size = shape.size
         self.expected = ExpectedContent(self.log, shape.size, start + self.base[len(start) : shape.size])
@@ -77,7 +79,10 @@ class Life:
         self.steps: list[str] = []
 
     def _open(self) -> Disk:
-        return images.open_over(self.recorder, self._backing(), writable=True, cache=self.shape.cache)
+        return self._open_over(self.recorder, self.data, cache=self.shape.cache)
+
+    def _open_over(self, file: BlockNode, data: Sequence[BlockNode], cache: int = 0) -> Disk:
+        return images.open_over(file, self._backing(), writable=True, cache=cache, data=data[0] if data else None)
 
     def _backing(self) -> BlockNode | None:
         return MemoryNode(content=self.base) if self.shape.backed else None
@@ -96,7 +101,11 @@ class Life:
             self.flush,
             self.flush,
         ]
-        verbs += [self.reopen, self.grow, self.write_compressed, self.write_compressed]
+        verbs += [self.reopen, self.grow]
+        if not self.shape.data:
+            verbs += [self.write_compressed, self.write_compressed]
+        if self.shape.shrinks:
+            verbs += [self.grow, self.shrink, self.shrink]
         if self.shape.snapshots:
             verbs += [self.snapshot, self.snapshot, self.apply, self.delete]
         for _ in range(steps):
@@ -135,11 +144,14 @@ class Life:
         """Close everything; what is left is the log."""
         with self.expected.flushing():
             self.disk.close()
-        self.keeper.close()
+        for keeper in self.keepers:
+            keeper.close()
 
     def _place(self) -> tuple[int, int]:
         cluster = self.shape.cluster
         length = self.rng.choice((512, 512, cluster, cluster, 2 * cluster, 3 * cluster + 512, 8 * cluster))
+        if self.shape.extended and self.rng.random() < 0.6:
+            length = self.rng.choice((512, 1536, cluster // 32, cluster // 8, cluster // 2, cluster + 1024))
         length = min(length, self.size)
         offset = self.rng.randrange(self.size - length + 1)
         return offset - offset % self.rng.choice((512, cluster)), length
@@ -218,6 +230,17 @@ class Life:
             self.disk.resize(size)
         self.size = size
 
+    def shrink(self) -> None:
+        """Make the disk smaller: what goes may read as zeroes, or as the backing file, before the size has changed."""
+        if self.size <= self.shape.size // 2 or (self.shape.version == 2 and self._living()):
+            return
+        size = self.size - self.rng.randrange(1, self.size // 1024) * 512
+        self._tell("shrink", 0, size)
+        below = self.base[size : self.size].ljust(self.size - size, b"\0")
+        with self.expected.writing(size, below, weak=True), self.expected.resizing(size):
+            self.disk.resize(size, shrink=True)
+        self.size = size
+
     def _living(self) -> list[_SnapshotLife]:
         return [snapshot for snapshot in self.snapshots if snapshot.deleted is None]
 
@@ -267,7 +290,7 @@ class Life:
         """Raise unless the image that a crash left is sound but for leaks, and holds what was flushed."""
         self.verdicts.states += 1
         try:
-            content = self._judge_bytes(state.image.snapshot_bytes(), state.moment)
+            content = self._judge_bytes(state)
             if self.verdicts.states % 7 == 0:
                 self._use_on(state, content)
         except Exception as error:
@@ -275,16 +298,20 @@ class Life:
             error.add_note(f"{self.shape}; the guest's last steps: {'; '.join(before[-4:])}")
             raise
 
-    def _judge_bytes(self, data: bytes, moment: int) -> bytes:
-        image = oracle.Image(data, self.base)
+    def _image(self, file: MemoryNode, others: Sequence[MemoryNode]) -> oracle.Image:
+        return oracle.Image(file.snapshot_bytes(), self.base, *(node.snapshot_bytes() for node in others))
+
+    def _judge_bytes(self, state: CrashState) -> bytes:
+        moment = state.moment
+        image = self._image(state.image, state.others)
         busy = any(begin < moment <= end for begin, end in self.reflagging)
-        if image.incompatible == DIRTY:
+        if image.incompatible & DIRTY:
             # With lazy counts at any time; else only while counts and COPIED bits of many clusters change, which cannot be done at once.
             assert self.shape.lazy or busy
-            image = self._repaired(data)
+            image = self._repaired(state)
             findings = image.check()
             assert findings == oracle.Findings(leaks_behind=findings.leaks_behind), "the repair left something over"
-        assert image.incompatible == 0
+        assert image.incompatible == 4 * bool(self.shape.data) + 16 * self.shape.extended
         findings = image.check()
         assert findings.corruptions == []
         self.verdicts.leaking += bool(findings.leaks + findings.leaks_behind)
@@ -295,6 +322,10 @@ class Life:
             self.verdicts.stale_flags += 1
         content = image.content()
         self.expected.check(content, moment)
+        if self.shape.data == "raw":
+            # Read by itself it is what the disk may be, too.
+            assert image.external is not None
+            self.expected.check(image.external[: len(content)].ljust(len(content), b"\0"), moment)
         listed = {snapshot.name: snapshot for snapshot in image.snapshots}
         for life in self.snapshots:
             found = listed.pop(life.name, None)
@@ -308,22 +339,23 @@ class Life:
         assert listed == {}, "snapshots that nobody made"
         return content
 
-    def _repaired(self, data: bytes) -> oracle.Image:
+    def _repaired(self, state: CrashState) -> oracle.Image:
         """Open for writing what is marked dirty, which has to repair it, and close it."""
         self.verdicts.repaired += 1
-        node = MemoryNode(content=data)
-        keeper = Disk(node)
-        images.open_over(node, self._backing(), writable=True).close()
-        keeper.close()
-        return oracle.Image(node.snapshot_bytes(), self.base)
+        nodes = [node.copy() for node in (state.image, *state.others)]
+        keepers = [Disk(node) for node in nodes]
+        self._open_over(nodes[0], nodes[1:]).close()
+        for keeper in keepers:
+            keeper.close()
+        return self._image(nodes[0], nodes[1:])
 
     def _use_on(self, state: CrashState, content: bytes) -> None:
         """Open what is left and go on with it: it reads the same, and it and its snapshots stay sound."""
         self.verdicts.used_on += 1
         node = state.image
-        kept = {s.name: self._content_of(s.name) for s in oracle.Image(node.snapshot_bytes(), self.base).snapshots}
-        keeper = Disk(node)
-        with images.open_over(node, self._backing(), writable=True) as disk:
+        kept = {s.name: self._content_of(s.name) for s in self._image(node, state.others).snapshots}
+        keepers = [Disk(medium) for medium in (node, *state.others)]
+        with self._open_over(node, state.others) as disk:
             compare(content, disk.read(0, disk.size), "the driver's reading of the image")
             model = bytearray(content)
             self._write_some(disk, model)
@@ -335,8 +367,9 @@ class Life:
                     images.snapshot_delete(disk, gone)
                     del kept[gone]
                 self._write_some(disk, model)
-        keeper.close()
-        image = oracle.Image(node.snapshot_bytes(), self.base)
+        for keeper in keepers:
+            keeper.close()
+        image = self._image(node, state.others)
         assert image.check().corruptions == []
         compare(bytes(model), image.content(), "the image after it was used on")
         assert {s.name for s in image.snapshots} == set(kept)

@@ -1,7 +1,7 @@
 """A second, independent reader and checker of qcow2, made for small images of tests: slow, simple, and sharing no code with the driver.
 
-Source: QEMU ``docs/interop/qcow2``. It knows versions 2 and 3, snapshots, zero clusters of both kinds, deflate clusters and backing content;
-nothing else.
+Source: QEMU ``docs/interop/qcow2``. It knows versions 2 and 3, snapshots, zero clusters of both kinds, deflate clusters, extended L2 entries,
+data files and backing content; nothing else.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ class Snapshot:
 
 
 class Image:
-    """The bytes of a whole qcow2 file. ``backing`` is the content that shows through."""
+    """The bytes of a whole qcow2 file. ``backing`` is the content that shows through; guest data lies in ``external``, if that is given."""
 
-    def __init__(self, data: bytes, backing: bytes = b"") -> None:
+    def __init__(self, data: bytes, backing: bytes = b"", external: bytes | None = None) -> None:
         self.data = data
         self.backing = backing
+        self.external = external
         fields = struct.unpack_from(">IIQIIQIIQQIIQ", data)
         assert fields[0] == 0x514649FB, "no qcow2 magic"
         self.version, bits, self.size = fields[1], fields[4], fields[5]
@@ -58,6 +59,9 @@ class Image:
         self.l1_size, self.l1_offset, self.table_offset, self.table_clusters = fields[7:11]
         self.snapshot_count, self.snapshots_offset = fields[11:13]
         self.incompatible = struct.unpack_from(">Q", data, 72)[0] if self.version >= 3 else 0
+        assert bool(self.incompatible & 4) == (external is not None)
+        self.extended = bool(self.incompatible & 16)
+        self.stride = 2 if self.extended else 1
         self.order = struct.unpack_from(">I", data, 96)[0] if self.version >= 3 else 4
         self.snapshots = self._read_snapshots()
 
@@ -109,28 +113,61 @@ class Image:
         l1_offset, l1_size, size = self.l1_offset, self.l1_size, self.size
         if snapshot is not None:
             l1_offset, l1_size, size = snapshot.l1_offset, snapshot.l1_size, snapshot.size
-        per_table = self.cluster // 8
+        per_table = self.cluster // 8 // self.stride
         disk = bytearray(self.backing[:size].ljust(size, b"\0"))
         for index, l1_entry in enumerate(self.words(l1_offset, l1_size)):
             if not l1_entry & OFFSET:
                 continue
-            for number, entry in enumerate(self.words(l1_entry & OFFSET, per_table)):
+            words = self.words(l1_entry & OFFSET, self.cluster // 8)
+            for number, entry in enumerate(words[:: self.stride]):
                 at = (index * per_table + number) * self.cluster
-                if not entry or at >= size:
+                if at >= size:
                     continue
-                found = self._cluster(entry)
-                if found is not None:
-                    disk[at : at + self.cluster] = found[: size - at]
+                if not self.extended:
+                    found = self._cluster(entry, at) if entry else None
+                    if found is not None:
+                        disk[at : at + self.cluster] = found[: size - at]
+                    continue
+                bitmap = words[2 * number + 1] if 2 * number + 1 < len(words) else 0
+                for start, piece in self._subclusters(entry, bitmap, at):
+                    disk[start : start + len(piece)] = piece[: max(0, size - start)]
         return bytes(disk[:size])
 
-    def _cluster(self, entry: int) -> bytes | None:
+    def _cluster(self, entry: int, guest: int) -> bytes | None:
         if entry & COMPRESSED:
             offset, length = self._compressed(entry)
             return zlib.decompressobj(-12).decompress(self.data[offset : offset + length], self.cluster)
         if self.version >= 3 and entry & 1:
             return bytes(self.cluster)
+        return self._placed(entry, guest)
+
+    def _placed(self, entry: int, guest: int) -> bytes | None:
+        """Return what lies at the place that *entry* names."""
         offset = entry & OFFSET
+        if self.external is not None:
+            if not offset and not entry & COPIED:
+                return None
+            assert offset == guest, "a data file's cluster lies at its own guest offset"
+            return self.external[offset : offset + self.cluster].ljust(self.cluster, b"\0")
         return self.data[offset : offset + self.cluster].ljust(self.cluster, b"\0") if offset else None
+
+    def _subclusters(self, entry: int, bitmap: int, guest: int) -> list[tuple[int, bytes]]:
+        """Return (guest offset, content) of the subclusters that do not show the backing file."""
+        if entry & COMPRESSED:
+            assert not bitmap
+            found = self._cluster(entry, guest)
+            return [(guest, found)] if found is not None else []
+        assert not bitmap & bitmap >> 32, "a subcluster is data and zero at once"
+        place, step = self._placed(entry, guest), self.cluster // 32
+        assert place is not None or not bitmap & 0xFFFFFFFF, "data without a place"
+        out = []
+        for number in range(32):
+            begin = number * step
+            if bitmap >> 32 + number & 1:
+                out.append((guest + begin, bytes(step)))
+            elif bitmap >> number & 1 and place is not None:
+                out.append((guest + begin, place[begin : begin + step]))
+        return out
 
     def _compressed(self, entry: int) -> tuple[int, int]:
         shift = 62 - (self.bits - 8)
@@ -202,8 +239,10 @@ class Image:
             self._refer("L2 table", offset, self.cluster)
             if active:
                 self._flagged.append((f"L1 entry {index}", offset // self.cluster, bool(l1_entry & COPIED)))
-            for number, entry in enumerate(self.words(offset, self.cluster // 8)):
-                if entry & COMPRESSED:
+            for number, entry in enumerate(self.words(offset, self.cluster // 8)[:: self.stride]):
+                if self.external is not None:
+                    assert not entry & COMPRESSED, "compressed clusters in an image with a data file"
+                elif entry & COMPRESSED:
                     self._refer("compressed", *self._compressed(entry), whole=False)
                 elif entry & OFFSET:
                     self._refer("data", entry & OFFSET, self.cluster)

@@ -21,16 +21,25 @@ class Qcow2Contract(FormatContract):
     """An image in a file; the tests' own reader reads and checks it."""
 
     options: dict[str, str] = {}
+    data = ""  #: the name of the data file
+
+    def _create(self, folder: Path, size: int) -> None:
+        options = {**self.options, "data_file": str(folder / self.data)} if self.data else self.options
+        create(folder / "disk.qcow2", "qcow2", size, options)
+
+    def _image(self, folder: Path) -> oracle.Image:
+        external = [(folder / self.data).read_bytes()] if self.data else []
+        return oracle.Image((folder / "disk.qcow2").read_bytes(), b"", *external)
 
     def make_node(self, folder: Path, content: bytes, writable: bool = True) -> BlockNode:
-        create(folder / "disk.qcow2", "qcow2", len(content), self.options)
+        self._create(folder, len(content))
         node = self.open_again(folder)
         with Disk(node, writable=True) as disk:
             disk.write(0, content)
         return self.open_again(folder, writable)
 
     def make_overlay(self, folder: Path, backing: BlockNode, size: int) -> BlockNode:
-        create(folder / "disk.qcow2", "qcow2", size, self.options)
+        self._create(folder, size)
         self.backing = bytearray(backing.size)
         backing.read_into(0, self.backing)
         return self.open_again(folder, backing=backing)
@@ -43,10 +52,10 @@ class Qcow2Contract(FormatContract):
         return Opening(REGISTRY).open({**description, "backing": backing, "read-only": not writable})
 
     def raw_content(self, folder: Path, node: BlockNode) -> bytes:
-        return oracle.Image((folder / "disk.qcow2").read_bytes()).content()
+        return self._image(folder).content()
 
     def check_image(self, folder: Path) -> None:
-        findings = oracle.Image((folder / "disk.qcow2").read_bytes()).check()
+        findings = self._image(folder).check()
         assert findings.corruptions + findings.flags + findings.lost_flags == []
 
 
@@ -82,6 +91,45 @@ class TestWideCounts(Qcow2Contract):
     """Counts of 64 bits: a block of them is soon full."""
 
     options = {"refcount_bits": "64", "cluster_size": "512"}
+
+
+class TestSubclusters(Qcow2Contract):
+    """Extended L2 entries, with the smallest clusters that may have them: subclusters of one sector."""
+
+    options = {"extended_l2": "on", "cluster_size": "16k"}
+
+
+class TestHugeSubclusters(Qcow2Contract):
+    """Subclusters of 64 KiB."""
+
+    options = {"extended_l2": "on", "cluster_size": "2M"}
+
+
+class TestDataFile(Qcow2Contract):
+    """Guest data in a file of its own."""
+
+    data = "disk.data"
+
+
+class TestDataFileOfSubclusters(Qcow2Contract):
+    """Both at once."""
+
+    data = "disk.data"
+    options = {"extended_l2": "on", "cluster_size": "32k"}
+
+
+class TestRawDataFile(Qcow2Contract):
+    """A data file that reads like the disk."""
+
+    data = "disk.raw"
+    options = {"data_file_raw": "on", "cluster_size": "4k"}
+
+    def raw_content(self, folder: Path, node: BlockNode) -> bytes:
+        return (folder / self.data).read_bytes()
+
+    def make_overlay(self, folder: Path, backing: BlockNode, size: int) -> BlockNode:
+        self.check_image = lambda folder: None  # type: ignore[method-assign]
+        pytest.skip("a raw data file has no backing file")
 
 
 @pytest.mark.parametrize("options", [{}, {"cluster_size": "512"}, {"compat": "0.10"}], ids=str)

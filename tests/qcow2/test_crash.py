@@ -36,6 +36,15 @@ SHAPES = [
     (Shape(backed=True, refcount_bits=64, cache=1024), 4),
     (Shape(cluster=4096, size=512 << 10, backed=True), 4),
     (Shape(cluster=65536, size=512 << 10), 1),
+    (Shape(cluster=16384, size=256 << 10, extended=True), 1),
+    (Shape(cluster=16384, size=256 << 10, extended=True, backed=True), 2),
+    (Shape(cluster=16384, size=256 << 10, extended=True, backed=True, shrinks=True), 1),
+    (Shape(cluster=32768, size=256 << 10, extended=True, backed=True, data="plain"), 1),
+    (Shape(data="plain"), 1),
+    (Shape(data="plain", backed=True, shrinks=True), 2),
+    (Shape(cluster=4096, size=256 << 10, data="raw", shrinks=True), 2),
+    (Shape(shrinks=True), 1),
+    (Shape(shrinks=True, backed=True, refcount_bits=64), 2),
 ]
 
 
@@ -65,7 +74,10 @@ def test_a_power_failure_leaks_at_worst(shape: Shape, seed: int) -> None:
     count = replay.replay(states, life.judge)
     assert count > SAMPLES
     assert life.verdicts.used_on > 0
-    assert life.verdicts.leaking > 0, "no state even leaks: the workload was too tame to prove anything"
+    # A raw data file has all tables from the beginning.
+    assert life.verdicts.leaking > 0 or shape.data == "raw", (
+        "no state even leaks: the workload was too tame to prove anything"
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +132,7 @@ def test_qemu_agrees_about_what_a_power_failure_left(shape: Shape, seed: int, tm
     for state in random.Random(seed).sample(states, 30):
         path.write_bytes(state.image.snapshot_bytes())
         busy = any(begin < state.moment <= end for begin, end in life.reflagging)
-        if oracle.Image(path.read_bytes()).incompatible == DIRTY:
+        if oracle.Image(path.read_bytes()).incompatible & DIRTY:
             # In the middle of an operation on snapshots COPIED bits lag behind, and the image says so: who opens it for writing repairs it.
             qemu_io(path, "read 0 512", format="qcow2")
             assert_clean(path)

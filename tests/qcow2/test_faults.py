@@ -40,6 +40,7 @@ class Operation:
     act: Callable[[Disk], None]
     prepare: Callable[[Disk], None] = lambda disk: None
     shape: Shape = PLAIN
+    medium: int = 0  #: which file fails: 1 is the data file
 
     def __str__(self) -> str:
         return self.name
@@ -140,6 +141,27 @@ def delete_snapshot(disk: Disk) -> None:
     disk.flush()
 
 
+def subclusters(disk: Disk) -> None:
+    disk.write(20 << 10, b"s" * 700)
+    disk.write(40 << 10, b"t" * 3000)
+    disk.write_zeroes(3072, 1024, unmap=True)
+    disk.flush()
+    disk.write(512, b"u" * 1000)
+    disk.discard(48 << 10, 16 << 10)
+    disk.flush()
+
+
+def shrink(disk: Disk) -> None:
+    disk.resize(20 << 10, shrink=True)
+    disk.write(1000, b"shrunk" * 100)
+    disk.flush()
+
+
+EXTENDED = Shape(cluster=16384, extended=True)
+SUBCLUSTERS = Shape(cluster=16384, extended=True, backed=True)
+EXTERNAL = Shape(data="plain", backed=True)
+RAW = Shape(data="raw", cluster=4096)
+
 OPERATIONS = [
     Operation("allocation", allocate),
     Operation("allocation-v2", allocate, shape=Shape(version=2)),
@@ -157,6 +179,23 @@ OPERATIONS = [
     Operation("snapshot", snapshot, lambda disk: fill(disk, 0, 32 << 10)),
     Operation("apply-snapshot", apply_snapshot, with_snapshot),
     Operation("delete-snapshot", delete_snapshot, with_snapshot),
+    Operation("shrink", shrink, lambda disk: fill(disk, 0, 64 << 10)),
+    Operation("subclusters", subclusters, lambda disk: fill(disk, 0, 56 << 10), EXTENDED),
+    Operation("subclusters-backed", subclusters, lambda disk: fill(disk, 0, 18 << 10), SUBCLUSTERS),
+    Operation("subclusters-of-a-snapshot", delete_snapshot, with_snapshot, EXTENDED),
+    *(
+        Operation(f"{name}-{('image', 'data')[medium]}", act, prepare, shape, medium)
+        for medium in (0, 1)
+        for name, act, prepare, shape in (
+            ("external-allocation", copy_on_write, lambda disk: fill(disk, 0, 16384), EXTERNAL),
+            ("external-zero", zero, lambda disk: fill(disk, 0, 16384), EXTERNAL),
+            ("external-grow", grow, lambda disk: fill(disk, 0, 16384), EXTERNAL),
+            ("external-shrink", shrink, lambda disk: fill(disk, 0, 120 << 10), Shape(data="plain")),
+            ("raw-zero", zero, lambda disk: fill(disk, 0, 16384), RAW),
+            ("raw-grow", grow, lambda disk: fill(disk, 0, 16384), RAW),
+            ("raw-shrink", shrink, lambda disk: fill(disk, 0, 120 << 10), RAW),
+        )
+    ),
 ]
 if not images.SNAPSHOTS:
     OPERATIONS = [operation for operation in OPERATIONS if "snapshot" not in operation.name]
@@ -167,11 +206,12 @@ class Bench:
 
     def __init__(self, operation: Operation) -> None:
         self.operation = operation
-        self.medium = prepared(operation).copy()
-        self.faults = FaultNode(self.medium, sector=SECTOR)
-        self.keeper = Disk(self.faults)
+        self.media = [node.copy() for node in prepared(operation)]
+        nodes = [FaultNode(node, sector=SECTOR) for node in self.media]
+        self.faults = nodes[operation.medium]
+        self.keepers = [Disk(node) for node in nodes]
         self.base = BASE if operation.shape.backed else b""
-        self.disk = images.open_over(self.faults, self._backing(), writable=True)
+        self.disk = images.open_over(nodes[0], self._backing(), writable=True, data=nodes[1] if nodes[1:] else None)
 
     def _backing(self) -> MemoryNode | None:
         return MemoryNode(content=self.base) if self.base else None
@@ -186,16 +226,21 @@ class Bench:
 
     def look(self, what: str) -> oracle.Image:
         """Return what the medium holds now; it has to be sound but for leaks."""
-        image = oracle.Image(self.medium.snapshot_bytes(), self.base)
+        stored, *data = self.stored()
+        image = oracle.Image(stored, self.base, *data)
         findings = image.check()
         assert findings.corruptions == [], what
         if not image.incompatible & DIRTY and image.version > 2:
             assert findings.flags + findings.lost_flags == [], what
         return image
 
+    def stored(self) -> list[bytes]:
+        """Return what the media hold."""
+        return [node.snapshot_bytes() for node in self.media]
+
     def shut(self) -> None:
         """Close everything, errors or not."""
-        for disk in (self.disk, self.keeper):
+        for disk in (self.disk, *self.keepers):
             try:
                 disk.close()
             except CowhandError:
@@ -203,15 +248,16 @@ class Bench:
 
 
 @lru_cache
-def prepared(operation: Operation) -> MemoryNode:
-    """Return the image before the operation."""
-    medium = images.create(operation.shape)
-    keeper = Disk(medium)
+def prepared(operation: Operation) -> list[MemoryNode]:
+    """Return the image before the operation, and its data file."""
+    media = images.create_media(operation.shape)
+    keepers = [Disk(node) for node in media]
     backing = MemoryNode(content=BASE) if operation.shape.backed else None
-    with images.open_over(medium, backing, writable=True) as disk:
+    with images.open_over(media[0], backing, writable=True, data=media[1] if media[1:] else None) as disk:
         operation.prepare(disk)
-    keeper.close()
-    return medium.copy()
+    for keeper in keepers:
+        keeper.close()
+    return [node.copy() for node in media]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,11 +327,11 @@ def go_on(bench: Bench, wanted: Reference, what: str) -> None:
     content = bytearray(disk.read(0, disk.size))
     between(bytes(content), wanted.before, wanted.after, f"{what}, read by the disk")
     if node.poison is not None:
-        stored = bench.medium.snapshot_bytes()
+        stored = bench.stored()
         with pytest.raises((Poisoned, ReadOnly)):
             disk.write(0, b"x" * 4096)
         bench.shut()
-        assert bench.medium.snapshot_bytes() == stored, f"{what}: a poisoned node wrote"
+        assert bench.stored() == stored, f"{what}: a poisoned node wrote"
         return
     rng = random.Random(7)
     for _ in range(12):
@@ -297,12 +343,14 @@ def go_on(bench: Bench, wanted: Reference, what: str) -> None:
     disk.flush()
     same_but_for_growth(bytes(content), bench.look(f"{what}, used on"), wanted, f"{what}, the disk used on")
     disk.close()
-    bench.keeper.close()
+    for keeper in bench.keepers:
+        keeper.close()
     image = bench.look(f"{what}, closed")
     same_but_for_growth(bytes(content), image, wanted, f"{what}, the disk closed")
     findings = image.check()
     assert findings.flags + findings.lost_flags == [], what
-    assert image.incompatible == 0, what
+    shape = bench.operation.shape
+    assert image.incompatible == 4 * bool(shape.data) + 16 * shape.extended, what
     check_snapshots(image, wanted, what)
 
 

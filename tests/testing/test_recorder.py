@@ -323,3 +323,33 @@ def test_check_accepts_exactly_what_is_allowed(rng: random.Random) -> None:
             else:
                 with pytest.raises(ContentLost):
                     expected.check(content + bytes(SECTOR), moment)
+
+
+def test_a_flush_of_one_medium_orders_nothing_of_another() -> None:
+    """An image and its data file share a log: every subset of what is loose on either is tried."""
+    first = RecorderNode(MemoryNode(content=bytes(512)))
+    second = RecorderNode(MemoryNode(content=bytes(512)), log=first.log)
+    second.write(0, (b"data",))
+    first.flush()
+    first.write(0, (b"link",))
+    first.flush()
+    seen = {
+        (state.image.snapshot_bytes()[:4], state.others[0].snapshot_bytes()[:4])
+        for state in replay.crash_states(first.log, samples=50)
+    }
+    nothing = bytes(4)
+    assert seen == {(nothing, nothing), (nothing, b"data"), (b"link", nothing), (b"link", b"data")}
+    last = list(replay.prefixes(first.log))[-1]
+    assert last.story.startswith("all up to change 1 (write 0x0+0x4")
+
+
+def test_a_flush_of_the_other_medium_is_an_order() -> None:
+    first = RecorderNode(MemoryNode(content=bytes(512)))
+    second = RecorderNode(MemoryNode(content=bytes(512)), log=first.log)
+    second.write(0, (b"data",))
+    second.flush()
+    first.write(0, (b"link",))
+    assert repr(first.log.changes[0]) == "write 0x0+0x4 of medium 1"
+    for state in replay.crash_states(first.log, samples=50):
+        if state.image.snapshot_bytes().startswith(b"link"):
+            assert state.others[0].snapshot_bytes().startswith(b"data")

@@ -448,9 +448,12 @@ class Disk:
                     f"'{self.filename}' would lose its last {self._size - size} bytes",
                     hint="Shrink the file systems and partitions inside first, then insist with shrink.",
                 )
-            node.resize(size, preallocation=preallocation, shrink=shrink)
-            for disk in graph.disks_above((node,)):
-                disk.root_changed()
+            try:
+                node.resize(size, preallocation=preallocation, shrink=shrink)
+            finally:
+                # What failed may have come as far as the new size.
+                for disk in graph.disks_above((node,)):
+                    disk.root_changed()
 
     def replace_root(self, node: BlockNode) -> None:
         """Make *node* what this disk reads and writes, under running requests: none is lost, none reaches the old root afterwards."""

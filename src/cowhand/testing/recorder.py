@@ -25,17 +25,20 @@ _PIECE = 1 << 20
 
 
 class Change:
-    """One change of the medium. ``length`` is the new size for a resize; ``end`` is None until (unless) it is acknowledged."""
+    """One change of a medium. ``length`` is the new size for a resize; ``end`` is None until (unless) it is acknowledged."""
 
-    __slots__ = ("begin", "data", "end", "fua", "kind", "length", "offset")
+    __slots__ = ("begin", "data", "end", "fua", "kind", "length", "medium", "offset")
 
-    def __init__(self, kind: str, offset: int, length: int, data: bytes, fua: bool, begin: int) -> None:
+    def __init__(
+        self, kind: str, offset: int, length: int, data: bytes, fua: bool, begin: int, medium: int = 0
+    ) -> None:
         self.kind = kind
         self.offset = offset
         self.length = length
         self.data = data
         self.fua = fua
         self.begin = begin
+        self.medium = medium
         self.end: int | None = None
 
     def apply(self, image: MemoryNode) -> None:
@@ -62,16 +65,18 @@ class Change:
             image.discard(begin, end - begin)
 
     def __repr__(self) -> str:
+        where = f" of medium {self.medium}" if self.medium else ""
         if self.kind == RESIZE:
-            return f"resize to {self.length:#x}"
-        return f"{self.kind} {self.offset:#x}+{self.length:#x}"
+            return f"resize to {self.length:#x}{where}"
+        return f"{self.kind} {self.offset:#x}+{self.length:#x}{where}"
 
 
 class Flush(NamedTuple):
-    """A flush that ended well: it covers what was acknowledged before ``begin``."""
+    """A flush that ended well: it covers what was acknowledged before ``begin``, of its own medium."""
 
     begin: int
     end: int
+    medium: int = 0
 
 
 class Mark(NamedTuple):
@@ -83,15 +88,28 @@ class Mark(NamedTuple):
 
 
 class Log:
-    """What was recorded: changes (those of several threads nearly in the order of their beginnings), flushes, marks. Thread-safe."""
+    """What was recorded: changes (those of several threads nearly in the order of their beginnings), flushes, marks. Thread-safe.
+
+    Several media may share one log (an image and its data file): each has its own cache, and a flush of the one orders nothing of another.
+    """
 
     def __init__(self, initial: MemoryNode) -> None:
-        self.initial = initial
+        self.media = [initial]  #: what each medium held before, by its number
         self.changes: list[Change] = []
         self.flushes: list[Flush] = []
         self.marks: list[Mark] = []
         #: Take the next moment: one C call, so two threads never get the same.
         self.now: Callable[[], int] = itertools.count(1).__next__
+
+    @property
+    def initial(self) -> MemoryNode:
+        """What the first medium held before."""
+        return self.media[0]
+
+    def add_medium(self, initial: MemoryNode) -> int:
+        """Have the log tell of one more medium; return its number."""
+        self.media.append(initial)
+        return len(self.media) - 1
 
     def mark(self, label: str, payload: Any = None) -> None:
         """Note that *label* (with *payload*) holds from now on."""
@@ -102,28 +120,34 @@ class Log:
         marks = (mark for mark in reversed(self.marks) if mark.moment < moment and label in (None, mark.label))
         return next(marks, None)
 
-    def horizon(self, moment: int) -> int:
-        """Return the moment before which everything acknowledged was stable when the power failed at *moment*."""
-        return max((flush.begin for flush in self.flushes if flush.end < moment), default=0)
+    def horizon(self, moment: int, medium: int = 0) -> int:
+        """Return the moment before which everything acknowledged was stable on *medium* when the power failed at *moment*."""
+        return max((flush.begin for flush in self.flushes if flush.medium == medium and flush.end < moment), default=0)
 
 
 class RecorderNode(WrapperNode):
     """Records every write, zeroing, discard, resize and flush with its content, and does it below. Thread-safe.
 
     *sector* is the smallest unit that the recorded medium writes: with 512 a small write arrives as a whole sector, padded by the edge
-    above, as on a disk; with 1 each small write is an event of its own, as nothing real does, which tests order more strictly.
+    above, as on a disk; with 1 each small write is an event of its own, as nothing real does, which tests order more strictly. With *log*,
+    that of another recorder, both are recorded in it.
     """
 
     driver: ClassVar[str] = "recorder"
 
-    def __init__(self, inner: BlockNode, *, sector: int = 1, node_name: str | None = None) -> None:
+    def __init__(
+        self, inner: BlockNode, *, sector: int = 1, node_name: str | None = None, log: Log | None = None
+    ) -> None:
         super().__init__(inner, node_name=node_name)
         self.limits = inner.limits._replace(request_alignment=max(sector, inner.limits.request_alignment))
-        self.log = Log(copy_of(inner))
+        if log is None:
+            self.log, self.medium = Log(copy_of(inner)), 0
+        else:
+            self.log, self.medium = log, log.add_medium(copy_of(inner))
 
     @contextmanager
     def _recorded(self, kind: str, offset: int, length: int, data: bytes = b"", fua: bool = False) -> Iterator[None]:
-        change = Change(kind, offset, length, data, fua, self.log.now())
+        change = Change(kind, offset, length, data, fua, self.log.now(), self.medium)
         self.log.changes.append(change)
         yield
         change.end = self.log.now()
@@ -150,7 +174,7 @@ class RecorderNode(WrapperNode):
     def flush(self) -> None:
         begin = self.log.now()
         super().flush()
-        self.log.flushes.append(Flush(begin, self.log.now()))
+        self.log.flushes.append(Flush(begin, self.log.now(), self.medium))
 
     def mark(self, label: str, payload: Any = None) -> None:
         """Note that *label* holds from now on; a checker finds it by ``log.last_mark``."""

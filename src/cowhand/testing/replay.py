@@ -21,44 +21,70 @@ TORN_SIZES = (512, 4096)
 
 
 class CrashState(NamedTuple):
-    """One possible outcome: power failed at ``moment``, the medium then held ``image``. ``story`` tells how it came about."""
+    """One possible outcome: power failed at ``moment``, the medium then held ``image``. ``story`` tells how it came about.
+
+    ``others`` are the other media of a log that tells of several.
+    """
 
     image: MemoryNode
     moment: int
     story: str
+    others: tuple[MemoryNode, ...] = ()
+
+
+class _Media(list[MemoryNode]):
+    """What each medium holds, by its number."""
+
+    def copies(self) -> _Media:
+        """Return copies, which share pages with these."""
+        return _Media(image.copy() for image in self)
+
+    def apply(self, change: Change) -> None:
+        """Do *change* to its medium."""
+        change.apply(self[change.medium])
+
+    def state(self, moment: int, story: str) -> CrashState:
+        """Return this outcome."""
+        return CrashState(self[0], moment, story, tuple(self[1:]))
 
 
 class _History:
-    """The log, sorted, with the stable image of each window between flushes made once."""
+    """The log, sorted, with the stable images of each window between flushes made once."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.changes = sorted(log.changes, key=lambda change: change.begin)
-        self._stable: dict[int, MemoryNode] = {}
+        self._stable: dict[tuple[int, ...], _Media] = {}
+
+    def initial(self) -> _Media:
+        """Return copies of what the media held before the first change."""
+        return _Media(image.copy() for image in self.log.media)
 
     def moment_after(self, index: int) -> int:
         """Return the last moment at which no change after the *index*-th had begun."""
         return self.changes[index + 1].begin if index + 1 < len(self.changes) else END_OF_LOG
 
-    def split(self, moment: int) -> tuple[MemoryNode, list[Change]]:
-        """Return what was surely stable at *moment*, as an image not to be changed, and the changes that were not, in order."""
-        horizon = self.log.horizon(moment)
+    def split(self, moment: int) -> tuple[_Media, list[Change]]:
+        """Return what was surely stable at *moment*, as images not to be changed, and the changes that were not, in order."""
+        horizons = tuple(self.log.horizon(moment, medium) for medium in range(len(self.log.media)))
         loose = [
-            change for change in self.changes if change.begin < moment and not self._is_stable(change, horizon, moment)
+            change
+            for change in self.changes
+            if change.begin < moment and not self._is_stable(change, horizons[change.medium], moment)
         ]
-        image = self._stable.get(horizon)
-        if image is None:
-            image = self.log.initial.copy()
+        images = self._stable.get(horizons)
+        if images is None:
+            images = self.initial()
             for change in self.changes:
-                if change.end is not None and change.end < horizon:
-                    change.apply(image)
-            self._stable[horizon] = image
-        forced = [c for c in self.changes if c.fua and c.end is not None and horizon <= c.end < moment]
+                if change.end is not None and change.end < horizons[change.medium]:
+                    images.apply(change)
+            self._stable[horizons] = images
+        forced = [c for c in self.changes if c.fua and c.end is not None and horizons[c.medium] <= c.end < moment]
         if forced:
-            image = image.copy()
+            images = images.copies()
             for change in forced:
-                change.apply(image)
-        return image, loose
+                images.apply(change)
+        return images, loose
 
     @staticmethod
     def _is_stable(change: Change, horizon: int, moment: int) -> bool:
@@ -68,42 +94,41 @@ class _History:
 
 
 def prefixes(log: Log) -> Iterator[CrashState]:
-    """Yield the medium as it was before the first change and after each one, all in order and complete."""
+    """Yield the media as they were before the first change and after each one, all in order and complete."""
     history = _History(log)
-    image = log.initial.copy()
+    images = history.initial()
     first = history.changes[0].begin if history.changes else END_OF_LOG
-    yield CrashState(image.copy(), first, "nothing written")
+    yield images.copies().state(first, "nothing written")
     for index, change in enumerate(history.changes):
-        change.apply(image)
-        yield CrashState(image.copy(), history.moment_after(index), f"all up to change {index} ({change})")
+        images.apply(change)
+        yield images.copies().state(history.moment_after(index), f"all up to change {index} ({change})")
 
 
 def torn(log: Log, sizes: Sequence[int] = TORN_SIZES, *, seed: int = 0) -> Iterator[CrashState]:
-    """Yield, for each change that spans several blocks, the medium with all before it and a part of its blocks: head, tail, random ones."""
+    """Yield, for each change that spans several blocks, the media with all before it and a part of its blocks: head, tail, random ones."""
     history = _History(log)
     rng = random.Random(seed)
-    image = log.initial.copy()
-    sizes = [size for size in sizes if size >= log.initial.limits.request_alignment]
+    images = history.initial()
     for index, change in enumerate(history.changes):
         for size in sizes:
             blocks = _blocks(change, size)
-            if len(blocks) < 2:
+            if len(blocks) < 2 or size < log.media[change.medium].limits.request_alignment:
                 continue
             cut = rng.randrange(1, len(blocks))
             some = [block for block in blocks if rng.random() < 0.5]
             for name, chosen in (("head", blocks[:cut]), ("tail", blocks[cut:]), ("some blocks", some)):
-                partial = image.copy()
+                partial = images.copies()
                 for block in chosen:
-                    change.apply_part(partial, block * size, (block + 1) * size)
+                    change.apply_part(partial[change.medium], block * size, (block + 1) * size)
                 story = f"all before change {index}, and of it ({change}) the {name}: {len(chosen)} of {len(blocks)} x {size}"
                 # Power failed while the change was under way: nothing that waited for its end has happened.
                 moment = change.end if change.end is not None else history.moment_after(index)
-                yield CrashState(partial, moment, story)
-        change.apply(image)
+                yield partial.state(moment, story)
+        images.apply(change)
 
 
 def singles(log: Log, *, limit: int | None = None, seed: int = 0) -> Iterator[CrashState]:
-    """Yield, for each window between flushes at its end, the medium with all but one of its changes, and with that one alone.
+    """Yield, for each window between flushes at its end, the media with all but one of its changes, and with that one alone.
 
     This finds every pair of changes that needs an order and has none. *limit* bounds the number of windows' changes that are tried (drawn
     by *seed*); None tries all.
@@ -118,14 +143,14 @@ def singles(log: Log, *, limit: int | None = None, seed: int = 0) -> Iterator[Cr
     for moment, position in candidates:
         base, loose = history.split(moment)
         chosen = loose[position]
-        without = base.copy()
+        without = base.copies()
         for change in loose:
             if change is not chosen:
-                change.apply(without)
-        yield CrashState(without, moment, f"at moment {moment} {chosen} alone was lost of {len(loose)} changes")
-        alone = base.copy()
-        chosen.apply(alone)
-        yield CrashState(alone, moment, f"at moment {moment} {chosen} alone survived of {len(loose)} changes")
+                without.apply(change)
+        yield without.state(moment, f"at moment {moment} {chosen} alone was lost of {len(loose)} changes")
+        alone = base.copies()
+        alone.apply(chosen)
+        yield alone.state(moment, f"at moment {moment} {chosen} alone survived of {len(loose)} changes")
 
 
 def sampled(log: Log, count: int, *, seed: int = 0) -> Iterator[CrashState]:
@@ -138,7 +163,7 @@ def sampled(log: Log, count: int, *, seed: int = 0) -> Iterator[CrashState]:
     for number in range(count):
         moment = rng.choice(moments)
         base, loose = history.split(moment)
-        image = base.copy()
+        images = base.copies()
         keep = rng.choice((0.1, 0.5, 0.5, 0.9))
         survivors = [change for change in loose if rng.random() < keep]
         shuffled = rng.random() < 0.5
@@ -146,12 +171,12 @@ def sampled(log: Log, count: int, *, seed: int = 0) -> Iterator[CrashState]:
             rng.shuffle(survivors)
         ripped = 0
         for change in survivors:
-            ripped += _apply_maybe_torn(change, image, rng)
+            ripped += _apply_maybe_torn(change, images[change.medium], rng)
         order = "in any order" if shuffled else "in order"
         story = (
             f"sample {number}: at moment {moment} {len(survivors)} of {len(loose)} loose changes {order}, {ripped} torn"
         )
-        yield CrashState(image, moment, story)
+        yield images.state(moment, story)
 
 
 def crash_states(

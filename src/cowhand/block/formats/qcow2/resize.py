@@ -74,8 +74,9 @@ def _replace_l1(node: Qcow2Node, entries: int) -> None:
 def set_size(node: Qcow2Node, size: int) -> None:
     """Write the disk's size into the header, stably."""
     with node.exclusive():
-        node.write_metadata(L.OFFSET_SIZE, L.U64.pack(size))
-        node.flush_file()
+        with node.publishing(L.OFFSET_SIZE, L.U64.pack(node.header.size)):
+            node.write_metadata(L.OFFSET_SIZE, L.U64.pack(size))
+            node.flush_file()
         node.header.size = size
         if node.dirty_bitmaps is not None:
             node.dirty_bitmaps.resize(size)

@@ -29,6 +29,7 @@ def shrink_to(node: Qcow2Node, size: int) -> None:
     _step("Failed to reduce the number of L2 tables", lambda: _drop_tables(node, size))
     _settle(node)
     _step("Failed to discard unused refblocks", lambda: _drop_refblocks(node))
+    node.flush()
     set_size(node, size)
     _cut_tail(node)
 
@@ -112,7 +113,6 @@ def _counts_nothing(node: Qcow2Node, index: int, offset: int) -> bool:
 def _cut_tail(node: Qcow2Node) -> None:
     """Make the file end behind its last cluster in use. A failure only costs space."""
     file, unit = node.file.node, node.cluster_size
-    node.flush()
     with node.lock:
         cluster = -(-file.size // unit) - 1
         while cluster > 0 and not node.refcounts.get(cluster):

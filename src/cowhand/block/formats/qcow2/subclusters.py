@@ -92,25 +92,25 @@ class ExtendedMapping(Mapping):
         if entry & L.ENTRY_COMPRESSED:
             return min(size - within, length), COMPRESSED_CLUSTER, node.file, entry
         number = within >> self.sub_bits
-        word = _kind(bitmap, number)
+        kind = _kind_of(bitmap, number)
         placed = self.placed(entry)
-        have = (_stretch(word, number) << self.sub_bits) - (within & ((1 << self.sub_bits) - 1))
+        stretch = _stretch(_kind(bitmap, number), number)
+        have = (stretch << self.sub_bits) - (within & ((1 << self.sub_bits) - 1))
         wanted = entry
-        while have < length and number + _stretch(word, number) == COUNT:
+        while have < length and number + stretch == COUNT:
             at += 16
             if at >= size:
                 break
             wanted += size if placed else 0
             entry_here, bitmap_here = _unpack(data, at)
-            if entry_here != wanted or (bitmap_here != bitmap and _kind_of(bitmap_here, 0) != _kind_of(bitmap, number)):
+            # The first subcluster's kind counts, also where the bitmap is the same: the run may have begun in the middle of the one before.
+            if entry_here != wanted or _kind_of(bitmap_here, 0) != kind:
                 break
             if not self.sound(entry_here, bitmap_here, offset + have):
                 break
-            bitmap, number = bitmap_here, 0
-            word = _kind(bitmap, 0)
-            have += _stretch(word, 0) << self.sub_bits
+            number, stretch = 0, _stretch(_kind(bitmap_here, 0), 0)
+            have += stretch << self.sub_bits
         length = min(have, length)
-        kind = _kind_of(bitmap, number)
         if not kind:
             return length, 0, None, NO_HOST
         if kind == 2:
