@@ -11,9 +11,12 @@ import pytest
 from cowhand.block import graph
 from cowhand.block.align import AlignedAccess
 from cowhand.block.disk import Disk
+from cowhand.block.filters.blkdebug import BlkDebugNode
 from cowhand.block.node import DISCARD, READ, WRITE_REQUEST, ZERO_REQUEST
+from cowhand.block.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import IOFailed, NotSupported
+from cowhand.drivers import REGISTRY
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import PATIENCE, Worker, impatient_interpreter, qcow2_file, qcow2_node
 
@@ -96,7 +99,7 @@ class TestWhatIsAsked:
             (0, 4096, [("write", 0, 4096)]),
             (512, 100, [("read", 0, 4096), ("write", 0, 4096)]),
             (0, 100, [("read", 0, 4096), ("write", 0, 4096)]),
-            (4000, 200, [("read", 0, 4096), ("read", 4096, 4096), ("write", 0, 8192)]),
+            (4000, 200, [("read", 0, 8192), ("write", 0, 8192)]),
             (0, 4097, [("read", 4096, 4096), ("write", 0, 8192)]),
             (1, 12287, [("read", 0, 4096), ("write", 0, 12288)]),
             (4095, 4098, [("read", 0, 4096), ("read", 8192, 4096), ("write", 0, 12288)]),
@@ -225,3 +228,21 @@ class TestSharedBlocks:
             with pytest.raises(IOFailed):
                 disk.submit([(WRITE_REQUEST, at, b"x" * 10) for at in (0, 5000, 10_000)])
             assert [disk.read(at, 1) for at in (0, 5000, 10_000)] == [b"x", b"\0", b"x"]
+
+
+def test_a_partial_write_that_waits_holds_back_its_own_block_alone() -> None:
+    inner = MemoryNode(content=bytes(16384))
+    node = Opening(REGISTRY).open({"driver": "blkdebug", "image": inner, "align": 4096, "read-only": False})
+    assert isinstance(node, BlkDebugNode)
+    with Disk(node, writable=True) as disk:
+        node.breakpoint("pwritev_rmw_after_head", "A")
+        first = Worker(lambda: disk.write(512, b"a" * 512))
+        assert node.wait_suspended("A", 10)
+        disk.write(8192 + 512, b"b" * 512)  # another block
+        second = Worker(lambda: disk.write(1024, b"c" * 512))
+        second.join(0.05)
+        assert second.is_alive()
+        node.resume("A")
+        first.done()
+        second.done()
+        assert disk.read(0, 2048) == bytes(512) + b"a" * 512 + b"c" * 512 + bytes(512)

@@ -237,7 +237,7 @@ def test_a_configuration_is_read_as_qemu_reads_it(tmp_path: Path) -> None:
         "# a comment\n\n"
         '[inject-error "named"]\nevent = "l2_load"\nerrno = "0x1c"\nsector = "7"\nonce = "on"\nimmediately = "off"\n'
         '[set-state]\n  event = "cluster_free"  \n state = "2"\n new_state = "3"\n'
-        '[inject-error]\nevent="write_aio"\niotype = discard\n'
+        '[inject-error]\nevent = "write_aio"\niotype = "discard"\n'
     )
     assert read_file(str(path)) == [
         InjectError("l2_load", 0, errno.ENOSPC, 7, True, False, DEFAULT_IO_TYPES),

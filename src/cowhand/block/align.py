@@ -1,46 +1,52 @@
 """Alignment, written once: the way to a node whose request alignment is coarser than what its user keeps to.
 
-Reads are widened; writes of partial blocks read, change and write whole ones, one such write at a time per node, so that two users of
-one sector cannot undo each other.
+Reads are widened; writes of partial blocks read, change and write whole ones. No two changes of one block overlap in time, so that two users of
+one sector cannot undo each other; what lies elsewhere does not wait.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from cowhand.block.node import BlockNode, Request, one_by_one
+from cowhand.block.rangelocks import RangeLocks
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, aligned
 from cowhand.core.errors import NotSupported
-from cowhand.core.locks import RANK_SECTOR, Lock, ranked_lock
 
 if TYPE_CHECKING:
     from cowhand.block.hooks import HookedAccess
 
-_sector_locks: WeakKeyDictionary[BlockNode, Lock] = WeakKeyDictionary()
+_block_locks: WeakKeyDictionary[BlockNode, RangeLocks] = WeakKeyDictionary()
 _guard = threading.Lock()
 
 
-def _sector_lock(node: BlockNode) -> Lock:
+def _locks_of(node: BlockNode) -> RangeLocks:
     with _guard:
-        lock = _sector_locks.get(node)
-        if lock is None:
-            lock = _sector_locks[node] = ranked_lock(RANK_SECTOR, "sector")
-        return lock
+        locks = _block_locks.get(node)
+        if locks is None:
+            locks = _block_locks[node] = RangeLocks()
+        return locks
+
+
+def _nothing(event: str) -> None:
+    pass
 
 
 class AlignedAccess:
     """Padding between a user with fine requests and *node*, through *access* (the node itself or its hooks)."""
 
-    __slots__ = ("access", "block", "lock", "node")
+    __slots__ = ("access", "block", "fire", "locks", "node")
 
     def __init__(self, node: BlockNode, access: BlockNode | HookedAccess) -> None:
         self.node = node
         self.access: Any = access
         self.block = node.limits.request_alignment
-        self.lock = _sector_lock(node)
+        self.locks = _locks_of(node)
+        #: A blkdebug node hears of what is done for its own alignment.
+        self.fire: Callable[[str], None] = getattr(node, "event", _nothing)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         length = len(buffer)
@@ -61,22 +67,38 @@ class AlignedAccess:
             return
         if offset % block == 0 and length % block == 0:
             # Alone in its blocks, but a partial write of a neighbour may be reading them just now.
-            with self.lock:
+            with self.locks.hold(offset, length):
                 self.access.write(offset, buffers, fua)
             return
         begin = offset - offset % block
         end = -(-(offset + length) // block) * block
-        with self.lock:
+        with self.locks.hold(begin, end - begin):
             bounce = aligned(end - begin)
-            if offset != begin:
-                self.access.read_into(begin, bounce[:block])
-            if offset + length != end and not (offset != begin and end - begin == block):
-                self.access.read_into(end - block, bounce[-block:])
+            self._read_edges(begin, bounce, offset != begin, offset + length != end)
             position = offset - begin
             for buffer in buffers:
                 bounce[position : position + len(buffer)] = memoryview(buffer)
                 position += len(buffer)
             self.access.write(begin, (bounce,), fua)
+
+    def _read_edges(self, begin: int, bounce: memoryview, head: bool, tail: bool) -> None:
+        """Read those of the first and last block of *bounce*, which lies at *begin*, that the request changes in part."""
+        block = self.block
+        if len(bounce) <= block * (head + tail):  # all of it at once
+            self._read_some(begin, bounce, head, tail)
+            return
+        if head:
+            self._read_some(begin, bounce[:block], True, False)
+        if tail:
+            self._read_some(begin + len(bounce) - block, bounce[-block:], False, True)
+
+    def _read_some(self, offset: int, view: memoryview, head: bool, tail: bool) -> None:
+        parts = [name for name, there in (("head", head), ("tail", tail)) if there]
+        for part in parts:
+            self.fire(f"pwritev_rmw_{part}")
+        self.access.read_into(offset, view)
+        for part in parts:
+            self.fire(f"pwritev_rmw_after_{part}")
 
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
@@ -91,7 +113,7 @@ class AlignedAccess:
             return
         if offset < begin:
             self._zero_bytes(offset, begin - offset, fua)
-        with self.lock:
+        with self.locks.hold(begin, end - begin):
             self.access.write_zeroes(begin, end - begin, unmap=unmap, fallback=fallback, fua=fua)
         if end < offset + length:
             self._zero_bytes(end, offset + length - end, fua)
@@ -108,7 +130,7 @@ class AlignedAccess:
         begin = -(-offset // block) * block
         end = (offset + length) // block * block
         if begin < end:
-            with self.lock:
+            with self.locks.hold(begin, end - begin):
                 self.access.discard(begin, end - begin)
 
     def flush(self) -> None:

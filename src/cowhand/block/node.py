@@ -296,7 +296,9 @@ class BlockNode(ABC):
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         """Change the size; new bytes read as zeroes. Cutting data off needs *shrink*."""
-        raise NotSupported(f"driver '{self.driver}' cannot be resized")
+        raise NotSupported(
+            f"driver '{self.driver}' cannot be resized", qemu="Image format driver does not support resize"
+        )
 
     def allocated_size(self) -> int | None:
         """Return the bytes that this layer occupies on its medium, or None where nobody can tell."""

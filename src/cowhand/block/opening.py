@@ -409,7 +409,13 @@ class Opening:
         self._look_at_file(node)
         if given:
             left = next(iter(given))
-            raise InvalidArgument(f"Block {entry.kind} '{entry.name}' does not support the option '{left}'")
+            words = f"Block {entry.kind} '{entry.name}' does not support the option '{left}'"
+            qemu = (
+                f"Block protocol '{entry.name}' doesn't support the option '{left}'"
+                if entry.prefixes
+                else f"Block format '{entry.name}' does not support the option '{left}'"
+            )
+            raise InvalidArgument(words, qemu=qemu)
         return node
 
     def _ask_policy(self, entry: DriverEntry, filename: Any, asker: _Asker) -> None:

@@ -18,7 +18,7 @@ def layered(node: BlockNode, offset: int, length: int, depth: int | None = None)
     Rows tell their layer in ``depth``. Rows that no asked layer allocates have neither DATA nor ZERO, unless there is nothing below.
     """
     out = ExtentBatch()
-    top = skip_filters(node).map_batch(offset, length)
+    top = node.map_batch(offset, length)  # through its filters, which may refuse
     for row in top:
         if not _resolve(out, skip_filters(node), row, 0, depth):
             break
@@ -56,7 +56,7 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
             flags = ZERO if here.supports_backing else DATA
             out.add(part.start, part.length, part.flags | flags, part.host, _owner(part, here), at)
             continue
-        lower = skip_filters(below.node)
+        lower = below.node
         limit = lower.size
         if part.start >= limit:
             out.add(part.start, part.length, part.flags | ZERO, part.host, _owner(part, here), at)
@@ -73,7 +73,8 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
         told = answers.end - part.start
         if told < part.length:
             stack.append((here, _behind(part, told), at))
-        stack.extend((lower, answer, at + 1) for answer in reversed(list(answers)))
+        layer = skip_filters(lower)
+        stack.extend((layer, answer, at + 1) for answer in reversed(list(answers)))
     return True
 
 

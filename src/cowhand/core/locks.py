@@ -15,9 +15,7 @@ RANK_GRAPH = 10  #: shape of the graph: edges, permissions, quiesce
 RANK_OPERATION = 20  #: one long metadata operation of a node at a time (snapshot, resize, check)
 RANK_FLUSH = 30  #: one write-back of a node's metadata at a time
 RANK_ALLOCATION = 40  #: a node's tables and reference counts in memory
-RANK_SECTOR = (
-    60  #: read-modify-write of one sector on an edge to a coarser child: metadata is written under the two above
-)
+RANK_SECTOR = 60  #: bytes of one node that belong together (an entry of a log): metadata is written under the two above
 RANK_REGISTRY = 80  #: process-wide tables: image locks, drivers, buffer pools
 RANK_LEAF = 90  #: held for a few instructions, takes nothing
 

@@ -94,6 +94,7 @@ class BlkDebugNode(BlockNode):
     def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> BlkDebugNode:
         assert isinstance(options, BlkDebugOptions)
         node = cls(options)
+        opening.track(node)
         node._read_lists(given)
         image = given.pop("image", None)
         if image is None:

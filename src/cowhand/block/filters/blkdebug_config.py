@@ -20,8 +20,9 @@ MAX_RULES = 10_000
 #: Linux' error numbers end here (MAX_ERRNO).
 MAX_ERRNO = 4095
 
-_SECTION = re.compile(r'\[\s*([^\]\s"]+)(?:\s+"([^"]*)")?\s*\]\s*(?:#.*)?\Z')
-_SETTING = re.compile(r'([\w-]+)\s*=\s*(?:"([^"]*)"|([^"\s#]+))\s*(?:#.*)?\Z')
+# As QEMU reads these files: white space before "=", and the value in quotes; without one it is empty.
+_SECTION = re.compile(r'\[\s*([^\]\s"]+)(?:\s+"([^"]*)")?\s*\]')
+_SETTING = re.compile(r'(\S+)(?:\s+=\s*"([^"]*)")?')
 _KEYS = {
     "inject-error": ("event", "state", "iotype", "errno", "sector", "once", "immediately"),
     "set-state": ("event", "state", "new_state"),
@@ -61,7 +62,7 @@ def parse_text(text: str, path: str = "") -> list[Rule]:
         setting = _SETTING.match(line)
         if setting is None or setting[1] not in _KEYS[sections[-1][0]]:
             raise _wrong(f"Invalid parameter '{setting[1] if setting is not None else line}'", path, number)
-        sections[-1][1][setting[1]] = setting[2] if setting[2] is not None else setting[3]
+        sections[-1][1][setting[1]] = setting[2] or ""
     return [_rule(name, given) for name, given in _in_order(sections)]
 
 

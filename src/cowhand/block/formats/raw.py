@@ -175,6 +175,9 @@ class RawNode(BlockNode):
         self.file.discard(offset + self.offset, length)
 
     def flush(self) -> None:
+        if self.event_sink is not None:
+            self.event_sink("flush_to_os")
+            self.event_sink("flush_to_disk")
         self.file.flush()
 
     def submit(self, batch: Sequence[Request]) -> None:

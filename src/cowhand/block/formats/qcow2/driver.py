@@ -469,6 +469,7 @@ class Qcow2Node(MetadataNode):
             raise Poisoned(
                 f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno
             )
+        self.fire("flush_to_os")
         try:
             self.write_back.flush()
         except BaseException as error:

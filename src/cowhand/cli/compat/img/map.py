@@ -11,7 +11,7 @@ from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import size_argument
-from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, Extent, merged
+from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, Extent, ExtentBatch, merged
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -63,15 +63,24 @@ def run(words: Sequence[str]) -> int:
 
 
 def _rows(disk: Disk, start: int, length: int | None) -> Iterator[Extent]:
+    return merged(_batches(disk, start, length), _SHOWN)
+
+
+def _batches(disk: Disk, start: int, length: int | None) -> Iterator[ExtentBatch]:
     end = disk.size if length is None else min(disk.size, start + length)
+    node = None
     if start < end:
-        yield from merged(disk.extents(start, end - start), _SHOWN)
+        for batch in disk.extents(start, end - start):
+            yield batch
+            node = list(batch)[-1].node
     # QEMU rounds a disk up to whole sectors; what it adds reads as zeroes.
     whole = whole_sectors(disk.size)
     rest = whole if length is None else min(whole, start + length)
     begin = max(disk.size, start)
     if begin < rest:
-        yield Extent(begin, rest - begin, ZERO | ALLOCATED | OFFSET, begin, None, 0)
+        tail = ExtentBatch()
+        tail.add(begin, rest - begin, ZERO | ALLOCATED | OFFSET, begin, node)
+        yield tail
 
 
 def _print_table(disk: Disk, start: int, length: int | None) -> None:

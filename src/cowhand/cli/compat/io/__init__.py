@@ -80,6 +80,7 @@ def _run(arguments: Sequence[str]) -> int:
     if how.format is not None and how.image_opts:
         raise Failure("--image-opts and -f are mutually exclusive")
     session = Session()
+    session.image_opts = how.image_opts
     if scanner.rest:
         session.open(scanner.rest[0], how)
     return session.run(commands)

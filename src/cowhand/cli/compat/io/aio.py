@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.parsing import Complaint, UsageComplaint, number
 from cowhand.cli.compat.io.report import Timer, dump, number_of, statistics, verify
-from cowhand.cli.compat.io.requests import DEFAULT_PATTERN, read_disk, the_disk
+from cowhand.cli.compat.io.requests import DEFAULT_PATTERN, read_disk, room, the_disk, unread
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def aio_read(session: Session, words: Sequence[str]) -> bool:
     if len(positional) < 2:
         raise UsageComplaint
     offset = number(positional[0])
-    buffer = bytearray(sum(parsing.lengths(positional[1:])))
+    buffer = unread(sum(parsing.lengths(positional[1:])))
     disk = the_disk(session)
 
     def show(timer: Timer) -> None:
@@ -89,14 +89,14 @@ def aio_write(session: Session, words: Sequence[str]) -> bool:
         count = number(positional[1])
 
         def work() -> None:
-            disk.write_zeroes(offset, count, unmap="u" in flags, fua=fua)
+            disk.write_zeroes(offset, room(disk, offset, count), unmap="u" in flags, fua=fua)
 
     else:
         count = sum(parsing.lengths(positional[1:]))
         data = bytes([byte]) * count
 
         def work() -> None:
-            disk.write(offset, data, fua=fua)
+            disk.write(offset, memoryview(data)[: room(disk, offset, count)], fua=fua)
 
     def show(timer: Timer) -> None:
         if "q" not in flags:

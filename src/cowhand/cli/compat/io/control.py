@@ -16,7 +16,7 @@ from cowhand.cli.compat.images import CACHE_MODES
 from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.opening import How
 from cowhand.cli.compat.io.parsing import Complaint, UsageComplaint, c_integer, number
-from cowhand.cli.compat.io.report import failed
+from cowhand.cli.compat.io.report import number_of
 from cowhand.cli.compat.io.requests import the_disk
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
@@ -35,11 +35,15 @@ def open_command(session: Session, words: Sequence[str]) -> bool:
     how = How()
     for key, value in parsing.options(words, "snCro:ki:t:d:U", positional):
         if key == "o":
+            if session.image_opts:
+                raise Complaint("--image-opts and 'open -o' are mutually exclusive")
             how.options.update(optionstrings.as_description(value, None))
         else:
             how.take(key, value)
-    if len(positional) > 1 or not (positional or how.options):
+    if len(positional) > 1:
         raise UsageComplaint
+    if session.image_opts and positional:
+        how.options.update(optionstrings.as_description(positional.pop(), None))
     if session.disk is not None:
         raise Failure("file open already, try 'help close'")
     session.open(positional[0] if positional else None, how)
@@ -135,7 +139,8 @@ def flush(session: Session, words: Sequence[str]) -> bool:
     try:
         the_disk(session).flush()
     except CowhandError as error:
-        raise failed("flush", error) from error
+        number_of(error)
+        return False  # as QEMU: the exit status tells, and nothing else
     finally:
         session.background.show()
     return True
@@ -233,10 +238,10 @@ def abort(session: Session, words: Sequence[str]) -> bool:
 def sigraise(session: Session, words: Sequence[str]) -> bool:
     """Raise a signal in this process."""
     wanted = number(words[1])
-    if wanted >= signal.NSIG:
+    if wanted > signal.NSIG:
         raise Complaint(f"signal argument '{words[1]}' is too large to be a valid signal")
     sys.stdout.flush()
-    if wanted:
+    if 0 < wanted < signal.NSIG:
         # A handler of the interpreter's own would turn SIGINT into an exception.
         if wanted not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(wanted, signal.SIG_DFL)

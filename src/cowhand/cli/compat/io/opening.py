@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat.images import CACHE_MODES, describe, open_disk, refuse_unsharing
+from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
 
@@ -31,7 +32,7 @@ class How:
         self.snapshot = False
         self.force_share = False
         self.copy_on_read = False
-        self.cache = "writeback"
+        self.cache = "writethrough"
         self.discard = "unmap"
         self.aio = "threads"
         self.options: dict[str, Any] = {}
@@ -104,12 +105,13 @@ def _what(name: str | None, how: How) -> str | Mapping[str, Any]:
     if how.image_opts:
         assert name is not None
         return describe(name, image_opts=True, implied=None)
-    if not how.options:
-        assert name is not None
+    if name is not None and not how.options:
         return describe(name, image_opts=False)
     given = dict(how.options)
     if name is not None:
         told = describe(name, image_opts=False)
+        if "file.filename" in given:
+            raise Failure("Can't specify 'file' and 'filename' options at the same time")
         if isinstance(told, Mapping):
             return {**told, **given}
         given["file.filename" if any(key.startswith("file.") for key in given) else "filename"] = told
@@ -121,13 +123,15 @@ def _what(name: str | None, how: How) -> str | Mapping[str, Any]:
 def _open(what: str | Mapping[str, Any], how: How) -> Disk:
     options = {"discard": how.discard, **how.reopened}
     if not how.snapshot:
-        return open_disk(
-            what,
-            format=how.format,
-            writable=how.writable,
-            cache=how.cache,
-            force_share=how.force_share,
-            options=options,
+        return _checked(
+            open_disk(
+                what,
+                format=how.format,
+                writable=_writable(what, how),
+                cache=how.cache,
+                force_share=how.force_share,
+                options=options,
+            )
         )
     with open_disk(what, format=how.format) as base:
         size, driver = base.size, base.format
@@ -143,6 +147,27 @@ def _open(what: str | Mapping[str, Any], how: How) -> Disk:
             writable=how.writable,
             cache=how.cache,
         )
+
+
+def _writable(what: str | Mapping[str, Any], how: How) -> bool:
+    """Tell whether the image is opened for writing: the option "read-only" counts more than the switch, but does not contradict it."""
+    if not isinstance(what, dict) or "read-only" not in what:
+        return how.writable
+    writable = what.pop("read-only") in ("off", "no", "false", "n", False)
+    if how.writable and not writable:
+        raise Failure("Block node is read-only")
+    return writable
+
+
+def _checked(disk: Disk) -> Disk:
+    """Return *disk*, or close it where a write would have to reach past its end to fill a block."""
+    block = disk.root.limits.request_alignment
+    if not disk.read_only and whole_sectors(disk.size) % block:
+        disk.close()
+        raise Failure(
+            "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment"
+        )
+    return disk
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowhand.cli.compat.img.records import tree
+from cowhand.cli.compat import program
+from cowhand.cli.compat.img.records import tree, whole_sectors
 from cowhand.cli.compat.io import table
-from cowhand.cli.compat.io.parsing import SECTOR, Complaint, number
-from cowhand.cli.compat.io.report import failed
+from cowhand.cli.compat.io.parsing import SECTOR, number
+from cowhand.cli.compat.io.report import failed, number_of
 from cowhand.cli.compat.io.requests import the_disk
 from cowhand.cli.compat.sizes import precise
 from cowhand.core.errors import CowhandError
@@ -44,15 +46,16 @@ def info(session: Session, words: Sequence[str]) -> bool:
 
 def length(session: Session, words: Sequence[str]) -> bool:
     """Print the length of the disk."""
-    print(precise(the_disk(session).size))
+    print(precise(whole_sectors(the_disk(session).size)))
     return True
 
 
 def _allocation(disk: Disk, offset: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start, length, whether the top layer allocates it), merged."""
+    """Yield (start, length, whether the top layer allocates it), merged; the rest of a last, incomplete sector is as what comes before it."""
     start, count, last = offset, 0, False
-    if offset < end:
-        for batch in disk.extents(offset, end - offset, depth=1):
+    inside = min(end, disk.size)
+    if offset < inside:
+        for batch in disk.extents(offset, inside - offset, depth=1):
             for row in batch:
                 allocated = bool(row.flags & ALLOCATED)
                 if count and allocated == last:
@@ -62,18 +65,19 @@ def _allocation(disk: Disk, offset: int, end: int) -> Iterator[tuple[int, int, b
                     yield start, count, last
                 start, count, last = row.start, row.length, allocated
     if count:
-        yield start, count, last
+        yield start, count + end - inside, last
 
 
 def map_command(session: Session, words: Sequence[str]) -> bool:
     """Print which ranges the top layer allocates."""
     disk = the_disk(session)
     try:
-        for start, count, allocated in _allocation(disk, 0, disk.size):
+        for start, count, allocated in _allocation(disk, 0, whole_sectors(disk.size)):
             state = "    allocated" if allocated else "not allocated"
             print(f"{precise(count)} ({count:#x}) bytes {state} at offset {precise(start)} ({start:#x})")
     except CowhandError as error:
-        raise Complaint(str(failed("Failed to get allocation status", error))) from error
+        program.error(f"Failed to get allocation status: {os.strerror(number_of(error))}")
+        return False
     return True
 
 
@@ -82,7 +86,7 @@ def alloc(session: Session, words: Sequence[str]) -> bool:
     disk = the_disk(session)
     offset = number(words[1])
     count = number(words[2]) if len(words) == 3 else SECTOR
-    end = min(disk.size, offset + count)
+    end = min(whole_sectors(disk.size), offset + count)
     try:
         total = sum(length for _, length, allocated in _allocation(disk, offset, end) if allocated)
     except CowhandError as error:

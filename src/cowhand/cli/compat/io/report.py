@@ -32,18 +32,14 @@ def statistics(what: str, timer: Timer, offset: int, count: int, total: int, *, 
     if terse:
         print(f"{total},1,{_clock(seconds)},{rate:.3f},{operations:.3f}")
         return
-    duration = _clock(seconds) if seconds >= 60 else f"{int(seconds):02}.{_hundredths(seconds):02} sec"
+    duration = _clock(seconds) if seconds >= 1 else f"{seconds:05.2f} sec"
     print(f"{what} {total}/{count} bytes at offset {offset}")
     print(f"{precise(total)}, 1 ops; {duration} ({precise(rate)}/sec and {operations:.4f} ops/sec)")
 
 
-def _hundredths(seconds: float) -> int:
-    return int(seconds * 100) % 100
-
-
 def _clock(seconds: float) -> str:
     whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}.{_hundredths(seconds):02}"
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60 + seconds - whole:05.2f}"
 
 
 def dump(data: bytes | bytearray | memoryview, offset: int) -> None:

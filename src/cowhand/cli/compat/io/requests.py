@@ -45,7 +45,8 @@ def read(session: Session, words: Sequence[str]) -> bool:
     """Read a range; ``-v`` shows it, ``-P`` compares it with a byte, ``-b`` reads the VM state."""
     positional: list[str] = []
     flags: set[str] = set()
-    byte = begin = length = None
+    byte = length = None
+    begin = 0
     for key, value in parsing.options(words, "bCl:pP:qs:v", positional):
         if key == "P":
             byte = parsing.pattern(value)
@@ -57,17 +58,17 @@ def read(session: Session, words: Sequence[str]) -> bool:
     if len(positional) != 2:
         raise UsageComplaint
     offset, count = number(positional[0]), _limited(positional[1], "")
-    if byte is None and (begin is not None or length is not None):
+    if byte is None and flags & {"s", "l"}:
         raise UsageComplaint
-    begin = begin or 0
-    length = length or count - begin
+    if length is None:
+        length = count - begin
     if length < 0 or length + begin > count:
         raise Complaint("pattern verification range exceeds end of read data")
     disk = the_disk(session)
     if "b" in flags:
         parsing.aligned(offset, "offset")
         parsing.aligned(count, "count")
-    buffer = bytearray(count)
+    buffer = unread(count)
     timer = timed(session, "read", lambda: _read_into(disk, offset, buffer, vmstate="b" in flags))
     good = True
     if byte is not None:
@@ -84,6 +85,21 @@ def _limited(text: str, without: str) -> int:
     if count > MAX_REQUEST:
         raise Complaint(f"length cannot exceed {MAX_REQUEST}{without}, given {text}")
     return count
+
+
+def unread(count: int) -> bytearray:
+    """Return a buffer to read into, filled with QEMU's byte: a disk without content (null-co) leaves it there."""
+    return bytearray(b"\xab") * count
+
+
+def room(disk: Disk, offset: int, count: int) -> int:
+    """Return how many of *count* bytes at *offset* can be written. A last, incomplete sector is made whole first where the disk can be resized."""
+    end = offset + count
+    if not offset <= disk.size < end <= whole_sectors(disk.size):
+        return count
+    if disk.root.capabilities.resizable:
+        disk.resize(whole_sectors(disk.size))
+    return min(count, disk.size - offset)
 
 
 def read_disk(disk: Disk, offset: int, buffer: bytearray) -> None:
@@ -119,7 +135,7 @@ def readv(session: Session, words: Sequence[str]) -> bool:
     if len(positional) < 2:
         raise UsageComplaint
     offset = number(positional[0])
-    buffer = bytearray(sum(parsing.lengths(positional[1:])))
+    buffer = unread(sum(parsing.lengths(positional[1:])))
     disk = the_disk(session)
     timer = timed(session, "readv", lambda: read_disk(disk, offset, buffer))
     good = verify(buffer, byte, offset) if byte is not None else True
@@ -155,7 +171,9 @@ def write(session: Session, words: Sequence[str]) -> bool:
     if "z" in flags:
 
         def work() -> None:
-            disk.write_zeroes(offset, count, unmap="u" in flags, fallback="n" not in flags, fua=fua)
+            disk.write_zeroes(
+                offset, room(disk, offset, count), unmap="u" in flags, fallback="n" not in flags, fua=fua
+            )
 
     else:
         data = bytes([byte]) * count if source is None else _repeated(source, count)
@@ -204,7 +222,7 @@ def _write_data(disk: Disk, offset: int, data: bytes, flags: set[str], *, fua: b
     elif "c" in flags:
         _write_compressed(disk, offset, data)
     else:
-        disk.write(offset, data, fua=fua)
+        disk.write(offset, memoryview(data)[: room(disk, offset, len(data))], fua=fua)
 
 
 def _write_compressed(disk: Disk, offset: int, data: bytes) -> None:
@@ -242,10 +260,15 @@ def writev(session: Session, words: Sequence[str]) -> bool:
     offset = number(positional[0])
     data = bytes([byte]) * sum(parsing.lengths(positional[1:]))
     disk = the_disk(session)
-    timer = timed(session, "writev", lambda: disk.write(offset, data, fua="f" in flags))
+    timer = timed(session, "writev", lambda: _write_data(disk, offset, data, set(), fua="f" in flags))
     if "q" not in flags:
         statistics("wrote", timer, offset, len(data), len(data), terse="C" in flags)
     return True
+
+
+def _inside(disk: Disk, offset: int, count: int) -> int:
+    """Return *count* without what lies in the missing part of a last sector."""
+    return disk.size - offset if offset <= disk.size < offset + count <= whole_sectors(disk.size) else count
 
 
 def discard(session: Session, words: Sequence[str]) -> bool:
@@ -256,7 +279,7 @@ def discard(session: Session, words: Sequence[str]) -> bool:
         raise UsageComplaint
     offset, count = number(positional[0]), _limited(positional[1], "")
     disk = the_disk(session)
-    timer = timed(session, "discard", lambda: disk.discard(offset, count))
+    timer = timed(session, "discard", lambda: disk.discard(offset, _inside(disk, offset, count)))
     if "q" not in flags:
         statistics("discard", timer, offset, count, count, terse="C" in flags)
     return True

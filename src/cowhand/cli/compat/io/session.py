@@ -30,6 +30,7 @@ class Session:
         self.how = How()
         self.background = Background()
         self.quitting = False
+        self.image_opts = False  #: names are option strings (``--image-opts``)
 
     # -- the image
 
@@ -114,7 +115,7 @@ class Session:
         try:
             return command.load()(self, words)
         except UsageComplaint:
-            print(table.usage(words[0], command))
+            print(table.usage(command.name, command))
         except Complaint as complaint:
             print(complaint)
         except Fatal:
