@@ -171,9 +171,7 @@ def write(session: Session, words: Sequence[str]) -> bool:
     if "z" in flags:
 
         def work() -> None:
-            disk.write_zeroes(
-                offset, room(disk, offset, count), unmap="u" in flags, fallback="n" not in flags, fua=fua
-            )
+            disk.write_zeroes(offset, room(disk, offset, count), unmap="u" in flags, fallback="n" not in flags, fua=fua)
 
     else:
         data = bytes([byte]) * count if source is None else _repeated(source, count)
