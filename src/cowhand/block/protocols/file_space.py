@@ -12,7 +12,6 @@ from typing import Any
 
 from cowhand.block.node import ALL_PERMISSIONS, RESIZE, WRITE
 from cowhand.block.protocols import file_syscalls
-from cowhand.block.protocols.file_alignment import MAX_ALIGNMENT
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, aligned
 from cowhand.core.errors import InvalidArgument, NotSupported, from_os_error
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, ExtentBatch
@@ -20,6 +19,8 @@ from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, ExtentBatch
 PREALLOCATIONS = ("off", "falloc", "full")
 #: XFS allocates space for a growing image in pieces of this size (QEMU's default).
 EXTENT_SIZE_HINT = 1 << 20
+#: What is written of a new file where it is that long: the largest block of direct I/O.
+FIRST_BLOCK = 4096
 
 _SEEK_DATA = getattr(os, "SEEK_DATA", 3)
 _SEEK_HOLE = getattr(os, "SEEK_HOLE", 4)
@@ -101,7 +102,7 @@ def _fill_first_block(fd: int, size: int) -> None:
 
     Tests of scripts that count blocks know it, too.
     """
-    count = MAX_ALIGNMENT if size >= MAX_ALIGNMENT else min(size, 512)
+    count = FIRST_BLOCK if size >= FIRST_BLOCK else min(size, 512)
     with contextlib.suppress(OSError):  # a hint to who opens the file later
         file_syscalls.pwritev(fd, (aligned(count),), 0)
 
