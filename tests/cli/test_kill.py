@@ -101,15 +101,19 @@ def test_nothing_is_lost(name: str, original: Path, tmp_path: Path, rng: random.
     with start(*case.arguments, cwd=done) as process:
         process.communicate(timeout=60)
     took = time.monotonic() - begin
-    killed = 0
-    for attempt in range(KILLS):
+    killed = attempt = 0
+    while attempt < KILLS or (not killed and attempt < 3 * KILLS):
+        attempt += 1
         folder = tmp_path / f"attempt{attempt}"
         shutil.copytree(ready, folder)
         with start(*case.arguments, cwd=folder) as process:
             time.sleep(rng.uniform(0.2, 1.05) * took)
             process.kill()
             process.communicate(timeout=60)
-            killed += process.returncode == -9
+        if process.returncode == -9:
+            killed += 1
+        else:
+            took *= 0.7  # the machine has become faster, or the first one had to compile
         _judge(case, folder, ready, done)
         shutil.rmtree(folder)
     assert killed, "no attempt was killed before its end"

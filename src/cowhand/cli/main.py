@@ -101,11 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         own_process()
     try:
-        return _dispatch(given)
+        status = _dispatch(given)
     except BrokenPipeError:
         # Whoever read our output has left. Nothing more can be said to it, not even by the interpreter at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    if arguments is None:
+        from cowhand.cli.leaving import leave
+
+        leave(status)
+    return status
 
 
 def _dispatch(given: list[str]) -> int:

@@ -6,6 +6,7 @@ and faulting it in again.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 #: mallopt(3): ``M_TRIM_THRESHOLD``, ``M_MMAP_THRESHOLD`` of ``malloc.h``
@@ -17,13 +18,17 @@ _LARGE = 32 << 20
 #: Work on fewer bytes than these does not earn the loading of ctypes.
 _MIN_BULK = 64 << 20
 
+#: New objects between two searches for garbage: loading a tool makes some ten thousand, none of them garbage.
+_GARBAGE = 20_000
+
 _allowed = False
 
 
 def own_process() -> None:
-    """Say that the process is the caller's own: :func:`expect_bulk` may tune it. Tools do; a library must not."""
+    """Say that the process is the caller's own: it looks for garbage more seldom, :func:`expect_bulk` may tune it. For tools, not for libraries."""
     global _allowed
     _allowed = True
+    gc.set_threshold(_GARBAGE)
 
 
 def expect_bulk(total: int) -> None:

@@ -90,6 +90,15 @@ def start(argument: str, fallback: str) -> None:
     memory.own_process()
 
 
+def main(tool: Callable[[Sequence[str]], int], arguments: Sequence[str] | None, fallback: str) -> int:
+    """Run *tool* as :func:`run` does; without *arguments* it has the process's, and the process for itself."""
+    if arguments is not None:
+        return run(tool, arguments, fallback)
+    from cowhand.cli.leaving import leave
+
+    return leave(run(tool, sys.argv, fallback))
+
+
 def run(tool: Callable[[Sequence[str]], int], arguments: Sequence[str], fallback: str) -> int:
     """Start *tool* with *arguments* (``argv[0]`` first) and return the exit status; errors are printed here."""
     start(arguments[0] if arguments else "", fallback)

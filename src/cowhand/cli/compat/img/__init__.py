@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Sequence
 
 from cowhand.cli.compat import program
@@ -32,7 +31,7 @@ _STANDARD = Grammar("hVT:", {"help": "h", "version": "V", "trace": "T"}, permute
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool with *arguments*, ``argv[0]`` first (those of the process by default), and return the exit status."""
-    return program.run(_run, sys.argv if arguments is None else arguments, "cowhand-img")
+    return program.main(_run, arguments, "cowhand-img")
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from cowhand.cli.compat import program
@@ -33,7 +32,7 @@ _GRAMMAR = Grammar("hVc:d:f:rsnCmki:t:T:U", _LONG)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool with *arguments*, ``argv[0]`` first (those of the process by default), and return the exit status."""
-    return program.run(_run, sys.argv if arguments is None else arguments, "cowhand-io")
+    return program.main(_run, arguments, "cowhand-io")
 
 
 def _run(arguments: Sequence[str]) -> int:
