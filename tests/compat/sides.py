@@ -46,8 +46,8 @@ def without_variable(text: str) -> str:
     """Return *text* with what may differ replaced."""
     for pattern, replacement in _VARIABLE:
         text = pattern.sub(replacement, text)
-    # QEMU ends this hint without a line end.
-    return re.sub(r"(Detected format of \w+\.)(?=\Z|qemu)", r"\1\n", text)
+    # QEMU ends these hints without a line end.
+    return re.sub(r"(Detected format of \w+\.|on the image file to fix\.)(?=\Z|qemu|Leaked)", r"\1\n", text)
 
 
 def run_real(words: list[str], folder: Path, stdin: str = "") -> Outcome:

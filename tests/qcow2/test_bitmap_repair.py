@@ -29,7 +29,7 @@ def make(shape: Shape) -> bytearray:
     node = images.create(shape, b"d" * 3000)
     keeper = Disk(node)
     with images.open_over(node, writable=True) as disk:
-        for name in NAMES:
+        for name in reversed(NAMES):  # the last one comes first in the directory
             bitmaps.add_bitmap(disk, name, granularity=512)
         disk.write(512, b"x" * 512)
     data = bytearray(node.snapshot_bytes())

@@ -78,7 +78,8 @@ class TestWithQemu:
             "three": ["auto"],
         }
         with cowhand.open(path, backing=False) as disk:
-            assert [bool(bitmap.bits) for bitmap in bitmaps.list_bitmaps(disk)] == [True, False, False]
+            dirty = {bitmap.name for bitmap in bitmaps.list_bitmaps(disk) if bitmap.bits}
+            assert dirty == {"one"}
         assert qemu_info(path)["backing-filename"] == str(path.with_name("none"))
         with cowhand.open(path, writable=True, backing=False) as disk:
             for name in ("one", "two", "three"):
@@ -167,7 +168,7 @@ class TestBrokenDirectory:
         path = tmp_path / "a.qcow2"
         qemu_img("create", "-q", "-f", "qcow2", path, "16M")
         with cowhand.open(path, writable=True) as disk:
-            for name in ("sound", "hurt"):
+            for name in ("hurt", "sound"):  # the last one comes first in the directory
                 bitmaps.add_bitmap(disk, name)
             disk.write(0, b"x")
         with cowhand.open(path) as disk:

@@ -81,6 +81,15 @@ def broken_reason(disk: Disk) -> CowhandError | None:
     return reason
 
 
+def hold_bitmaps(disk: Disk) -> None:
+    """Say in the image, which is open for writing, that its bitmaps are in use from now on; otherwise that is said before the first write."""
+    node = _holder(disk)
+    keeper = node.bitmap_keeper()
+    if keeper is not None and node.writable and not disk.read_only:
+        with graph.quiesce(node):
+            keeper.hold(node)
+
+
 def add_bitmap(
     disk: Disk, name: str, *, granularity: int | None = None, persistent: bool = True, enabled: bool = True
 ) -> DirtyBitmap:

@@ -25,7 +25,8 @@ class Policy(NamedTuple):
     ``implicit``: whether anything at all is opened on an image's word. ``drivers``: the protocol and format drivers allowed then, None for all.
     ``directories``: where such files may lie (after links are followed), None for anywhere; with directories, an image names files and nothing
     else: no network, no filter. ``json_names``: whether an image may carry a ``json:`` description. ``probe_backing``: whether the format of
-    a file that an image names without its format is guessed. ``max_depth``: layers under the first one.
+    a file that an image names without its format is guessed. ``max_depth``: layers under the first one. ``as_qemu``: what QEMU refuses to open is
+    refused, in its words, although the data could be had: an image with a broken bitmap directory.
     """
 
     name: str = "default"
@@ -35,6 +36,7 @@ class Policy(NamedTuple):
     json_names: bool = True
     probe_backing: bool = True
     max_depth: int = MAX_DEPTH
+    as_qemu: bool = False
 
     def check_implicit(self, reference: str, *, owner: str, what: str) -> None:
         """Raise PolicyRefused unless the *what* ("backing file") that *owner*'s header names as *reference* may be opened."""
@@ -78,5 +80,7 @@ class Policy(NamedTuple):
 
 #: As safe as users of qemu-img can bear: everything that QEMU follows is followed.
 DEFAULT = Policy()
+#: What the compatible tools open images with.
+AS_QEMU = Policy(name="as QEMU", as_qemu=True)
 #: For images from strangers: nothing that they name is opened.
 UNTRUSTED = Policy(name="untrusted", implicit=False, json_names=False, probe_backing=False)

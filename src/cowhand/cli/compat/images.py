@@ -77,6 +77,7 @@ def open_disk(
 ) -> Disk:
     """Open *what*, warning of a guessed raw image that is to be written. Raises CowhandError, Failure."""
     import cowhand
+    from cowhand.block.policy import AS_QEMU
 
     if force_share and writable:
         raise Failure("force-share=on can only be used with read-only images")
@@ -93,10 +94,26 @@ def open_disk(
         cache=cache,
         force_share=force_share,
         options=settings,
+        policy=AS_QEMU,
     )
     if writable:
         warn_of_guess(disk)
+        _hold_bitmaps(disk)
     return disk
+
+
+def _hold_bitmaps(disk: Disk) -> None:
+    """Say in the image that its bitmaps are in use: QEMU does that when it opens an image for writing, and not when it first writes."""
+    directory = getattr(disk.root, "bitmap_directory", None)
+    if not disk.root.is_filter and (directory is None or not (directory.entries or directory.outdated)):
+        return  # most images: nothing is imported for them
+    from cowhand.block.bitmaps import hold_bitmaps
+
+    try:
+        hold_bitmaps(disk)
+    except CowhandError as error:
+        disk.close()
+        raise error.within(qemu="Can't update bitmap directory") from None
 
 
 def _without_filename(given: Mapping[str, Any]) -> Mapping[str, Any]:

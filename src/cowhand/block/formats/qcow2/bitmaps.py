@@ -7,11 +7,11 @@ lies, and dropped by a repair. Rooms: ``bitmapdata`` tables and content, ``bitma
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.core import diagnostics
-from cowhand.core.errors import BitmapUnusable, CowhandError
+from cowhand.core.errors import BitmapUnusable, CowhandError, InvalidFormat
 
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import DirtyBitmap
@@ -34,6 +34,8 @@ _OUTDATED_V2 = (
 _OUTDATED = (
     "warning: a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
 )
+_BROKEN = "Broken bitmap directory"
+_EXTRA = "Bitmap extra data is not supported"
 _ADVICE = "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
 
 
@@ -80,13 +82,21 @@ class StoredBitmap:
         return {"name": self.text, "granularity": 1 << self.granularity_bits, "flags": flags}
 
 
+class Problem(NamedTuple):
+    """What is broken, in our words and in QEMU's, at ``offset`` of the file."""
+
+    offset: int
+    text: str
+    qemu: str
+
+
 class Directory:
-    """What an image says of its bitmaps. ``problems`` tell what is broken, (byte of the file, words) each; ``readable`` that its place is sound."""
+    """What an image says of its bitmaps. ``problems`` tell what is broken; ``readable`` that its place is sound."""
 
     def __init__(self, node: Qcow2Node) -> None:
         self.node = node
         self.entries: list[StoredBitmap] = []
-        self.problems: list[tuple[int, str]] = []
+        self.problems: list[Problem] = []
         self.present = False  #: the header names a directory that counts
         self.readable = False
         self.failure: CowhandError | None = None  #: why the medium does not give it
@@ -118,7 +128,7 @@ class Directory:
     def check_sound(self) -> None:
         """Raise BitmapUnusable when the directory is broken: it cannot be changed before it was repaired."""
         if self.problems:
-            offset, text = self.problems[0]
+            offset, text, _ = self.problems[0]
             raise BitmapUnusable(
                 f"the bitmap directory is broken: {text}", qemu="Broken bitmap directory", path=self.node.filename, offset=offset,
                 hint="Repair the image first: check --repair all keeps the bitmaps that are sound.",
@@ -137,39 +147,45 @@ def read_directory(node: Qcow2Node) -> Directory:
         return out
     out.present = True
     if len(extension) != L.BITMAP_EXTENSION.size:
-        out.problems.append(
-            (0, f"the header extension has {len(extension)} bytes instead of {L.BITMAP_EXTENSION.size}")
-        )
+        text = f"the header extension has {len(extension)} bytes instead of {L.BITMAP_EXTENSION.size}"
+        out.problems.append(Problem(0, text, "bitmaps_ext: Invalid extension length"))
         return out
     count, reserved, out.size, out.offset = L.BITMAP_EXTENSION.unpack(extension)
     problem = _wrong_place(node, count, reserved, out.size, out.offset)
     if problem is not None:
-        out.problems.append((out.offset, problem))
+        out.problems.append(Problem(out.offset, *problem))
         return out
     data = bytearray(out.size)
     try:
         node.file.read_into(out.offset, data)
     except CowhandError as error:
         out.failure = error
-        out.problems.append((out.offset, f"it cannot be read: {error.message}"))
+        text = f"Failed to read bitmap directory: {error.qemu_message}"
+        out.problems.append(Problem(out.offset, f"it cannot be read: {error.message}", text))
         return out
     out.readable = True
     _parse(out, bytes(data), count)
     return out
 
 
-def _wrong_place(node: Qcow2Node, count: int, reserved: int, size: int, offset: int) -> str | None:
-    """Say what is wrong with the header extension's fields, or None."""
+def _wrong_place(node: Qcow2Node, count: int, reserved: int, size: int, offset: int) -> tuple[str, str] | None:
+    """Say what is wrong with the header extension's fields, in our words and in QEMU's, or None."""
     if reserved:
-        return f"a reserved field of the header extension is {reserved:#x}"
-    if not 0 < count <= L.MAX_BITMAPS:
-        return f"{count} bitmaps are not possible, only 1 to {L.MAX_BITMAPS}"
-    if not 0 < size <= MAX_DIRECTORY_BYTES:
-        return f"a directory of {size} bytes is not possible"
+        return f"a reserved field of the header extension is {reserved:#x}", "bitmaps_ext: Reserved field is not zero"
+    if count > L.MAX_BITMAPS:
+        qemu = f"bitmaps_ext: Image has {count} bitmaps, exceeding the QEMU supported maximum of {L.MAX_BITMAPS}"
+        return f"{count} bitmaps are not possible, only 1 to {L.MAX_BITMAPS}", qemu
+    if not count:
+        return "a directory without bitmaps is not possible", "found bitmaps extension with zero bitmaps"
     if offset % node.cluster_size or not offset:
-        return f"a directory cannot lie at {offset:#x}"
+        return f"a directory cannot lie at {offset:#x}", "bitmaps_ext: invalid bitmap directory offset"
+    if size > MAX_DIRECTORY_BYTES:
+        qemu = f"bitmaps_ext: bitmap directory size ({size}) exceeds the maximum supported size ({MAX_DIRECTORY_BYTES})"
+        return f"a directory of {size} bytes is not possible", qemu
+    if not size:
+        return "a directory of no bytes is not possible", "Requested bitmap directory size is zero"
     if offset > node.file.node.size - size:
-        return f"the directory of {size} bytes at {offset:#x} does not lie in the file"
+        return f"the directory of {size} bytes at {offset:#x} does not lie in the file", _BROKEN
     return None
 
 
@@ -181,17 +197,18 @@ def _parse(out: Directory, data: bytes, count: int) -> None:
     while at < len(data):
         where = out.offset + at
         if number == count:
-            out.problems.append((where, f"it lists more than the {count} bitmaps that the header tells of"))
+            text = f"it lists more than the {count} bitmaps that the header tells of"
+            out.problems.append(Problem(where, text, "More bitmaps found than specified in header extension"))
             return
         if at + head.size > len(data):
-            out.problems.append((where, "it ends inside an entry"))
+            out.problems.append(Problem(where, "it ends inside an entry", _BROKEN))
             return
         table, entries, flags, kind, bits, name_length, extra = head.unpack_from(data, at)
         begin = at + head.size + extra
         end = begin + name_length
         end += -end % 8
         if end > len(data) or extra > MAX_EXTRA_BYTES:
-            out.problems.append((where, f"entry {number} is longer than the directory"))
+            out.problems.append(Problem(where, f"entry {number} is longer than the directory", _BROKEN))
             return
         entry = StoredBitmap(data[begin : begin + name_length], bits)
         entry.table, entry.entries, entry.flags, entry.at = table, entries, flags, at
@@ -206,11 +223,13 @@ def _parse(out: Directory, data: bytes, count: int) -> None:
             out.entries.append(entry)
         else:
             out.unusable.append(entry)
-            out.problems.append((where, f"bitmap '{entry.text}': {problem}"))
+            qemu = _EXTRA if extra else f"Bitmap '{entry.text}' doesn't satisfy the constraints"
+            out.problems.append(Problem(where, f"bitmap '{entry.text}': {problem}", qemu))
         at = end
         number += 1
     if number < count:
-        out.problems.append((out.offset, f"it lists {number} bitmaps, and the header tells of {count}"))
+        text = f"it lists {number} bitmaps, and the header tells of {count}"
+        out.problems.append(Problem(out.offset, text, "Less bitmaps found than specified in header extension"))
 
 
 def serialized_bytes(size: int, granularity_bits: int) -> int:
@@ -249,13 +268,42 @@ def _wrong_entry(node: Qcow2Node, entry: StoredBitmap, kind: int) -> str | None:
 # -- what an open image has of them
 
 
-def load(node: Qcow2Node) -> None:
-    """Make the bitmaps that *node*'s header tells of the node's; their content is read when it is needed. The node is used by nobody yet."""
+def _refuse_as_qemu(node: Qcow2Node) -> None:
+    """Raise InvalidFormat where QEMU does not open the image, with its first reason."""
+    from cowhand.block.formats.qcow2.bitmapdata import read_table
+
+    directory = node.bitmap_directory
+    reasons = list(directory.problems)
+    for entry in directory:
+        where = directory.offset + entry.at
+        if entry.extra:
+            reasons.append(Problem(where, f"bitmap '{entry.text}' has extra data", _EXTRA))
+        elif entry.flags & EXTRA_COMPATIBLE:
+            qemu = f"Bitmap '{entry.text}' doesn't satisfy the constraints"
+            reasons.append(Problem(where, f"bitmap '{entry.text}' has flags {entry.flags:#x}", qemu))
+    if reasons:
+        offset, text, qemu = min(reasons)
+        raise InvalidFormat(
+            f"the bitmap directory is broken: {text}", qemu=qemu, path=node.filename, offset=offset,
+            hint="A repair of everything keeps the sound bitmaps and drops the rest.",
+        )  # fmt: skip
+    for entry in directory:
+        if not entry.in_use:
+            read_table(node, entry)
+
+
+def load(node: Qcow2Node, *, as_qemu: bool = False) -> None:
+    """Make the bitmaps that *node*'s header tells of the node's; their content is read when it is needed. The node is used by nobody yet.
+
+    *as_qemu* raises InvalidFormat where QEMU does not open an image with such bitmaps; otherwise what is broken is told and passed over.
+    """
     directory = node.bitmap_directory = read_directory(node)
     if directory.outdated:
         diagnostics.report(_OUTDATED_V2 if node.header.version < 3 else _OUTDATED, as_tool=True)
         diagnostics.report(_ADVICE)
-    for offset, text in directory.problems:
+    if as_qemu and directory.present:
+        _refuse_as_qemu(node)
+    for offset, text, _ in directory.problems:
         diagnostics.report(
             f"warning: '{node.filename}': the bitmap directory is broken at {offset:#x}: {text}", as_tool=True
         )

@@ -37,7 +37,11 @@ _OFFSET_AUTOCLEAR = 88
 def begin(node: Qcow2Node) -> None:
     """Say in the file that the bitmaps which follow writes are out of date from now on. Before the first write; the lock is held."""
     directory = node.bitmap_directory
-    if not directory.present:
+    if directory.outdated:
+        # Nobody needs to be told again. (In version 2 the extension is where no field says that it does not count.)
+        if node.header.version >= 3:
+            switch_directory(node, None)
+            directory.outdated = False
         return
     if not directory.readable:
         # Nothing can be said of a single bitmap, and none may be trusted after this.
@@ -52,8 +56,19 @@ def begin(node: Qcow2Node) -> None:
                 entry.live.inconsistent = True
 
 
+def hold(node: Qcow2Node) -> None:
+    """Say in the file, now, that all bitmaps are out of date as long as the image is open."""
+    entries = [entry for entry in node.bitmap_directory if entry.live is not None and not entry.in_use]
+    if not entries and not node.bitmap_directory.outdated:
+        return
+    node.check_writable()
+    with node.exclusive():
+        claim(node, entries)
+
+
 def claim(node: Qcow2Node, entries: Iterable[StoredBitmap]) -> None:
     """Mark *entries* as in use, stably. A flag lies in one sector, so each entry is right in every state that the medium may have."""
+    entries = list(entries)
     offset = node.bitmap_directory.offset
     changed = False
     for entry in entries:
@@ -127,7 +142,8 @@ def _put(node: Qcow2Node, data: bytes, taken: list[tuple[int, int]]) -> int:
     clusters = -(-len(data) // node.cluster_size)
     first = node.allocator.take(clusters)
     taken.append((first, clusters))
-    node.write_metadata(first * node.cluster_size, data + bytes(-len(data) % node.cluster_size))
+    # The file may end inside the last of them, as in QEMU.
+    node.write_metadata(first * node.cluster_size, data)
     return first * node.cluster_size
 
 

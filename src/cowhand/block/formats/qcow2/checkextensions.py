@@ -42,7 +42,7 @@ class BitmapFindings:
     def __init__(self, exam: Examination) -> None:
         self._walk = exam.walk
         self.directory: Directory = read_directory(exam.node)
-        self.problems = list(self.directory.problems)
+        self.problems = [(problem.offset, problem.text) for problem in self.directory.problems]
         self.lost: set[bytes] = set()
         self._sound: dict[tuple[int, int], bool] = {}
         self._words: dict[tuple[int, int], array[int]] = {}

@@ -90,7 +90,7 @@ class Qcow2Node(MetadataNode):
         opening.track(node)
         node.file = opening.child(node, "file", file, Role.PRIMARY)
         node.data_child = node.file
-        node.load(for_repair=opening.for_repair)
+        node.load(for_repair=opening.for_repair, as_qemu=opening.policy.as_qemu)
         if node.external or "data-file" in given or node.header.autoclear & L.AUTOCLEAR_RAW_DATA:
             from cowhand.block.formats.qcow2.datafile import attach
 
@@ -111,7 +111,7 @@ class Qcow2Node(MetadataNode):
             opening.implicit_backing(node, node.header.backing_name, node.header.backing_format)
         return node
 
-    def load(self, *, for_repair: bool = False) -> None:
+    def load(self, *, for_repair: bool = False, as_qemu: bool = False) -> None:
         """Read the header and the tables that are kept whole. Raises InvalidFormat, UnsupportedFeature, ImageCorrupt."""
         from cowhand.block.formats.qcow2.snapshots import read_snapshots
 
@@ -155,7 +155,7 @@ class Qcow2Node(MetadataNode):
         self.snapshots, self.snapshot_table_bytes = read_snapshots(self, for_repair=for_repair)
         from cowhand.block.formats.qcow2.bitmaps import load as load_bitmaps
 
-        load_bitmaps(self)
+        load_bitmaps(self, as_qemu=as_qemu and not for_repair)
         if header.incompatible & L.INCOMPAT_DIRTY and self.writable and not for_repair:
             self._repair_dirty()
 
@@ -380,7 +380,7 @@ class Qcow2Node(MetadataNode):
             raise self.overlapping(wrong[0], wrong[1] * self.cluster_size)
         self.clear_unknown_marks()
         self.rebuild_metadata_map()
-        if self.bitmap_directory.present:
+        if self.bitmap_directory.present or self.bitmap_directory.outdated:
             from cowhand.block.formats.qcow2.bitmapstore import begin
 
             begin(self)
