@@ -90,6 +90,27 @@ def hold_bitmaps(disk: Disk) -> None:
             keeper.hold(node)
 
 
+def check_new_bitmap(disk: Disk, name: str, granularity: int | None = None) -> int:
+    """Raise what :func:`add_bitmap` would raise for a persistent bitmap, but that the disk is read-only; return the granularity in bytes."""
+    node = _holder(disk)
+    chosen = _new_granularity(node, name, granularity)
+    _keeper(node).check_new(node, name, chosen)
+    return chosen
+
+
+def _new_granularity(node: BlockNode, name: str, granularity: int | None) -> int:
+    if not name:
+        raise InvalidArgument("Bitmap name cannot be empty")
+    if granularity is None:
+        granularity = max(_LEAST_DEFAULT, getattr(node, "cluster_size", 0) or _DEFAULT_GRANULARITY)
+        granularity = min(granularity, _DEFAULT_GRANULARITY)
+    elif granularity < 512 or granularity & (granularity - 1):
+        raise InvalidArgument("Granularity must be power of 2 and at least 512")
+    if node.dirty_bitmaps is not None and node.dirty_bitmaps.get(name) is not None:
+        raise InvalidArgument(f"Bitmap already exists: {name}", hint="Choose another name, or remove that one.")
+    return granularity
+
+
 def add_bitmap(
     disk: Disk, name: str, *, granularity: int | None = None, persistent: bool = True, enabled: bool = True
 ) -> DirtyBitmap:
@@ -101,16 +122,8 @@ def add_bitmap(
     from cowhand.bitmaps.named import DirtyBitmap
 
     node = _holder(disk)
-    if not name:
-        raise InvalidArgument("Bitmap name cannot be empty")
-    if granularity is None:
-        granularity = max(_LEAST_DEFAULT, getattr(node, "cluster_size", 0) or _DEFAULT_GRANULARITY)
-        granularity = min(granularity, _DEFAULT_GRANULARITY)
-    elif granularity < 512 or granularity & (granularity - 1):
-        raise InvalidArgument("Granularity must be power of 2 and at least 512")
+    granularity = _new_granularity(node, name, granularity)
     known = _known(node)
-    if known.get(name) is not None:
-        raise InvalidArgument(f"Bitmap already exists: {name}", hint="Choose another name, or remove that one.")
     with graph.quiesce(node):
         if persistent:
             _check_writable(disk)

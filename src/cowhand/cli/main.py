@@ -30,6 +30,7 @@ COMMANDS = {
     "resize": "make a disk longer or shorter",
     "compact": "make an image's file shorter in place",
     "snapshot": "create, list, apply or delete snapshots inside an image",
+    "bitmap": "list and change the dirty bitmaps that an image keeps",
     "commit": "write an overlay's changes into the image below it",
     "rebase": "put an image on another backing file, or on none",
     "completion": "print a script that completes command lines in a shell",

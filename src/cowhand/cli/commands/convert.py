@@ -46,6 +46,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-F", "--backing-format", metavar="FMT", help="format of BASE")
     parser.add_argument("-l", "--snapshot", metavar="NAME", help="copy the disk as it was at this snapshot")
+    parser.add_argument(
+        "--bitmaps", action="store_true", help="copy the dirty bitmaps too; what the copy itself writes is not recorded"
+    )
+    parser.add_argument(
+        "--skip-broken-bitmaps", action="store_true", help="but for those that are inconsistent (with --bitmaps)"
+    )
     parser.add_argument("-c", "--compress", action="store_true", help="store compressed")
     parser.add_argument("--compression-level", type=int, metavar="N", help="denser and slower than the fast default")
     parser.add_argument("-n", "--no-create", action="store_true", help="write into an existing image, in place")
@@ -133,6 +139,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
         workers=args.workers,
         in_order=not args.out_of_order,
         salvage=args.salvage,
+        bitmaps=args.bitmaps,
+        skip_broken_bitmaps=args.skip_broken_bitmaps,
         copy_range=args.copy_range,
         rate_limit=args.rate_limit,
         cache=args.cache,
@@ -191,9 +199,9 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
             count = len(info.snapshots)
             words = "snapshot is" if count == 1 else "snapshots are"
             context.out.warn(f"{name}: {count} internal {words} not copied (take one out with -l NAME)")
-        if (info.details or {}).get("bitmaps"):
+        if (info.details or {}).get("bitmaps") and not args.bitmaps:
             context.out.warn(
-                f"{name}: its dirty bitmaps are not copied; an incremental backup has to begin anew on the copy"
+                f"{name}: its dirty bitmaps are not copied (--bitmaps); an incremental backup has to begin anew on the copy"
             )
 
 

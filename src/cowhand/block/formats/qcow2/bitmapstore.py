@@ -215,8 +215,8 @@ def check_constraints(node: Qcow2Node, name: str, granularity: int, size: int) -
         raise InvalidArgument(f"Name length exceeds maximum ({MAX_NAME} characters)")
 
 
-def add(node: Qcow2Node, name: str, granularity: int, *, enabled: bool) -> DirtyBitmap:
-    """Add a bitmap that is kept in the image from the next closing on. Raises InvalidArgument, NotSupported in QEMU's words."""
+def check_new(node: Qcow2Node, name: str, granularity: int) -> StoredBitmap:
+    """Return the entry of a new bitmap. Raises InvalidArgument, NotSupported in QEMU's words where the image cannot keep it."""
     directory = node.bitmap_directory
     try:
         if node.header.version < 3:
@@ -230,6 +230,13 @@ def add(node: Qcow2Node, name: str, granularity: int, *, enabled: bool) -> Dirty
             raise InvalidArgument("Not enough space in the bitmap directory")
     except CowhandError as error:
         raise error.within(qemu=f"Can't make bitmap '{name}' persistent in '{node.name}'") from None
+    return entry
+
+
+def add(node: Qcow2Node, name: str, granularity: int, *, enabled: bool) -> DirtyBitmap:
+    """Add a bitmap that is kept in the image from the next closing on. Raises InvalidArgument, NotSupported in QEMU's words."""
+    directory = node.bitmap_directory
+    entry = check_new(node, name, granularity)
     node.check_writable()
     live = make_live(node, entry)
     live.replace(live.recent)  # nothing is stored of it
