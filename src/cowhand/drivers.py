@@ -51,7 +51,9 @@ for _entry in (
         creatable=False,
     ),
     DriverEntry("blklogwrites", "filter", "cowhand.block.filters.blklogwrites", "BlkLogWritesNode", creatable=False),
+    DriverEntry("compress", "filter", "cowhand.block.filters.compress", "CompressNode", creatable=False),
     DriverEntry("copy-on-read", "filter", "cowhand.block.filters.copy_on_read", "CopyOnReadNode", creatable=False),
+    DriverEntry("preallocate", "filter", "cowhand.block.filters.preallocate", "PreallocateNode", creatable=False),
     DriverEntry("quorum", "filter", "cowhand.block.filters.quorum", "QuorumNode", creatable=False),
     DriverEntry("throttle", "filter", "cowhand.block.filters.throttle", "ThrottleNode", creatable=False),
 ):

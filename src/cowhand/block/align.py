@@ -31,22 +31,22 @@ def _locks_of(node: BlockNode) -> RangeLocks:
         return locks
 
 
-def _nothing(event: str) -> None:
-    pass
-
-
 class AlignedAccess:
     """Padding between a user with fine requests and *node*, through *access* (the node itself or its hooks)."""
 
-    __slots__ = ("access", "block", "fire", "locks", "node")
+    __slots__ = ("access", "block", "locks", "node")
 
     def __init__(self, node: BlockNode, access: BlockNode | HookedAccess) -> None:
         self.node = node
         self.access: Any = access
         self.block = node.limits.request_alignment
         self.locks = _locks_of(node)
-        #: A blkdebug node hears of what is done for its own alignment.
-        self.fire: Callable[[str], None] = getattr(node, "event", _nothing)
+
+    def fire(self, event: str) -> None:
+        """Tell a blkdebug node, the one whose alignment this is or one right below, what is about to happen."""
+        sink: Callable[[str], None] | None = getattr(self.node, "event", self.node.event_sink)
+        if sink is not None:
+            sink(event)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         length = len(buffer)

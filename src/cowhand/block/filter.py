@@ -1,4 +1,8 @@
-"""What filters share: the one child, its size and the printed name. No operation on data is here: each filter names what it hands on."""
+"""What filters share: the one child, its size and the printed name.
+
+:class:`FilterNode` has no operation on data: each filter names what it hands on. :class:`PassingFilter` hands on what is not data: flushes, questions,
+sizes, the VM state and internal snapshots; it is for filters that promise nothing of any of these.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,12 @@ from cowhand.block.options import NodeOptions, strong_options
 from cowhand.core.errors import InvalidArgument, ReadOnly
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from cowhand.block.opening import Opening
+    from cowhand.block.snapshots import SnapshotInfo
+    from cowhand.core.buffers import Buffer
+    from cowhand.core.extents import ExtentBatch
 
 
 class FilterNode(BlockNode):
@@ -56,6 +63,47 @@ class FilterNode(BlockNode):
             f"'{self.driver}' writes to its file, which was opened for reading only", qemu="Block node is read-only",
             path=self.filename, errno=1,
         )  # fmt: skip
+
+
+class PassingFilter(FilterNode):
+    """A filter that lets through what is not a request of the guest's for data."""
+
+    def flush(self) -> None:
+        self.below.flush()
+
+    def settle(self) -> None:
+        self.below.node.settle()
+
+    def map_batch(self, offset: int, length: int) -> ExtentBatch:
+        return self.below.node.map_batch(offset, length)
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        self.below.node.resize(size, preallocation=preallocation, shrink=shrink)
+
+    def read_vmstate(self, offset: int, buffer: Buffer) -> None:
+        self.below.node.read_vmstate(offset, buffer)
+
+    def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.below.node.write_vmstate(offset, buffers)
+
+    def list_snapshots(self) -> list[SnapshotInfo]:
+        return self.below.node.list_snapshots()
+
+    def create_snapshot(
+        self, name: str, *, date: tuple[int, int] | None, vm_state_size: int, vm_clock_nsec: int, icount: int | None
+    ) -> SnapshotInfo:
+        return self.below.node.create_snapshot(
+            name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount
+        )
+
+    def apply_snapshot(self, ident: str, name: str) -> None:
+        self.below.node.apply_snapshot(ident, name)
+
+    def delete_snapshot(self, ident: str, name: str) -> None:
+        self.below.node.delete_snapshot(ident, name)
+
+    def open_snapshot(self, ident: str, name: str) -> BlockNode:
+        return self.below.node.open_snapshot(ident, name)
 
 
 def open_child(opening: Opening, node: BlockNode, name: str, given: dict[str, Any], role: Role) -> Child:

@@ -133,13 +133,22 @@ def _convert(name: str, value: Any, kind: str, choices: Iterable[str]) -> Any:
         try:
             return parse_size(value) if kind == "size" else int(value, 0)
         except (ValueError, TypeError) as error:
-            raise InvalidArgument(f"Parameter '{name}' expects a number, not '{value}'") from error
+            qemu = f"Parameter '{name}' expects a number"
+            if kind == "size":
+                qemu = (
+                    f"Parameter '{name}' expects a non-negative number below 2^64\n"
+                    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+                )
+            raise InvalidArgument(f"Parameter '{name}' expects a number, not '{value}'", qemu=qemu) from error
     if not isinstance(value, str):
         raise InvalidArgument(f"Parameter '{name}' expects a string")
     if "\0" in value:  # the system's calls take no such names, and the tools' arguments cannot hold one
         raise InvalidArgument(f"Parameter '{name}' cannot contain a zero byte")
     if choices and value not in choices:
-        raise InvalidArgument(f"Invalid parameter '{value}' for '{name}'", hint="One of: " + ", ".join(choices))
+        qemu = {"discard": "Invalid discard option"}.get(name, f"invalid parameter value: {value}")
+        raise InvalidArgument(
+            f"Invalid parameter '{value}' for '{name}'", qemu=qemu, hint="One of: " + ", ".join(choices)
+        )
     return value
 
 

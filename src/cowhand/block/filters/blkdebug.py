@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block import graph
+from cowhand.block.filter import PassingFilter
 from cowhand.block.filters.blkdebug_config import as_list, from_options, read_file
 from cowhand.block.filters.blkdebug_rules import EVENTS, Engine, InjectError, Suspend
 from cowhand.block.node import (
@@ -68,7 +69,7 @@ class _Suspended:
         self.tag = tag
 
 
-class BlkDebugNode(BlockNode):
+class BlkDebugNode(PassingFilter):
     """A filter over one child, "image".
 
     :meth:`breakpoint`, :meth:`resume` and the like are for other threads: a suspended request blocks the thread that made it. ``listener`` is
@@ -77,7 +78,7 @@ class BlkDebugNode(BlockNode):
 
     driver: ClassVar[str] = "blkdebug"
     options_class: ClassVar[type[NodeOptions]] = BlkDebugOptions
-    is_filter: ClassVar[bool] = True
+    child_name: ClassVar[str] = "image"
     options: BlkDebugOptions
 
     def __init__(self, options: BlkDebugOptions) -> None:
@@ -135,7 +136,7 @@ class BlkDebugNode(BlockNode):
 
     def _set_limits(self) -> None:
         options = self.options
-        below = self._image.node
+        below = self.below.node
         if options.align and (options.align & (options.align - 1) or options.align >= _INT_MAX):
             raise InvalidArgument(f"Cannot meet constraints with align {options.align}")
         block = max(options.align, below.limits.request_alignment)
@@ -161,14 +162,6 @@ class BlkDebugNode(BlockNode):
         self.capabilities = below.capabilities._replace(writable=self.writable)
 
     # -- graph
-
-    @property
-    def _image(self) -> Child:
-        return self.children["image"]
-
-    @property
-    def size(self) -> int:
-        return self._image.node.size
 
     @property
     def filename(self) -> str:
@@ -299,12 +292,12 @@ class BlkDebugNode(BlockNode):
         limit = self.options.max_transfer or len(buffer)
         if len(buffer) <= limit:
             self._check("read", offset, len(buffer))
-            self._image.read_into(offset, buffer)
+            self.below.read_into(offset, buffer)
             return
         view = memoryview(buffer)
         for start, count in _pieces(0, len(view), limit):
             self._check("read", offset + start, count)
-            self._image.read_into(offset + start, view[start : start + count])
+            self.below.read_into(offset + start, view[start : start + count])
 
     def write(self, offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
         self.event("pwritev")
@@ -318,12 +311,12 @@ class BlkDebugNode(BlockNode):
         limit = self.options.max_transfer
         if not limit or length <= limit:
             self._check("write", offset, length)
-            self._image.write(offset, buffers, fua)
+            self.below.write(offset, buffers, fua)
             return
         data = memoryview(b"".join(buffers))
         for start, count in _pieces(0, length, limit):
             self._check("write", offset + start, count)
-            self._image.write(offset + start, (data[start : start + count],), fua)
+            self.below.write(offset + start, (data[start : start + count],), fua)
 
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
@@ -332,14 +325,14 @@ class BlkDebugNode(BlockNode):
         try:
             unit = self.limits.zero_alignment
             for start, count in _pieces(offset, length, self.options.max_write_zero, unit):
-                if count % unit or self._image.node.capabilities.zeroes is Zeroing.NONE:
+                if count % unit or self.below.node.capabilities.zeroes is Zeroing.NONE:
                     if not fallback:
                         raise NotSupported(f"blkdebug writes zeroes in units of {unit} bytes only", offset=start)
                     for begin, part in _pieces(start, count, ZEROES_SIZE):
                         self._write(begin, (ZEROES[:part],), fua)
                 else:
                     self._check("write-zeroes", start, count)
-                    self._image.write_zeroes(start, count, unmap=unmap, fallback=fallback, fua=fua)
+                    self.below.write_zeroes(start, count, unmap=unmap, fallback=fallback, fua=fua)
         finally:
             self.event("pwritev_done")
 
@@ -350,18 +343,15 @@ class BlkDebugNode(BlockNode):
             begin, end = -(-start // block) * block, (start + count) // block * block
             if begin < end:
                 self._check("discard", begin, end - begin)
-                self._image.discard(begin, end - begin)
+                self.below.discard(begin, end - begin)
 
     def flush(self) -> None:
         self._check("flush", 0, 0)
-        self._image.flush()
+        self.below.flush()
 
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
         self._check("block-status", offset, length)
-        return self._image.node.map_batch(offset, length)
-
-    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        self._image.node.resize(size, preallocation=preallocation, shrink=shrink)
+        return self.below.node.map_batch(offset, length)
 
 
 def find(node: BlockNode) -> BlkDebugNode | None:

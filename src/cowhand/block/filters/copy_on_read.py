@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.filter import FilterNode
+from cowhand.block.filter import FilterNode, PassingFilter
 from cowhand.block.node import CONSISTENT_READ, WRITE_UNCHANGED, BlockNode, Child, Zeroing
 from cowhand.block.options import NodeOptions, option
 from cowhand.block.rangelocks import RangeLocks
 from cowhand.block.status import layered, skip_filters
 from cowhand.core.buffers import Buffer, is_zero
 from cowhand.core.errors import InvalidArgument
-from cowhand.core.extents import ALLOCATED, ExtentBatch
+from cowhand.core.extents import ALLOCATED
 
 if TYPE_CHECKING:
     from cowhand.block.opening import Opening
@@ -31,7 +31,7 @@ class CopyOnReadOptions(NodeOptions):
     bottom: str | None = option(help="node below which nothing is copied")
 
 
-class CopyOnReadNode(FilterNode):
+class CopyOnReadNode(PassingFilter):
     """Copies while it reads. A copy and a write never overlap in time, so no copy undoes a write."""
 
     driver: ClassVar[str] = "copy-on-read"
@@ -120,15 +120,3 @@ class CopyOnReadNode(FilterNode):
     def discard(self, offset: int, length: int) -> None:
         with self._ranges.hold(offset, length):
             self.below.discard(offset, length)
-
-    def flush(self) -> None:
-        self.below.flush()
-
-    def settle(self) -> None:
-        self.below.node.settle()
-
-    def map_batch(self, offset: int, length: int) -> ExtentBatch:
-        return self.below.node.map_batch(offset, length)
-
-    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        self.below.node.resize(size, preallocation=preallocation, shrink=shrink)

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block import throttlegroups
-from cowhand.block.filter import FilterNode
+from cowhand.block.filter import PassingFilter
 from cowhand.block.node import READ, ZERO_REQUEST, Request
 from cowhand.block.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import InvalidArgument
-from cowhand.core.extents import ExtentBatch
 
 if TYPE_CHECKING:
     from cowhand.block.opening import Opening
@@ -27,7 +26,7 @@ class ThrottleOptions(NodeOptions):
     throttle_group: str | None = option(help="name of the throttle group whose limits count")
 
 
-class ThrottleNode(FilterNode):
+class ThrottleNode(PassingFilter):
     """Holds requests back. While the graph is quiesced they pass at once, since whoever waits for their end would wait for the limit."""
 
     driver: ClassVar[str] = "throttle"
@@ -37,7 +36,7 @@ class ThrottleNode(FilterNode):
     member: Member | None = None
 
     @classmethod
-    def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> FilterNode:
+    def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> ThrottleNode:
         assert isinstance(options, ThrottleOptions)
         if "file" not in given:
             raise InvalidArgument('A block device must be specified for "file"')
@@ -88,15 +87,3 @@ class ThrottleNode(FilterNode):
             if length:
                 self._admit(kind != READ, length)
         self.below.submit(batch)
-
-    def flush(self) -> None:
-        self.below.flush()
-
-    def settle(self) -> None:
-        self.below.node.settle()
-
-    def map_batch(self, offset: int, length: int) -> ExtentBatch:
-        return self.below.node.map_batch(offset, length)
-
-    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        self.below.node.resize(size, preallocation=preallocation, shrink=shrink)

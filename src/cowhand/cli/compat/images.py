@@ -86,6 +86,8 @@ def open_disk(
     settings = dict(options or {})
     if writable and cache != "unsafe":
         settings.setdefault("discard", "unmap")
+    if isinstance(what, Mapping):  # what the image's own description says counts more than a switch
+        settings = {name: value for name, value in settings.items() if name not in what}
     disk = cowhand.open(
         what,
         writable=writable,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cowhand.cli.compat.arguments import one_image, output_format
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
-from cowhand.cli.compat.img.records import whole_sectors
+from cowhand.cli.compat.img.records import SECTOR, whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import size_argument
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, Extent, ExtentBatch, merged
@@ -68,18 +68,22 @@ def _rows(disk: Disk, start: int, length: int | None) -> Iterator[Extent]:
 
 def _batches(disk: Disk, start: int, length: int | None) -> Iterator[ExtentBatch]:
     end = disk.size if length is None else min(disk.size, start + length)
-    node = None
+    last: Extent | None = None
     if start < end:
         for batch in disk.extents(start, end - start):
             yield batch
-            node = list(batch)[-1].node
-    # QEMU rounds a disk up to whole sectors; what it adds reads as zeroes.
+            last = list(batch)[-1]
+    # QEMU rounds a disk up to whole sectors. What it adds reads as zeroes; with direct I/O it belongs to the block that it is in.
     whole = whole_sectors(disk.size)
     rest = whole if length is None else min(whole, start + length)
     begin = max(disk.size, start)
     if begin < rest:
         tail = ExtentBatch()
-        tail.add(begin, rest - begin, ZERO | ALLOCATED | OFFSET, begin, node)
+        joined = last is not None and last.flags & OFFSET and disk.root.limits.request_alignment >= SECTOR
+        flags, host = ZERO | ALLOCATED | OFFSET, begin
+        if last is not None and joined:
+            flags, host = last.flags, last.host + last.length
+        tail.add(begin, rest - begin, flags, host, last.node if last is not None else None)
         yield tail
 
 

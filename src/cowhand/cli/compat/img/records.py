@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 #: The value of a snapshot's instruction count where none was recorded.
 _NO_ICOUNT = (1 << 64) - 1
 _DIRTY = 1
-_SECTOR = 512
+#: QEMU knows of whole ones alone.
+SECTOR = 512
 
 
 def whole_sectors(size: int) -> int:
     """Return *size* as QEMU tells it, which knows of whole sectors alone."""
-    return -(-size // _SECTOR) * _SECTOR
+    return -(-size // SECTOR) * SECTOR
 
 
 def image_info(node: BlockNode) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.parsing import MAX_REQUEST, Complaint, UsageComplaint, number
 from cowhand.cli.compat.io.report import Timer, dump, failed, statistics, verify
 from cowhand.cli.compat.program import Failure
-from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, NotSupported
-from cowhand.core.extents import DATA
+from cowhand.core.errors import CowhandError, NotSupported
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -224,24 +223,13 @@ def _write_data(disk: Disk, offset: int, data: bytes, flags: set[str], *, fua: b
 
 
 def _write_compressed(disk: Disk, offset: int, data: bytes) -> None:
-    """Store whole allocation units compressed; the last one may be cut off by the disk's end."""
-    node: Any = disk.root
-    codec = getattr(node, "codec", None)
-    if codec is None:
+    from cowhand.block.compressed import can_compress, write_compressed
+    from cowhand.block.format import FormatNode
+
+    node = disk.root
+    if not isinstance(node, FormatNode) or not can_compress(node):
         raise NotSupported("this format stores nothing compressed")
-    unit = node.allocation_unit
-    end = offset + len(data)
-    if offset % unit or (end % unit and end != disk.size):
-        raise InvalidArgument("compressed data is written in whole clusters")
-    for position in range(0, len(data), unit):
-        part = data[position : position + unit]
-        if node.map(offset + position, unit)[1] & DATA:
-            raise IOFailed("compressed data can only be written where nothing is", offset=offset + position)
-        payload = codec.compress(part.ljust(unit, b"\0"))
-        if payload is None:
-            disk.write(offset + position, part)
-            continue
-        node.write_compressed(offset + position, payload)
+    write_compressed(node, disk.edge, offset, memoryview(data))
 
 
 def writev(session: Session, words: Sequence[str]) -> bool:
