@@ -1,7 +1,7 @@
 """What filters share: the one child, its size and the printed name.
 
-:class:`FilterNode` has no operation on data: each filter names what it hands on. :class:`PassingFilter` hands on what is not data: flushes, questions,
-sizes, the VM state and internal snapshots; it is for filters that promise nothing of any of these.
+:class:`FilterNode` has no operation on data: each filter names what it hands on. :class:`PassingFilter` hands on what is not data: flushes,
+questions, sizes, the VM state and internal snapshots; it is for filters that promise nothing of any of these.
 """
 
 from __future__ import annotations
