@@ -92,17 +92,16 @@ class PreallocateNode(PassingFilter):
     def _extend(self, offset: int, length: int, *, zeroes: bool = False) -> bool:
         """Take space for a write that goes past the end; tell whether it is zeroes that are there already."""
         end = offset + length
-        if self._end is None or end <= self._end:
+        before = self._end
+        if before is None or end <= before:
             return False
         with self._lock:
-            if self._end is None:
-                return False
             if end > self._file_end:
                 self._grow(end)
             known = zeroes and offset >= self._zeroes and end <= self._file_end
             if not known:
                 self._zeroes = max(self._zeroes, end)
-            self._end = max(self._end, end)
+            self._end = max(self._end or 0, end)
             self._file_end = max(self._file_end, end)
             return known
 
