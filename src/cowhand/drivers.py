@@ -36,6 +36,7 @@ for _entry in (
     DriverEntry(
         "null-aio", "protocol", "cowhand.block.protocols.null", "NullAioNode", prefixes=("null-aio",), creatable=False
     ),
+    DriverEntry("nbd", "protocol", "cowhand.block.protocols.nbd", "NbdNode", prefixes=("nbd", "nbd+tcp", "nbd+unix")),
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
     DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),

@@ -90,7 +90,7 @@ def _batches(disk: Disk, start: int, length: int | None) -> Iterator[ExtentBatch
 def _print_table(disk: Disk, start: int, length: int | None) -> None:
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
     for row in _rows(disk, start, length):
-        if row.flags & (DATA | ZERO) != DATA:
+        if row.flags & (DATA | ZERO | ALLOCATED) != DATA | ALLOCATED:
             continue
         if not row.flags & OFFSET:
             raise Failure("File contains external, encrypted or compressed clusters.")
@@ -110,8 +110,10 @@ def _print_json(disk: Disk, start: int, length: int | None) -> None:
 
 
 def _entry(row: Extent) -> str:
+    # Bytes that no layer decides on have to be read as data, and are told as neither.
+    known = row.flags if row.flags & ALLOCATED else row.flags & ~DATA
     words = [
-        f"{name}: {'true' if row.flags & flag else 'false'}"
+        f"{name}: {'true' if known & flag else 'false'}"
         for name, flag in (('"present"', ALLOCATED), ('"zero"', ZERO), ('"data"', DATA))
     ]
     offset = f', "offset": {row.host}' if row.flags & OFFSET else ""

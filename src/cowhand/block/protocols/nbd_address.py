@@ -1,0 +1,188 @@
+"""Reaching an NBD server: sockets of every kind that QEMU names, and the handshake over them with a time limit.
+
+Sources: QEMU's ``SocketAddress`` (``qapi/sockets.json``) for the kinds; connect(2), unix(7), tcp(7), vsock(7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from typing import NamedTuple
+
+from cowhand.core import clock
+from cowhand.core.errors import InvalidArgument, from_os_error
+from cowhand.nbd.errors import ConnectionLost
+from cowhand.nbd.handshake import Export, negotiate
+
+#: Seconds that connecting and the whole handshake may take: nothing that an honest server does there takes long.
+HANDSHAKE_SECONDS = 30.0
+#: A peer whose machine is gone is noticed after about so many seconds (keepalive probes).
+_KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+_UNIX_PATH = 107  #: bytes, of sockaddr_un
+
+
+class Server(NamedTuple):
+    """Where a server is. ``kind`` is "unix" (path), "inet" (host, port), "vsock" (cid in host, port) or "fd" (a descriptor's number in path)."""
+
+    kind: str
+    path: str = ""
+    host: str = ""
+    port: str = ""
+    family: int = socket.AF_UNSPEC
+    abstract: bool = False
+
+    def __str__(self) -> str:
+        """Name it for messages, as QEMU does."""
+        return self.path if self.kind in ("unix", "fd") else f"{self.host}:{self.port}"
+
+
+class Dial:
+    """One attempt to reach a server. :meth:`abort` ends it from another thread."""
+
+    def __init__(self, server: Server, seconds: float) -> None:
+        self._server = server
+        self._deadline = clock.monotonic() + min(seconds, HANDSHAKE_SECONDS)
+        self._socket: socket.socket | None = None
+        self._aborted = False
+
+    def abort(self) -> None:
+        """Make :meth:`run` end soon, with an error."""
+        self._aborted = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def run(self, export: str, context: str) -> tuple[socket.socket, Export]:
+        """Connect and agree. Raises ConnectionLost, NegotiationRefused, ProtocolViolation, InvalidArgument; nothing stays open then."""
+        sock = self._connect()
+        self._socket = sock
+        try:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                _tune(sock)
+            agreed = self._converse(sock, export, context)
+        except BaseException:
+            sock.close()
+            raise
+        return sock, agreed
+
+    # -- connecting
+
+    def _connect(self) -> socket.socket:
+        server = self._server
+        if server.kind == "fd":
+            return _adopted(server.path)
+        if server.kind == "unix":
+            path = os.fsencode(server.path)
+            if len(path) > _UNIX_PATH:
+                raise InvalidArgument(
+                    f"UNIX socket path '{server.path}' is too long",
+                    qemu=f"UNIX socket path '{server.path}' is too long\nPath must be less than {_UNIX_PATH + 1} bytes",
+                )
+            return self._try(socket.AF_UNIX, socket.SOCK_STREAM, 0, b"\0" + path if server.abstract else path)
+        if server.kind == "vsock":
+            if not hasattr(socket, "AF_VSOCK"):
+                raise InvalidArgument("this system has no vsock sockets")
+            return self._try(socket.AF_VSOCK, socket.SOCK_STREAM, 0, (int(server.host), int(server.port)))
+        failure: ConnectionLost | None = None
+        for family, kind, protocol, _, address in self._resolve():
+            try:
+                return self._try(family, kind, protocol, address)
+            except ConnectionLost as error:
+                failure = failure or error
+        assert failure is not None  # a resolver that finds nothing raises
+        raise failure
+
+    def _resolve(self) -> list[tuple[socket.AddressFamily, socket.SocketKind, int, str, object]]:
+        server = self._server
+        try:
+            found = socket.getaddrinfo(server.host, server.port, server.family, socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConnectionLost(
+                f"address resolution failed for {server}: {reason}", errno=errno.EHOSTUNREACH, path=str(server)
+            ) from error
+        return list(found)
+
+    def _try(self, family: int, kind: int, protocol: int, address: object) -> socket.socket:
+        sock = socket.socket(family, kind, protocol)
+        self._socket = sock
+        try:
+            sock.settimeout(self._left())
+            sock.connect(address)  # type: ignore[arg-type]
+        except (OSError, ValueError) as error:
+            sock.close()
+            number = getattr(error, "errno", None) or (
+                errno.ETIMEDOUT if isinstance(error, TimeoutError) else errno.EINVAL
+            )
+            what = f"Failed to connect to '{self._server}': {os.strerror(number)}"
+            raise ConnectionLost(what, errno=number, path=str(self._server)) from error
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _left(self) -> float:
+        left = self._deadline - clock.monotonic()
+        if self._aborted or left <= 0:
+            raise ConnectionLost(
+                "the server does not come to an end of the handshake in time",
+                qemu="Connection attempt cancelled by timeout",
+                errno=errno.ETIMEDOUT,
+                path=str(self._server),
+            )
+        return left
+
+    # -- the handshake
+
+    def _converse(self, sock: socket.socket, export: str, context: str) -> Export:
+        conversation = negotiate(export, context)
+        answer: bytes | None = None
+        while True:
+            try:
+                wanted = next(conversation) if answer is None else conversation.send(answer)
+            except StopIteration as end:
+                agreed: Export = end.value
+                return agreed
+            answer = None
+            try:
+                if isinstance(wanted, bytes):
+                    sock.settimeout(self._left())
+                    sock.sendall(wanted)
+                else:
+                    answer = self._receive(sock, wanted)
+            except TimeoutError:
+                self._deadline = 0.0
+                self._left()
+            except OSError as error:
+                told = from_os_error(error, str(self._server), doing="the handshake")
+                raise ConnectionLost(told.message, qemu=told.qemu_message, errno=told.errno, path=told.path) from error
+
+    def _receive(self, sock: socket.socket, wanted: int) -> bytes:
+        """Return *wanted* bytes, or none when the server hangs up before."""
+        data = b""
+        while len(data) < wanted:
+            sock.settimeout(self._left())
+            piece = sock.recv(wanted - len(data))
+            if not piece:
+                return b""
+            data += piece
+        return data
+
+
+def _adopted(number: str) -> socket.socket:
+    try:
+        return socket.socket(fileno=os.dup(int(number)))
+    except ValueError:
+        raise InvalidArgument(f"No file descriptor named '{number}' found") from None
+    except OSError as error:
+        raise InvalidArgument(f"File descriptor '{number}' is not a socket: {os.strerror(error.errno or 0)}") from None
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE:
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

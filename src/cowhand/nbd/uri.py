@@ -1,0 +1,75 @@
+"""Names of exports: NBD URIs, and QEMU's older "nbd:..." names.
+
+Sources: NetworkBlockDevice ``doc/uri.md``; QEMU ``docs/system/qemu-block-drivers``, "NBD access".
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from cowhand.core.errors import InvalidArgument
+from cowhand.nbd.constants import DEFAULT_PORT
+
+_URI = re.compile(
+    r"(?P<scheme>nbds?(?:\+(?:tcp|unix))?)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?:\?(?P<query>[^#]*))?"
+)
+_AUTHORITY = re.compile(r"(?:[^@]*@)?(?:\[(?P<six>[^\]]*)\]|(?P<host>[^:]*))(?::(?P<port>\d*))?\Z")
+
+
+class Address(NamedTuple):
+    """Where a server is and what of it is meant: a path of a socket, or a host and a port (as text; a name of a service too)."""
+
+    path: str | None = None
+    host: str | None = None
+    port: str = str(DEFAULT_PORT)
+    export: str | None = None
+
+    def __str__(self) -> str:
+        """Return the name that QEMU prints of it."""
+        if self.path is not None:
+            return f"nbd+unix://{'/' + self.export if self.export else ''}?socket={self.path}"
+        return f"nbd://{self.host}:{self.port}{'/' + self.export if self.export else ''}"
+
+
+def parse(name: str) -> Address:
+    """Return what *name* means. Raises InvalidArgument."""
+    if "://" in name:
+        return _parse_uri(name)
+    prefix, _, rest = name.partition(":")
+    if prefix != "nbd":
+        raise InvalidArgument("File name string for NBD must start with 'nbd:'", path=name)
+    rest, found, export = rest.partition(":exportname=")
+    if not rest:
+        raise InvalidArgument("NBD server address missing", path=name)
+    if rest.startswith("unix:"):
+        return Address(path=rest[5:], export=export if found else None)
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%]+)\]|([^:]*)):([^,:]+)(?:,.*)?", rest)
+    if match is None:
+        raise InvalidArgument(f"error parsing address '{rest}'", path=name)
+    return Address(host=match[1] or match[2], port=match[3], export=export if found else None)
+
+
+def _parse_uri(name: str) -> Address:
+    from urllib.parse import parse_qsl, unquote
+
+    match = _URI.fullmatch(name.partition("#")[0])
+    authority = _AUTHORITY.match(match["authority"]) if match is not None else None
+    if match is None or authority is None:
+        raise InvalidArgument("No valid URL specified", path=name)
+    scheme = match["scheme"]
+    if scheme.startswith("nbds"):
+        raise InvalidArgument("No valid URL specified", path=name, hint="NBD over TLS (nbds:) is not supported.")
+    # Leading slashes are QEMU's: "nbd+unix:///export" and "nbd+unix:////export" name the same.
+    export = unquote(match["path"].lstrip("/"), errors="surrogateescape") or None
+    query = parse_qsl(match["query"] or "", keep_blank_values=True, errors="surrogateescape")
+    host = authority["six"] or unquote(authority["host"] or "")
+    if scheme == "nbd+unix":
+        if host or authority["port"] or len(query) != 1 or query[0][0] != "socket":
+            raise InvalidArgument(
+                "No valid URL specified", path=name, hint="A Unix socket is nbd+unix:///EXPORT?socket=PATH."
+            )
+        return Address(path=query[0][1], export=export)
+    if not host or query:
+        raise InvalidArgument("No valid URL specified", path=name, hint="A server is nbd://HOST:PORT/EXPORT.")
+    return Address(host=host, port=authority["port"] or str(DEFAULT_PORT), export=export)
