@@ -116,6 +116,7 @@ class _Changes(Sink):
     """Lets pass what reads otherwise in *below*; what has become zero is written as such at once."""
 
     below: Disk | None = None
+    as_bytes = False  #: what has become zero is written like everything else
     copied = 0
     zeroes = 0
 
@@ -135,7 +136,7 @@ class _Changes(Sink):
                 end = min(begin + grain, length)
                 if view[begin:end] == other[begin:end]:
                     continue
-                if is_zero(view[begin:end]):
+                if not self.as_bytes and is_zero(view[begin:end]):
                     self.zero(offset + begin, end - begin)
                     self._count(0, end - begin)
                 elif parts and parts[-1][1] == begin:
@@ -184,8 +185,13 @@ class LookSink(_Changes):
         return []
 
 
-def changes_sink(top: Disk, below: Disk | None, *, compressed: bool = False, look: bool = False) -> _Changes:
-    """Return the sink that writes into *top* what differs from *below*, and counts it; with *look* it only counts."""
+def changes_sink(
+    top: Disk, below: Disk | None, *, compressed: bool = False, look: bool = False, as_bytes: bool = False
+) -> _Changes:
+    """Return the sink that writes into *top* what differs from *below*, and counts it; with *look* it only counts.
+
+    *as_bytes* stores what has become zero as data, not as zeroes that the format knows of.
+    """
     sink: _Changes
     node = lane_of(top)
     # It reads as zero: what lies between the parts must be left as it is.
@@ -201,4 +207,5 @@ def changes_sink(top: Disk, below: Disk | None, *, compressed: bool = False, loo
     else:
         sink = _Changes(top, sparse=0, reads_zero=True)
     sink.begin(below)
+    sink.as_bytes = as_bytes
     return sink

@@ -120,16 +120,20 @@ def copy_changes(
     *,
     look: bool = False,
     compressed: bool = False,
+    as_bytes: bool = False,
     cache: str = "writeback",
     force_share: bool = False,
     policy: Policy | None = None,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
 ) -> Changes:
-    """Store in *disk*, stable on return, what would read otherwise over *backing*: the first half of a rebase. Arguments as for :func:`rebase`."""
+    """Store in *disk*, stable on return, what would read otherwise over *backing*: the first half of a rebase.
+
+    Arguments as for :func:`rebase`; with *as_bytes* what has become zero is stored as data, as QEMU does.
+    """
     with ExitStack() as stack:
         below = _open_below(disk, backing, format, cache, force_share, policy, stack)
-        sink = changes_sink(disk, below, compressed=compressed, look=look)
+        sink = changes_sink(disk, below, compressed=compressed, look=look, as_bytes=as_bytes)
         compared = _copy(disk, below, sink, progress or Progress(), cancel)
         if not look:
             disk.flush()

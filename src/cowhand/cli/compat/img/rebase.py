@@ -91,6 +91,7 @@ def _rebase(line: _Line, disk: Disk, shown: ProgressLine) -> None:
             line.base or None,
             line.base_format,
             compressed="c" in line.flags,
+            as_bytes=True,
             cache=line.source_cache,
             force_share="U" in line.flags,
             progress=progress,
