@@ -168,6 +168,25 @@ def test_an_existing_image_is_written_in_place(
     assert kept.read_bytes() == (image_dir / "theirs.raw").read_bytes()
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_lies_behind_a_shorter_source_stays(image_dir: Path, rng: random.Random, kept: bool) -> None:
+    """The source ends inside of a cluster that the target has to allocate anew."""
+    base, source, target = image_dir / "base.raw", image_dir / "source.raw", image_dir / "target.qcow2"
+    old = rng.randbytes(3 << 16)
+    base.write_bytes(old)
+    new = rng.randbytes((1 << 16) + 7 * 512)
+    source.write_bytes(new)
+    create(target, "qcow2", backing=str(base), backing_format="raw")
+    if kept:
+        with cowhand.open(target, writable=True) as disk:
+            old = rng.randbytes(3 << 16)
+            disk.write(0, old)
+            create_snapshot(disk, "kept")
+    convert(source, target, "qcow2", source_format="raw", skip_create=True)
+    with cowhand.open(target) as disk:
+        assert read_all(disk) == new + old[len(new) :]
+
+
 def test_a_target_that_is_zero_is_believed(raw: Path, image_dir: Path, data: bytes) -> None:
     target = image_dir / "target.qcow2"
     create(target, "qcow2", SIZE)

@@ -152,7 +152,7 @@ class LaneSink(Sink):
         return moves
 
     def _place_part(self, offset: int, begin: int, end: int, moves: list[_Move]) -> None:
-        node, unit = self.node, self.unit
+        node = self.node
         while begin < end:
             count, flags, child, host = node.map(offset + begin, end - begin)
             if flags & _IN_PLACE_MASK == _IN_PLACE:
@@ -165,8 +165,8 @@ class LaneSink(Sink):
             stop = min(end, reservation.end - offset)
             host = reservation.host + (reservation.begin - reservation.offset)
             moves.append(_Move(begin, stop, reservation.child, host, reservation))
-            if reservation.begin != offset + begin or ((stop - begin) % unit and offset + stop != node.size):
-                raise AssertionError(f"a piece at {offset + begin:#x} does not begin and end on units of {unit} bytes")
+            if reservation.begin != offset + begin:
+                raise AssertionError(f"a piece at {offset + begin:#x} does not begin on units of {self.unit} bytes")
             begin = stop
 
     def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
@@ -193,10 +193,7 @@ class LaneSink(Sink):
         reservation = move.reservation
         data = [view[move.begin : move.end]]
         if reservation is not None:
-            # Behind the end of the disk the last unit has no guest bytes; what lay there must not come back when the disk grows, and the
-            # file ends with a whole unit.
-            padding = reservation.end - reservation.begin - (move.end - move.begin)
-            data += [ZEROES[: min(ZEROES_SIZE, padding - at)] for at in range(0, padding, ZEROES_SIZE)]
+            data += self._rest_of_unit(reservation, reservation.begin + move.end - move.begin)
         child = move.child
         descriptor = child.lane.lane_fd if child.lane is not None else -1
         if descriptor < 0 or len(data) > 1:
@@ -205,6 +202,21 @@ class LaneSink(Sink):
             if reservation is not None and reservation.fresh:
                 self.ahead.allocate(descriptor, move.host, len(data[0]), child.node.filename)
             write_fully(descriptor, data[0], move.host, child.node.filename)
+
+    def _rest_of_unit(self, reservation: Reservation, start: int) -> list[memoryview]:
+        """Return what follows a piece in its last unit: what the disk shows from *start* on, as far as it goes.
+
+        Behind the end of the disk what lay there must not come back when the disk grows, and the file ends with a whole unit.
+        """
+        out: list[memoryview] = []
+        inside = min(reservation.end, self.node.size) - start
+        if inside > 0:
+            shown = bytearray(inside)
+            self.node.read_into(start, shown)
+            out.append(memoryview(shown))
+            start += inside
+        padding = reservation.end - start
+        return out + [ZEROES[: min(ZEROES_SIZE, padding - at)] for at in range(0, padding, ZEROES_SIZE)]
 
     def give_up(self, moves: Sequence[_Move], error: BaseException) -> None:
         """Take back what was reserved for *moves*."""
