@@ -82,7 +82,7 @@ def compare(
     """Tell whether two disks have the same content, and where they first differ.
 
     With *strict* their sizes and what is allocated in them have to be the same too. Nothing is written. Raises CowhandError naming the file
-    and the offset where one cannot be read.
+    and the offset where one cannot be read; its facts tell the "side" (0 or 1), and what one was "doing": "reading" or "status".
     """
     with ExitStack() as stack:
         one = open_source(first, stack, first_format, cache=cache, force_share=force_share, policy=policy)
@@ -169,7 +169,7 @@ class _Comparison:
 
     def _pairs(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield (start, length, flags, flags) of both disks side by side; behind the end of one its bytes count as zeroes."""
-        rows = [_rows(self.first), _rows(self.second)]
+        rows = [_rows(self.first, 0), _rows(self.second, 1)]
         ends = [0, 0]
         flags = [ZERO, ZERO]
         position, total = 0, max(self.first.size, self.second.size)
@@ -220,29 +220,33 @@ class _Comparison:
         if length != len(one):
             one, two = bytearray(length), bytearray(length)
         if piece.first:
-            _read(self.first, start, one)
+            _read(self.first, 0, start, one)
         if piece.second:
-            _read(self.second, start, two)
+            _read(self.second, 1, start, two)
         if piece.first and piece.second:
             return -1 if one == two else first_difference(one, two)
         data = one if piece.first else two
         return -1 if is_zero(data) else first_difference(data, bytes(length))
 
 
-def _rows(disk: Disk) -> Iterator[tuple[int, int]]:
-    for batch in disk.extents():
-        for start, length, flags in zip(batch.start, batch.length, batch.flags, strict=True):
-            end = start + length
-            yield end, flags | EOF if end == disk.size else flags
+def _rows(disk: Disk, side: int) -> Iterator[tuple[int, int]]:
+    try:
+        for batch in disk.extents():
+            for start, length, flags in zip(batch.start, batch.length, batch.flags, strict=True):
+                end = start + length
+                yield end, flags | EOF if end == disk.size else flags
+    except CowhandError as error:
+        error.facts.update(side=side, doing="status")
+        raise error.within(qemu=f"Sector allocation test failed for {disk.filename}") from None
 
 
-def _read(disk: Disk, offset: int, buffer: bytearray) -> None:
+def _read(disk: Disk, side: int, offset: int, buffer: bytearray) -> None:
     try:
         disk.read_into(offset, buffer)
     except CowhandError as error:
         if error.offset is None:
             error.offset = offset
-        error.facts["disk_offset"] = offset
+        error.facts.update(side=side, doing="reading", disk_offset=offset)
         raise error.within(
             f"comparing at {offset:#x}", qemu=f"Error while reading offset {offset} of {disk.filename}"
         ) from None

@@ -308,7 +308,11 @@ def _source(
         if warn is not None:
             warn(f"error while reading offset {offset}: {error.qemu()}")
 
-    return SalvagingSource(disks, depth=depth, report=report)
+    def unknown(offset: int, error: CowhandError) -> None:
+        if warn is not None:
+            warn(f"error while reading block status at offset {offset}: {error.qemu()}")
+
+    return SalvagingSource(disks, depth=depth, report=report, unknown=unknown)
 
 
 def _sink(disk: Disk, settings: Settings, *, reads_zero: bool) -> Sink:

@@ -161,6 +161,7 @@ class Engine:
         try:
             self.source.read_into(start, view if length == len(view) else view[:length])
         except CowhandError as error:
+            error.facts["doing"] = "reading"
             raise error.within(f"reading at {start:#x}", qemu=f"error while reading at byte {start}") from None
         return self.sink.prepare(start, buffer, length)
 
@@ -168,6 +169,7 @@ class Engine:
         try:
             return call(*arguments)
         except CowhandError as error:
+            error.facts["doing"] = "writing"
             raise error.within(f"writing at {start:#x}", qemu=f"error while writing at byte {start}") from None
 
     # -- order, and the end

@@ -86,4 +86,7 @@ def workers_for(settings: Settings) -> int:
     if settings.compressed:
         # Compression is bound by the processor: all of it, and one more to read meanwhile.
         return min(settings.workers if settings.workers is not None else MAX_WORKERS, cores + 1)
-    return settings.workers if settings.workers is not None else WORKERS
+    if settings.workers is not None:
+        return settings.workers
+    # Of what cannot be read is told in the order of the disk.
+    return 1 if settings.salvage else WORKERS

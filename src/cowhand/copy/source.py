@@ -13,8 +13,11 @@ from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
+    from cowhand.core.extents import ExtentBatch
 
 SECTOR = 512
+#: Bytes that a salvaging source plans at once.
+_STRETCH = 2 << 20
 
 
 class Part(NamedTuple):
@@ -52,11 +55,22 @@ class Source:
     def _rows(self, policy: Policy) -> Iterator[Run]:
         for base, part in zip(self.bases, self.parts, strict=True):
             if part.length:
-                batches = part.disk.extents(part.begin, part.length, depth=self.depth)
-                yield from plan.rows_of(batches, base - part.begin, policy)
+                yield from self._rows_of(part, base, policy)
             padding = part.span - part.length
             if padding:
                 yield Run(base + part.length, padding, plan.DATA if policy.zeroes_are_data else plan.ZERO)
+
+    def _rows_of(self, part: Part, base: int, policy: Policy) -> Iterator[Run]:
+        return plan.rows_of(self._asked(part, base), base - part.begin, policy)
+
+    def _asked(self, part: Part, base: int) -> Iterator[ExtentBatch]:
+        position = 0
+        try:
+            for batch in part.disk.extents(part.begin, part.length, depth=self.depth):
+                position = batch.end - part.begin
+                yield batch
+        except CowhandError as error:
+            raise error.within(qemu=f"error while reading block status at offset {base + position}") from None
 
     def locate(self, offset: int) -> tuple[Part, int]:
         """Return the part that *offset* lies in, and where in its disk."""
@@ -84,13 +98,44 @@ class Source:
 
 
 class SalvagingSource(Source):
-    """A source whose unreadable sectors read as zeroes, and are told to *report* (their offset and the error)."""
+    """A source whose unreadable sectors read as zeroes, and are told to *report* (their offset and the error).
+
+    Where not even the kind of a sector can be found out (*unknown* is told), it is read.
+    """
 
     def __init__(
-        self, parts: Sequence[Disk | Part], *, depth: int | None = None, report: Callable[[int, CowhandError], None]
+        self,
+        parts: Sequence[Disk | Part],
+        *,
+        depth: int | None = None,
+        report: Callable[[int, CowhandError], None],
+        unknown: Callable[[int, CowhandError], None],
     ) -> None:
         super().__init__(parts, depth=depth)
         self._report = report
+        self._unknown = unknown
+
+    def runs(self, policy: Policy) -> Iterator[Run]:
+        # Not joined: what is wrong with a stretch is told when it is the stretch's turn.
+        return plan.rounded(self._rows(policy), policy.unit, self.size)
+
+    def _rows_of(self, part: Part, base: int, policy: Policy) -> Iterator[Run]:
+        position, end, length = part.begin, part.begin + part.length, _STRETCH
+        while position < end:
+            length = min(length, end - position)
+            try:
+                batches = list(part.disk.extents(position, length, depth=self.depth))
+            except CowhandError as error:
+                if length > SECTOR:
+                    length = -(-length // (4 * SECTOR)) * SECTOR
+                    continue
+                at = position - part.begin + base
+                self._unknown(at, error)
+                yield Run(at, length, plan.DATA)
+            else:
+                yield from plan.rows_of(batches, base - part.begin, policy)
+            position += length
+            length = _STRETCH
 
     def read_into(self, offset: int, view: memoryview) -> None:
         # Halved until the bad sectors stand alone: a medium's few bad ones cost a few reads each, not one for every sector around them.

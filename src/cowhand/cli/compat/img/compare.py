@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from cowhand.cli.compat.images import cache_mode, open_image
@@ -10,6 +11,7 @@ from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError
 
 _CANNOT_OPEN = 2
+_CANNOT_TELL = 3
 _CANNOT_READ = 4
 
 
@@ -64,7 +66,7 @@ def run(words: Sequence[str]) -> int:
             beyond = error.facts.get("disk_offset", 0) >= min(disk.size for disk in disks)
             if beyond and not quiet and disks[0].size != disks[1].size:
                 print("Warning: Image size mismatch!")
-            raise Failure(error.qemu(), status=_CANNOT_READ) from error
+            raise _failure(error, command.positional) from error
         finally:
             for disk in disks:
                 disk.close()
@@ -73,3 +75,15 @@ def run(words: Sequence[str]) -> int:
                 print("Warning: Image size mismatch!")
             print(result.message)
     return 0 if result.identical else 1
+
+
+def _failure(error: CowhandError, names: Sequence[str]) -> Failure:
+    name = names[error.facts.get("side", 0)]
+    if error.facts.get("doing") == "status":
+        return Failure(f"Sector allocation test failed for {name}", status=_CANNOT_TELL)
+    if "disk_offset" in error.facts:
+        offset = error.facts["disk_offset"]
+        return Failure(
+            f"Error while reading offset {offset} of {name}: {os.strerror(error.number)}", status=_CANNOT_READ
+        )
+    return Failure(error.qemu(), status=_CANNOT_READ)

@@ -228,7 +228,7 @@ def _convert(
                 bitmaps="bitmaps" in flags,
                 skip_broken_bitmaps="skip_broken_bitmaps" in flags,
                 cache=line.cache,
-                warn=program.warning,
+                warn=None if "quiet" in flags else program.warning,
                 progress=shown.progress(),
             )
         except CowhandError as error:

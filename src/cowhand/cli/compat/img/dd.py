@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from cowhand.cli.compat import program
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command, failing_as
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import MAX_SIZE, size_argument
+from cowhand.core.errors import CowhandError
 
 _MAX_BLOCK = (1 << 31) - 1
 _OPERANDS = ("bs", "count", "if", "of", "skip")
@@ -68,7 +71,7 @@ def run(words: Sequence[str]) -> int:
             raise Failure("Unknown file format")
         if not entry.creatable:
             raise Failure(f"Format driver '{target_format}' does not support image creation")
-        with failing_as(f"{target}: error while creating output image: "):
+        with _failing(f"{target}: error while creating output image: "):
             dd(
                 source,
                 target,
@@ -80,3 +83,18 @@ def run(words: Sequence[str]) -> int:
                 warn=program.error,
             )
     return 0
+
+
+@contextmanager
+def _failing(prefix: str) -> Iterator[None]:
+    """Turn errors inside into a Failure that tells what was being done."""
+    try:
+        with failing_as(prefix):
+            yield
+    except Failure as failure:
+        error = failure.__cause__
+        doing = error.facts.get("doing") if isinstance(error, CowhandError) else None
+        if doing is None or not isinstance(error, CowhandError):
+            raise
+        side = "reading from input" if doing == "reading" else "writing to output"
+        raise Failure(f"error while {side} image file: {os.strerror(error.number)}") from error
