@@ -194,3 +194,24 @@ class TestMeasure:
     def test_wants_one_thing(self, raw: Path) -> None:
         cowhand("measure", status=1)
         cowhand("measure", "--size", "1G", "disk.raw", cwd=raw.parent, status=1)
+
+
+def test_snapshots_and_bitmaps_go_with_a_copy(image_dir: Path) -> None:
+    path, copy = image_dir / "a", image_dir / "b.qcow2"
+    image(path)
+    fill(path, 0, MiB, 1)
+    cowhand("snapshot", "create", path, "before")
+    cowhand("bitmap", "add", path, "night")
+    fill(path, MiB, MiB, 2)
+    plain = cowhand("convert", path, image_dir / "c.qcow2")
+    assert "snapshot is not copied" in plain.stderr and "bitmaps are not copied" in plain.stderr
+    told = cowhand("convert", "--snapshots", "--bitmaps", "--verify", path, copy)
+    assert not told.stderr and told.stdout.endswith("verified\n")
+    assert cowhand("snapshot", "list", "--output", "json", copy).json() == (
+        cowhand("snapshot", "list", "--output", "json", path).json()
+    )
+    assert cowhand("bitmap", "dirty", "--output", "json", copy, "night").json()["extents"] == [
+        {"start": MiB, "length": MiB}
+    ]
+    refused = cowhand("convert", "--skip-broken-bitmaps", path, image_dir / "d.qcow2", status=1)
+    assert "requires --bitmaps" in refused.stderr

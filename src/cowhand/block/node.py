@@ -258,7 +258,14 @@ class BlockNode(ABC):
         raise self._no_snapshots()
 
     def create_snapshot(
-        self, name: str, *, date: tuple[int, int] | None, vm_state_size: int, vm_clock_nsec: int, icount: int | None
+        self,
+        name: str,
+        *,
+        date: tuple[int, int] | None,
+        vm_state_size: int,
+        vm_clock_nsec: int,
+        icount: int | None,
+        ident: str | None,
     ) -> SnapshotInfo:
         """Make a snapshot of the present content."""
         raise self._no_snapshots()

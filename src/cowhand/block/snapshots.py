@@ -76,9 +76,11 @@ def create_snapshot(
     vm_state_size: int = 0,
     vm_clock_nsec: int = 0,
     icount: int | None = None,
+    ident: str | None = None,
 ) -> SnapshotInfo:
     """Keep the present content of *disk* as snapshot *name*, and return its record; names need not differ.
 
+    *ident* is its id, the next free number if it is not given; one that another snapshot has raises InvalidArgument.
     *date* is (seconds, nanoseconds), now if it is not given. With *vm_state_size*, that many bytes of VM state, written before, go with the
     snapshot and are no longer part of the active disk. Raises NotSupported, ReadOnly, InvalidFormat when a reference count would overflow,
     NoSpace, IOFailed; then nothing has changed.
@@ -87,7 +89,7 @@ def create_snapshot(
     node = _holder(disk)
     with graph.quiesce(node):
         return node.create_snapshot(
-            name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount
+            name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount, ident=ident
         )
 
 

@@ -103,6 +103,11 @@ def _same(row: Extent, other: Extent | None, position: int, shared: int | None, 
         return bool(row.flags & ZERO)
     if shared is not None and row.depth >= shared:
         return True
+    return same_place(row, other, files)
+
+
+def same_place(row: Extent, other: Extent, files: Files) -> bool:
+    """Tell whether both lie, plainly, at the same place of the same file where they overlap."""
     return (
         row.flags & _PLACED_MASK == _PLACED
         and other.flags & _PLACED_MASK == _PLACED

@@ -64,6 +64,7 @@ def convert(
     rate_limit: int | str = 0,
     bitmaps: bool = False,
     skip_broken_bitmaps: bool = False,
+    snapshots: bool = False,
     cache: str = "unsafe",
     source_cache: str = "writeback",
     force_share: bool = False,
@@ -84,6 +85,7 @@ def convert(
     with *compression_level* more densely than the fast default. *workers* threads (-m), *in_order* as -W's opposite: space is taken in the
     order of the disk. *salvage* replaces unreadable sectors by zeroes. *reflink* shares blocks where the file system can, *copy_range* (-C)
     uses copy_file_range(2) as well. *rate_limit* is in bytes a second. *cache* "unsafe" does not flush a target, as in qemu-img.
+    *snapshots* copies the internal snapshots of the (one) source too, with their ids, names, dates and VM states, into a new qcow2 image.
     *bitmaps* copies the persistent bitmaps of the (one) source's active layer too, *skip_broken_bitmaps* but for those that cannot be used.
 
     *progress* hears of bytes copied, *cancel* ends it with Cancelled, *warn* hears of what may go wrong. The sources are never changed; a
@@ -117,8 +119,20 @@ def convert(
             )
             for what in inputs
         ]
-        if bitmaps:
-            _check_bitmaps(disks, skip_broken_bitmaps)
+        if bitmaps or skip_broken_bitmaps:
+            _check_bitmaps(disks, bitmaps, skip_broken_bitmaps)
+        if snapshots:
+            from cowhand.copy.history import check_history
+
+            contradictions = (
+                (skip_create, "an existing target"),
+                (len(disks) > 1, "several sources"),
+                (snapshot is not None, "the choice of one snapshot"),
+                (backing is not None or "backing_file" in (options or {}), "a backing file of the target"),
+                (salvage, "salvaging"),
+                (settings.sparse_size == 0, "a sparse size of 0"),
+            )
+            check_history(disks[0], target_format or "raw", wrong=contradictions)
         size = sum(-(-disk.size // SECTOR) * SECTOR for disk in disks)
         creation = None
         has_backing = backing is not None
@@ -137,15 +151,18 @@ def convert(
             if bitmaps:
                 copying.check_target(destination.disk)
             check_room(destination.disk, source.size)
-            moved = transfer(
-                source,
-                destination,
-                settings,
-                has_backing=has_backing,
-                reads_zero=target_is_zero,
-                progress=progress,
-                cancel=cancel,
-            )
+            if snapshots:
+                moved = _with_history(disks[0], destination, settings, progress, cancel)
+            else:
+                moved = transfer(
+                    source,
+                    destination,
+                    settings,
+                    has_backing=has_backing,
+                    reads_zero=target_is_zero,
+                    progress=progress,
+                    cancel=cancel,
+                )
             if bitmaps:
                 copying.copy_bitmaps(disks[0], destination.disk, skip_broken=skip_broken_bitmaps, warn=warn)
             filename, format = destination.disk.filename, destination.disk.format
@@ -218,7 +235,21 @@ def transfer(
     return totals
 
 
-def _check_bitmaps(disks: Sequence[Disk], skip_broken: bool) -> None:
+def _with_history(
+    disk: Disk, target: Target, settings: Settings, progress: Progress | None, cancel: CancelToken | None
+) -> plan.Totals:
+    from cowhand.copy.history import copy_history
+
+    def first(state: Disk, part: Progress) -> plan.Totals:
+        return transfer(Source([state]), target, settings, progress=part, cancel=cancel)
+
+    moved, _ = copy_history(disk, target.disk, settings, first, progress=progress, cancel=cancel)
+    return moved
+
+
+def _check_bitmaps(disks: Sequence[Disk], wanted: bool, skip_broken: bool) -> None:
+    if not wanted:
+        raise InvalidArgument("Use of --skip-broken-bitmaps requires --bitmaps")
     if len(disks) > 1:
         raise InvalidArgument("Copying bitmaps only possible with single source")
     copying.check_bitmaps(disks[0], skip_broken=skip_broken)

@@ -16,6 +16,7 @@ from cowhand.core.errors import CowhandError, InvalidArgument
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
     from cowhand.block.policy import Policy
     from cowhand.cli.running import Context
     from cowhand.copy.convert import ConvertResult
@@ -46,6 +47,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-F", "--backing-format", metavar="FMT", help="format of BASE")
     parser.add_argument("-l", "--snapshot", metavar="NAME", help="copy the disk as it was at this snapshot")
+    parser.add_argument(
+        "--snapshots",
+        action="store_true",
+        help="copy the internal snapshots too: ids, names, dates, VM states, and what they share stays shared",
+    )
     parser.add_argument(
         "--bitmaps", action="store_true", help="copy the dirty bitmaps too; what the copy itself writes is not recorded"
     )
@@ -139,6 +145,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         workers=args.workers,
         in_order=not args.out_of_order,
         salvage=args.salvage,
+        snapshots=args.snapshots,
         bitmaps=args.bitmaps,
         skip_broken_bitmaps=args.skip_broken_bitmaps,
         copy_range=args.copy_range,
@@ -195,10 +202,10 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
             info = image_info(name, format=args.format, force_share=True)
         except CowhandError:
             continue  # the source was a description, or is gone by now; the copy is made
-        if info.snapshots and args.snapshot is None:
+        if info.snapshots and args.snapshot is None and not args.snapshots:
             count = len(info.snapshots)
             words = "snapshot is" if count == 1 else "snapshots are"
-            context.out.warn(f"{name}: {count} internal {words} not copied (take one out with -l NAME)")
+            context.out.warn(f"{name}: {count} internal {words} not copied (--snapshots; take one out with -l NAME)")
         if (info.details or {}).get("bitmaps") and not args.bitmaps:
             context.out.warn(
                 f"{name}: its dirty bitmaps are not copied (--bitmaps); an incremental backup has to begin anew on the copy"
@@ -214,6 +221,8 @@ def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -
 
     with ExitStack() as stack:
         source = open_source(args.source[0], stack, args.format, snapshot=args.snapshot, force_share=args.force_share)
+        if args.snapshots:
+            _verify_snapshots(source, result.filename, result.format, context)
         found = compare(
             source,
             result.filename,
@@ -228,6 +237,23 @@ def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -
             offset=found.offset,
             hint="Do not use it. Was the source written meanwhile? Otherwise check the medium.",
         )
+
+
+def _verify_snapshots(source: Disk, target: str, format: str, context: Context) -> None:
+    """Compare every snapshot with its copy."""
+    import cowhand
+    from cowhand.block.snapshots import list_snapshots, open_snapshot
+    from cowhand.copy.compare import compare
+
+    with cowhand.open(target, format=format) as copy:
+        for info in list_snapshots(source):
+            with open_snapshot(source, info.id) as left, open_snapshot(copy, info.id) as right:
+                found = compare(left, right, cancel=context.cancel)
+                if not found.identical or left.size != right.size:
+                    raise CowhandError(
+                        f"snapshot '{info.name or info.id}' of the copy differs from its source at {found.offset:#x}",
+                        path=target, offset=found.offset, hint="Do not use it. Check the medium.",
+                    )  # fmt: skip
 
 
 def _document(args: argparse.Namespace, result: ConvertResult) -> dict[str, Any]:

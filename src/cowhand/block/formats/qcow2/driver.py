@@ -555,12 +555,19 @@ class Qcow2Node(MetadataNode):
         return [snapshot.info() for snapshot in self.snapshots]
 
     def create_snapshot(
-        self, name: str, *, date: tuple[int, int] | None, vm_state_size: int, vm_clock_nsec: int, icount: int | None
+        self,
+        name: str,
+        *,
+        date: tuple[int, int] | None,
+        vm_state_size: int,
+        vm_clock_nsec: int,
+        icount: int | None,
+        ident: str | None,
     ) -> SnapshotInfo:
         from cowhand.block.formats.qcow2.snapshotting import create
 
         return create(
-            self, name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount
+            self, name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount, ident=ident
         ).info()
 
     def apply_snapshot(self, ident: str, name: str) -> None:

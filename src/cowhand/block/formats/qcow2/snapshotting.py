@@ -180,6 +180,7 @@ def create(
     vm_state_size: int = 0,
     vm_clock_nsec: int = 0,
     icount: int | None = None,
+    ident: str | None = None,
 ) -> Snapshot:
     """See :func:`cowhand.block.snapshots.create_snapshot`; nothing else uses the node meanwhile."""
     _refuse_external(node)
@@ -187,6 +188,10 @@ def create(
         raise InvalidArgument(
             f"a snapshot's name has at most {_NAME_BYTES} bytes, and none of them is zero", qemu="Invalid argument"
         )
+    if ident is not None and (len(ident.encode("utf-8", "surrogateescape")) > _NAME_BYTES or "\0" in ident):
+        raise InvalidArgument(f"a snapshot's id has at most {_NAME_BYTES} bytes, and none of them is zero")
+    if ident is not None and any(snapshot.id == ident for snapshot in node.snapshots):
+        raise InvalidArgument(f"there is a snapshot with the id '{ident}' already", path=node.filename)
     if len(node.snapshots) >= L.MAX_SNAPSHOTS:
         raise InvalidFormat(
             f"the image has {L.MAX_SNAPSHOTS} snapshots, the most that it can have", qemu="File too large", errno=27
@@ -195,8 +200,10 @@ def create(
         now = int(clock.now() * 1_000_000_000)
         date = (now // 10**9, now % 10**9)
     with _alone(node), _undoing(node) as undo:
+        if ident is None:
+            ident = next_id(node.snapshots)
         snapshot = Snapshot(
-            next_id(node.snapshots), name, 0, node.header.l1_size, node.header.size, vm_state_size=vm_state_size, date_sec=date[0],
+            ident, name, 0, node.header.l1_size, node.header.size, vm_state_size=vm_state_size, date_sec=date[0],
             date_nsec=date[1], vm_clock_nsec=vm_clock_nsec, icount=NO_ICOUNT if icount is None else icount,
         )  # fmt: skip
         _create(node, snapshot, undo)
