@@ -112,7 +112,7 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     create(tmp_path / "n", "qcow2", MIB)
     for settings, words in (
         ({"skip_create": True}, "existing target"),
-        ({"snapshot": "x"}, ""),
+        ({"snapshot": "x"}, "no snapshot 'x'"),
         ({"backing": str(source), "backing_format": "qcow2"}, "backing file"),
         ({"salvage": True}, "salvaging"),
         ({"sparse_size": 0}, "sparse size"),

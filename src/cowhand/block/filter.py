@@ -90,10 +90,17 @@ class PassingFilter(FilterNode):
         return self.below.node.list_snapshots()
 
     def create_snapshot(
-        self, name: str, *, date: tuple[int, int] | None, vm_state_size: int, vm_clock_nsec: int, icount: int | None
+        self,
+        name: str,
+        *,
+        date: tuple[int, int] | None,
+        vm_state_size: int,
+        vm_clock_nsec: int,
+        icount: int | None,
+        ident: str | None,
     ) -> SnapshotInfo:
         return self.below.node.create_snapshot(
-            name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount
+            name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount, ident=ident
         )
 
     def apply_snapshot(self, ident: str, name: str) -> None:
