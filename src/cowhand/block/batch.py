@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.node import DISCARD, READ, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, Request
+from cowhand.block.node import READ, WRITE_REQUEST, Request, one_by_one
 from cowhand.core.buffers import Buffer, give, take
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import DATA
@@ -58,7 +58,7 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
                     # One that comes later in the batch finds what it would have found if they had been done one by one.
                     failure = _allocate(node, list(gathered.values()), failure)
                     gathered.clear()
-                _single(node, kind, offset, what)
+                one_by_one(node, (batch[index],))
         except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
             failure = failure or error
         index += done or 1
@@ -221,21 +221,6 @@ def _filled(node: FormatNode, task: _Task, borrowed: list[memoryview]) -> Buffer
     at = task.offset - begin
     piece[at : at + len(task.what)] = task.what
     return piece
-
-
-def _single(node: FormatNode, kind: int, offset: int, what: Any) -> None:
-    if kind == READ:
-        node.read_into(offset, what)
-    elif kind == WRITE_REQUEST:
-        node.write(offset, (what,))
-    elif kind == ZERO_REQUEST:
-        node.write_zeroes(offset, what)
-    elif kind == ZERO_UNMAP:
-        node.write_zeroes(offset, what, unmap=True)
-    elif kind == DISCARD:
-        node.discard(offset, what)
-    else:
-        node.flush()
 
 
 def _together(node: FormatNode, batch: Sequence[Request], index: int, kind: int, offset: int, what: Any) -> int:
