@@ -32,40 +32,86 @@ _pwritev = getattr(os, "pwritev", None)
 
 def submit(node: FormatNode, batch: Sequence[Request]) -> None:
     """Do *batch* on *node*; the first error is raised after the rest has ended."""
+    if node.event_sink is not None or _preadv is None or _pwritev is None:
+        one_by_one(node, batch)
+        return
     failure: Exception | None = None
-    fast = node.event_sink is None and _preadv is not None
-    gathers = fast and not node.detects_zeroes and len(batch) > 1
-    unit = node.allocation_unit
-    gathered: dict[int, tuple[int, Any]] = {}  #: (offset, bytes) of writes that need space, by their unit
+    look = node.map
+    read_mask, read_flags = node.DIRECT_READ
+    write_mask, write_flags = node.DIRECT_WRITE
+    gathered = _Gathered(node, len(batch))
     index, count = 0, len(batch)
     while index < count:
         kind, offset, what = batch[index]
         done = 0
         try:
-            if fast and kind <= WRITE_REQUEST:
-                done = _together(node, batch, index, kind, offset, what)
-            if not done:
+            if kind <= WRITE_REQUEST:
+                length = len(what)
+                found, flags, child, host = look(offset, length)
                 if (
-                    gathers
-                    and kind == WRITE_REQUEST
-                    and offset // unit not in gathered
-                    and _needs_unit(node, offset, len(what))
+                    flags & read_mask == read_flags
+                    if kind == READ
+                    else flags & write_mask == write_flags and node.may_write_directly
                 ):
-                    gathered[offset // unit] = (offset, what)
-                    index += 1
-                    continue
-                if gathered and _meets(gathered, unit, kind, offset, what):
-                    # One that comes later in the batch finds what it would have found if they had been done one by one.
-                    failure = _allocate(node, list(gathered.values()), failure)
-                    gathered.clear()
-                one_by_one(node, (batch[index],))
+                    lane = child.lane  # type: ignore[union-attr]  # who says where bytes lie says in which file
+                    if lane is not None and found == length and lane.lane_fd >= 0 and length:
+                        if index + 1 < count and batch[index + 1][1] == offset + length:
+                            done = _together(node, batch, index, child, host)
+                        # Short at the end of the file, interrupted, or failed: the long way meets the same, and deals with it.
+                        elif kind == READ:
+                            done = _preadv(lane.lane_fd, (what,), host) == length
+                        else:
+                            done = _pwritev(lane.lane_fd, (what,), host) == length
+                            node.changed = True
+        except OSError:
+            done = 0
         except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
             failure = failure or error
+            done = 1
+        if not done:
+            failure = gathered.take_or_do(batch[index], failure)
         index += done or 1
-    if gathered:
-        failure = _allocate(node, list(gathered.values()), failure)
+    failure = gathered.allocate(failure)
     if failure is not None:
         raise failure
+
+
+class _Gathered:
+    """The writes of a batch that need space, each in a unit of its own, until all are done together."""
+
+    def __init__(self, node: FormatNode, count: int) -> None:
+        self.node = node
+        self.unit = node.allocation_unit
+        self.wanted = not node.detects_zeroes and count > 1
+        self.writes: dict[int, tuple[int, Any]] = {}  #: (offset, bytes) by the number of their unit
+
+    def take_or_do(self, request: Request, failure: Exception | None) -> Exception | None:
+        """Keep *request* for later if it is such a write, or do it now; return *failure*, or else the first error."""
+        kind, offset, what = request
+        try:
+            if (
+                self.wanted
+                and kind == WRITE_REQUEST
+                and offset // self.unit not in self.writes
+                and _needs_unit(self.node, offset, len(what))
+            ):
+                self.writes[offset // self.unit] = (offset, what)
+                return failure
+            if self.writes and _meets(self.writes, self.unit, kind, offset, what):
+                # One that comes later in the batch finds what it would have found if they had been done one by one.
+                failure = self.allocate(failure)
+            one_by_one(self.node, (request,))
+        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+            failure = failure or error
+        return failure
+
+    def allocate(self, failure: Exception | None) -> Exception | None:
+        """Do the writes that were kept; return *failure*, or else the first error."""
+        if self.writes:
+            writes = list(self.writes.values())
+            self.writes.clear()
+            failure = _allocate(self.node, writes, failure)
+        return failure
 
 
 def _meets(gathered: dict[int, tuple[int, Any]], unit: int, kind: int, offset: int, what: Any) -> bool:
@@ -223,37 +269,26 @@ def _filled(node: FormatNode, task: _Task, borrowed: list[memoryview]) -> Buffer
     return piece
 
 
-def _together(node: FormatNode, batch: Sequence[Request], index: int, kind: int, offset: int, what: Any) -> int:
-    """Do the request at *index*, and those behind it that adjoin it on disk and medium; return how many, 0 if it needs the long way."""
-    length = len(what)
-    found, flags, child, host = node.map(offset, length)
+def _together(node: FormatNode, batch: Sequence[Request], index: int, child: Any, host: int) -> int:
+    """Do the request at *index*, which lies at *host* of *child*, and those behind it that adjoin it on disk and medium, with one system call.
+
+    Returns how many were done, 0 if it has to be the long way. Raises OSError.
+    """
+    kind, offset, what = batch[index]
     mask, wanted = node.DIRECT_READ if kind == READ else node.DIRECT_WRITE
-    if found != length or flags & mask != wanted or child is None or child.lane is None or not length:
-        return 0
+    buffers = [what]
+    total = len(what)
+    for next_kind, next_offset, buffer in batch[index + 1 : index + _MAX_TOGETHER]:
+        if next_kind != kind or next_offset != offset + total:
+            break
+        size = len(buffer)
+        found, flags, next_child, next_host = node.map(next_offset, size)
+        if found != size or flags & mask != wanted or next_child is not child or next_host != host + total:
+            break
+        buffers.append(buffer)
+        total += size
     descriptor = child.lane.lane_fd
-    if descriptor < 0 or (kind == WRITE_REQUEST and not node.may_write_directly):
-        return 0
-    done = 1
-    if index + 1 < len(batch) and batch[index + 1][1] == offset + length:
-        buffers = [what]
-        total = length
-        for next_kind, next_offset, buffer in batch[index + 1 : index + _MAX_TOGETHER]:
-            if next_kind != kind or next_offset != offset + total:
-                break
-            size = len(buffer)
-            found, flags, next_child, next_host = node.map(next_offset, size)
-            if found != size or flags & mask != wanted or next_child is not child or next_host != host + total:
-                break
-            buffers.append(buffer)
-            total += size
-        done = len(buffers)
-    else:
-        buffers, total = (what,), length  # type: ignore[assignment]
-    try:
-        moved = _preadv(descriptor, buffers, host) if kind == READ else _pwritev(descriptor, buffers, host)  # type: ignore[misc]
-    except OSError:
-        return 0  # the long way meets the same error, and says what it is
+    moved = _preadv(descriptor, buffers, host) if kind == READ else _pwritev(descriptor, buffers, host)  # type: ignore[misc]
     if kind == WRITE_REQUEST:
         node.changed = True
-    # Short at the end of the file, or interrupted: the long way knows what to do.
-    return done if moved == total else 0
+    return len(buffers) if moved == total else 0

@@ -327,8 +327,7 @@ class Disk:
 
         They may run in any order and together; when one fails the error is raised after the rest has ended.
         """
-        total = [0] * 6
-        writes = changes = False
+        total, counts = [0] * 6, [0] * 6
         end = 0
         for kind, offset, what in batch:
             length = what if kind >= ZERO_REQUEST else len(what)
@@ -337,8 +336,8 @@ class Disk:
             if offset + length > end:
                 end = offset + length
             total[kind] += length
-            writes |= kind != READ
-            changes |= kind >= ZERO_REQUEST
+            counts[kind] += 1
+        writes, changes = any(counts[WRITE_REQUEST:]), any(counts[ZERO_REQUEST:])
         if writes and self.read_only:
             raise self._refuse_writing()
         number = self._enter(batch[0][0] if batch else FLUSH, batch[0][1] if batch else 0, sum(total))
@@ -351,9 +350,8 @@ class Disk:
         finally:
             self._leave(number)
         statistics = self.statistics
-        for kind, _, _ in batch:
-            statistics[kind] += 1
         for kind in range(6):
+            statistics[kind] += counts[kind]
             statistics[6 + kind] += total[kind]
 
     def _possible(self, batch: Sequence[Request]) -> Sequence[Request]:

@@ -48,6 +48,8 @@ ZERO_PLAIN = ZERO | ALLOCATED
 ZERO_HOST = ZERO | ALLOCATED | OFFSET
 
 _unpack = L.U64.unpack_from
+_HOST = L.L2_OFFSET_MASK
+_COMPRESSED = L.ENTRY_COMPRESSED
 #: Tables in one batch above which numpy, whose import takes 100 ms, finds the runs.
 _MANY_TABLES = 256
 
@@ -152,7 +154,7 @@ class Mapping:
         have = self.cluster_size - within
         node = self.node
         if entry & 0x4000000000000001 == 0 and entry:
-            host = entry & L.L2_OFFSET_MASK
+            host = entry & _HOST
             if entry & self._bad or not host:
                 if host:
                     return min(have, length), DAMAGED, node.file, at
@@ -167,12 +169,12 @@ class Mapping:
             have = length
         if not entry:
             return self._same(data, at, entry, have, length, 0, NO_HOST)
-        if entry & L.ENTRY_COMPRESSED:
+        if entry & _COMPRESSED:
             return have, COMPRESSED_CLUSTER, node.file, entry
-        if entry & L.L2_OFFSET_MASK:
+        if entry & _HOST:
             if entry & self._bad:
                 return have, DAMAGED, node.file, at
-            return have, ZERO_HOST, node.data_child, (entry & L.L2_OFFSET_MASK) + within
+            return have, ZERO_HOST, node.data_child, (entry & _HOST) + within
         return self._same(data, at, entry, have, length, ZERO_PLAIN, NO_HOST)
 
     def _contiguous(
