@@ -40,7 +40,7 @@ class TestSteps:
     def test_a_write_reserves_puts_and_links(self) -> None:
         node, disk = toy()
         disk.write(100, b"x" * 10)
-        assert node.steps == ["begin", "reserve DATA", "encode 100+10", "link"]
+        assert node.steps == ["begin", "reserve DATA", "store 100+10", "link"]
         disk.write(200, b"y" * 10)
         assert len(node.steps) == 4
         disk.close()
@@ -69,7 +69,7 @@ class TestSteps:
         node, disk = toy(backing=backing)
         disk.write(UNIT + 10, b"x" * (2 * UNIT))
         assert backing.counts["read"] == 2
-        assert "encode 4096+12288" in node.steps
+        assert "store 4096+12288" in node.steps
         assert disk.read(0, 5 * UNIT) == b"b" * (UNIT + 10) + b"x" * (2 * UNIT) + b"b" * (2 * UNIT - 10)
         disk.close()
 
@@ -113,7 +113,7 @@ def _assert_unlocked(node: ToyNode) -> None:
 class TestErrors:
     """An error in a step leaves readers with what they saw, and the unit to the next writer."""
 
-    @pytest.mark.parametrize("step", ["reserve DATA", "encode 10+4", "link"])
+    @pytest.mark.parametrize("step", ["reserve DATA", "store 10+4", "link"])
     @pytest.mark.parametrize("error", [NoSpace("full"), ImageCorrupt("damaged")], ids=["no space", "corrupt"])
     def test_a_step_that_fails(self, step: str, error: Exception) -> None:
         node, disk = toy()
@@ -150,7 +150,7 @@ class TestErrors:
         assert disk.read(9, 3) == b"bxb"
         disk.close()
 
-    @pytest.mark.parametrize("step", ["reserve DATA", "encode 10+4", "link"])
+    @pytest.mark.parametrize("step", ["reserve DATA", "store 10+4", "link"])
     def test_an_interruption_poisons(self, step: str) -> None:
         node, disk = toy()
         disk.write(UNIT, b"there")
@@ -189,7 +189,7 @@ class TestErrors:
             assert go.wait(PATIENCE)
             raise error
 
-        node.before = at("encode 0+5", pause)
+        node.before = at("store 0+5", pause)
         first = Worker(disk.write, 0, b"first")
         assert reached.wait(PATIENCE)
         second = Worker(disk.write, 100, b"second")

@@ -134,9 +134,9 @@ class ToyNode(FormatNode):
         within = offset % self.allocation_unit
         view[:] = (bytes(payload) * self.allocation_unit)[within : within + len(view)]
 
-    def encode(self, reservation: Reservation, offset: int, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
-        self._step(f"encode {offset}+{sum(map(len, buffers))}")
-        return buffers
+    def store(self, child: Child, host: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._step(f"store {offset}+{sum(map(len, buffers))}")
+        super().store(child, host, offset, buffers)
 
     def flush(self) -> None:
         self._step("flush")

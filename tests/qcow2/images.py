@@ -13,8 +13,10 @@ from cowhand.block.node import BlockNode
 from cowhand.block.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.block.snapshots import apply_snapshot, create_snapshot, delete_snapshot, open_snapshot
+from cowhand.crypto import secrets
 from cowhand.drivers import REGISTRY
 
+PASSPHRASE = b"sixteen secrets."
 SNAPSHOTS = hasattr(Qcow2Node, "create_snapshot")
 
 
@@ -33,6 +35,7 @@ class Shape:
     extended: bool = False  #: extended L2 entries
     data: str = ""  #: "plain" or "raw": guest data lies in a data file
     shrinks: bool = False  #: the disk may also become smaller
+    encrypt: str = ""  #: "aes" or "luks": AES-128 in CBC mode, in the first case with :data:`PASSPHRASE` as key
 
     @property
     def snapshots(self) -> bool:
@@ -57,6 +60,7 @@ class Shape:
             + "-extended" * self.extended
             + (f"-{self.data}" if self.data else "")
             + "-shrinks" * self.shrinks
+            + (f"-{self.encrypt}" if self.encrypt else "")
         )
 
 
@@ -73,14 +77,29 @@ def create_media(shape: Shape, content: bytes = b"") -> list[MemoryNode]:
         options |= {"refcount_bits": shape.refcount_bits, "lazy_refcounts": shape.lazy, "extended_l2": shape.extended}
     if shape.data:
         options |= {"data_file": "data", "data_file_raw": shape.data == "raw", "data_file_node": media[1]}
+    if shape.encrypt:
+        options |= {"encrypt.format": shape.encrypt, "encrypt.key-secret": "s0"}
+    if shape.encrypt == "luks":
+        options |= {"encrypt.iter-time": 1, "encrypt.cipher-alg": "aes-128", "encrypt.cipher-mode": "cbc"}
     keepers = [Disk(node) for node in media]  # hold the memory while the driver opens and closes it
-    create_image(media[0], shape.size, options)
+    with secrets.given({"s0": PASSPHRASE}):
+        create_image(media[0], shape.size, options)
     if content:
-        with open_over(*media[:1], writable=True, data=media[1] if shape.data else None) as disk:
+        data = media[1] if shape.data else None
+        with open_over(media[0], writable=True, data=data, encrypted=bool(shape.encrypt)) as disk:
             disk.write(0, content)
     for keeper in keepers:
         keeper.close()
     return [node.copy() for node in media]
+
+
+def key_of(image: MemoryNode, shape: Shape) -> bytes | None:
+    """Return the key that the data of *image* is encrypted with."""
+    if shape.encrypt != "luks":
+        return PASSPHRASE if shape.encrypt else None
+    with open_over(image.copy(), encrypted=True) as disk:
+        volume = disk.root.encryption.volume  # type: ignore[attr-defined]
+    return bytes(volume.key)
 
 
 def open_over(
@@ -90,6 +109,7 @@ def open_over(
     writable: bool = False,
     cache: int = 0,
     data: BlockNode | None = None,
+    encrypted: bool = False,
 ) -> Disk:
     """Open the qcow2 image that *file* holds; *backing* lies under it, *data* is its data file; *cache* bounds the bytes of tables in memory."""
     description: dict[str, Any] = {"driver": "qcow2", "file": file, "backing": backing, "read-only": not writable}
@@ -97,7 +117,10 @@ def open_over(
         description["data-file"] = data
     if cache:
         description |= {"l2-cache-size": cache, "refcount-cache-size": cache}
-    root = Opening(REGISTRY).open(description)
+    if encrypted:
+        description["encrypt"] = {"key-secret": "s0"}
+    with secrets.given({"s0": PASSPHRASE}):
+        root = Opening(REGISTRY).open(description)
     return Disk(root, writable=writable)
 
 

@@ -65,6 +65,7 @@ class Life:
         self.base = shape.base(rng)
         start = rng.randbytes(shape.filled)
         image, *data = images.create_media(shape, start)
+        self.key = images.key_of(image, shape)
         self.recorder = RecorderNode(image, sector=sector)
         self.log = self.recorder.log
         self.data = [RecorderNode(node, sector=sector, log=self.log) for node in data]
@@ -82,7 +83,14 @@ class Life:
         return self._open_over(self.recorder, self.data, cache=self.shape.cache)
 
     def _open_over(self, file: BlockNode, data: Sequence[BlockNode], cache: int = 0) -> Disk:
-        return images.open_over(file, self._backing(), writable=True, cache=cache, data=data[0] if data else None)
+        return images.open_over(
+            file,
+            self._backing(),
+            writable=True,
+            cache=cache,
+            data=data[0] if data else None,
+            encrypted=bool(self.shape.encrypt),
+        )
 
     def _backing(self) -> BlockNode | None:
         return MemoryNode(content=self.base) if self.shape.backed else None
@@ -299,7 +307,8 @@ class Life:
             raise
 
     def _image(self, file: MemoryNode, others: Sequence[MemoryNode]) -> oracle.Image:
-        return oracle.Image(file.snapshot_bytes(), self.base, *(node.snapshot_bytes() for node in others))
+        external = (node.snapshot_bytes() for node in others)
+        return oracle.Image(file.snapshot_bytes(), self.base, *external, key=self.key)
 
     def _judge_bytes(self, state: CrashState) -> bytes:
         moment = state.moment

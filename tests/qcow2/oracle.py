@@ -1,7 +1,7 @@
 """A second, independent reader and checker of qcow2, made for small images of tests: slow, simple, and sharing no code with the driver.
 
 Source: QEMU ``docs/interop/qcow2``. It knows versions 2 and 3, snapshots, zero clusters of both kinds, deflate clusters, extended L2 entries,
-data files and backing content; nothing else.
+data files, backing content, and encryption by AES in CBC mode, whose key it is given; nothing else.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CBC
+
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
 OFFSET = 0x00FFFFFFFFFFFE00
+LUKS = 2  #: encryption method
 
 
 @dataclass(slots=True)
@@ -45,15 +50,19 @@ class Snapshot:
 
 
 class Image:
-    """The bytes of a whole qcow2 file. ``backing`` is the content that shows through; guest data lies in ``external``, if that is given."""
+    """The bytes of a whole qcow2 file. ``backing`` is the content that shows through; guest data lies in ``external``, if that is given;
+    ``key`` is that of an encrypted image."""
 
-    def __init__(self, data: bytes, backing: bytes = b"", external: bytes | None = None) -> None:
+    def __init__(
+        self, data: bytes, backing: bytes = b"", external: bytes | None = None, *, key: bytes | None = None
+    ) -> None:
+        self.key = key
         self.data = data
         self.backing = backing
         self.external = external
         fields = struct.unpack_from(">IIQIIQIIQQIIQ", data)
         assert fields[0] == 0x514649FB, "no qcow2 magic"
-        self.version, bits, self.size = fields[1], fields[4], fields[5]
+        self.version, bits, self.size, self.method = fields[1], fields[4], fields[5], fields[6]
         self.cluster = 1 << bits
         self.bits = bits
         self.l1_size, self.l1_offset, self.table_offset, self.table_clusters = fields[7:11]
@@ -148,8 +157,32 @@ class Image:
             if not offset and not entry & COPIED:
                 return None
             assert offset == guest, "a data file's cluster lies at its own guest offset"
-            return self.external[offset : offset + self.cluster].ljust(self.cluster, b"\0")
-        return self.data[offset : offset + self.cluster].ljust(self.cluster, b"\0") if offset else None
+            return self._plain(self.external[offset : offset + self.cluster], offset, guest)
+        return self._plain(self.data[offset : offset + self.cluster], offset, guest) if offset else None
+
+    def _plain(self, stored: bytes, host: int, guest: int) -> bytes:
+        """Decrypt a cluster: LUKS counts sectors in the file, the old AES on the disk."""
+        stored = stored.ljust(self.cluster, b"\0")
+        if self.key is None:
+            return stored
+        first = (host if self.method == LUKS else guest) // 512
+        plain = []
+        for number in range(self.cluster // 512):
+            vector = (first + number).to_bytes(16, "little")
+            sector = Cipher(AES(self.key), CBC(vector)).decryptor()
+            plain.append(sector.update(stored[number * 512 : number * 512 + 512]))
+        return b"".join(plain)
+
+    def _encryption_header(self) -> tuple[int, int]:
+        """Return where the LUKS header lies."""
+        at = struct.unpack_from(">I", self.data, 100)[0] if self.version >= 3 else 72
+        while True:
+            kind, length = struct.unpack_from(">II", self.data, at)
+            assert kind, "no pointer to the encryption header"
+            if kind == 0x0537BE77:
+                offset, size = struct.unpack_from(">QQ", self.data, at + 8)
+                return offset, size
+            at += 8 + -(-length // 8) * 8
 
     def _subclusters(self, entry: int, bitmap: int, guest: int) -> list[tuple[int, bytes]]:
         """Return (guest offset, content) of the subclusters that do not show the backing file."""
@@ -193,6 +226,8 @@ class Image:
                     findings.corruptions.append(f"refcount block {index} lies outside of the file")
         if self.snapshot_count:
             self._refer("snapshot table", self.snapshots_offset, self.snapshots_end - self.snapshots_offset)
+        if self.method == LUKS:
+            self._refer("encryption header", *self._encryption_header())
         self._walk("active", self.l1_offset, self.l1_size, active=True)
         for snapshot in self.snapshots:
             self._walk(f"snapshot {snapshot.name}", snapshot.l1_offset, snapshot.l1_size, active=False)

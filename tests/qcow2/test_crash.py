@@ -44,6 +44,8 @@ SHAPES = [
     (Shape(data="plain", backed=True, shrinks=True), 2),
     (Shape(cluster=4096, size=256 << 10, data="raw", shrinks=True), 2),
     (Shape(shrinks=True), 1),
+    (Shape(cluster=4096, size=256 << 10, backed=True, encrypt="luks"), 1),
+    (Shape(cluster=1024, encrypt="aes", shrinks=True), 1),
     (Shape(shrinks=True, backed=True, refcount_bits=64), 2),
 ]
 

@@ -27,7 +27,7 @@ _FILE_ONLY = ("nocow", "extent_size_hint")
 #: Protocols that can be named in the place of a format: bytes without any, which a raw image is too.
 _BARE = ("file", "host_device")
 #: Options of making an image that opening it takes as well.
-_SECRETS = ("key-secret",)
+_SECRETS = ("key-secret", "encrypt.key-secret")
 
 
 class Creator(Protocol):

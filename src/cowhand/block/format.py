@@ -25,12 +25,15 @@ from cowhand.core.extents import (
     ZERO,
     ExtentBatch,
 )
+from cowhand.core.locks import RANK_SECTOR, ranked_lock
 
 #: flags of a run whose bytes can be read where they lie, and those that forbid it
 PLAIN_RUN = DATA | OFFSET
 PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
 IN_PLACE_RUN = DATA | OFFSET | IN_PLACE
 IN_PLACE_MASK = PLAIN_MASK | IN_PLACE
+#: the same for bytes that are stored in another form than their own: what is damaged has no OFFSET
+STORED_MASK = IN_PLACE_MASK & ~ENCODED
 
 
 class FormatNode(ReservingNode):
@@ -40,10 +43,14 @@ class FormatNode(ReservingNode):
     DIRECT_READ: ClassVar[tuple[int, int]] = (PLAIN_MASK, PLAIN_RUN)
     DIRECT_WRITE: ClassVar[tuple[int, int]] = (IN_PLACE_MASK, IN_PLACE_RUN)
     copy_unit: int
+    #: Guest bytes are stored in another form than their own (see :meth:`encode`).
+    encodes: bool = False
 
     def __init__(self, options: NodeOptions) -> None:
         super().__init__(options)
         self.detects_zeroes = options.detect_zeroes != "off"
+        #: Held while encoded blocks are written in place, see :mod:`cowhand.block.encoded`.
+        self.block_lock = ranked_lock(RANK_SECTOR, "sector")
 
     # -- what a driver answers
 
@@ -59,14 +66,27 @@ class FormatNode(ReservingNode):
         """Fill *view* with the guest bytes at *offset*, which *run* says are compressed or encoded."""
         raise NotSupported(f"driver '{self.driver}' cannot decode")
 
-    @property
-    def encodes(self) -> bool:
-        """Whether guest bytes are stored in another form than their own (see :meth:`encode`)."""
-        return type(self).encode is not FormatNode.encode
+    def encode(self, host: int, offset: int, data: memoryview) -> Buffer:
+        """Return what is to be stored at *host* for the guest's *data* at *offset*, where ``encodes`` says that this differs."""
+        raise NotSupported(f"driver '{self.driver}' cannot encode")
 
-    def encode(self, reservation: Reservation, offset: int, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
-        """Return what is to be stored for guest *buffers* at *offset* (encryption); the default is themselves."""
-        return buffers
+    def store(self, child: Child, host: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write the guest's *buffers* at *offset*, whole units, to *host* of *child* as they are stored. Nobody sees the place yet."""
+        if not self.encodes:
+            child.write(host, buffers)
+            return
+        from cowhand.block import encoded
+
+        encoded.store(self, child, host, offset, buffers)
+
+    def overwrite(self, child: Child, host: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write the guest's *buffers* at *offset* in place, to *host* of *child* as they are stored."""
+        if not self.encodes:
+            child.write(host, buffers)
+            return
+        from cowhand.block import encoded
+
+        encoded.overwrite(self, child, host, offset, buffers)
 
     # -- reading
 
@@ -201,10 +221,10 @@ class FormatNode(ReservingNode):
                 return done
         while True:
             count, flags, child, host = self.map(offset, length)
-            if flags & IN_PLACE_MASK == IN_PLACE_RUN and child is not None:
+            if flags & STORED_MASK == IN_PLACE_RUN and child is not None:
                 if self.event_sink is not None:
                     self.event_sink("write_aio")
-                child.write(host, _slice(views, skip, count))
+                self.overwrite(child, host, offset, _slice(views, skip, count))
                 self.changed = True
                 return count
             reservation = self.claim(offset, length, Kind.DATA, continues=skip > 0)
@@ -243,7 +263,7 @@ class FormatNode(ReservingNode):
             if self.event_sink is not None:
                 self.event_sink("write_aio")
             start = begin if before or not head else offset
-            child.write(reservation.host + (start - reservation.offset), self.encode(reservation, start, pieces))
+            self.store(child, reservation.host + (start - reservation.offset), start, pieces)
         finally:
             for buffer in borrowed:
                 give(buffer)
@@ -255,7 +275,7 @@ class FormatNode(ReservingNode):
         if length <= 0:
             return []
         if reservation.blank or self.known_zero(offset, length):
-            if reservation.fresh:
+            if reservation.fresh and not self.encodes:
                 return []
             return [ZEROES[: min(ZEROES_SIZE, length - at)] for at in range(0, length, ZEROES_SIZE)]
         buffer = take(length)
@@ -359,8 +379,8 @@ class FormatNode(ReservingNode):
     def _write_raw_piece(self, offset: int, length: int) -> int:
         # Not through _write_piece: zero detection would come back here.
         count, flags, child, host = self.map(offset, length)
-        if flags & IN_PLACE_MASK == IN_PLACE_RUN and child is not None:
-            child.write(host, (ZEROES[:count],))
+        if flags & STORED_MASK == IN_PLACE_RUN and child is not None:
+            self.overwrite(child, host, offset, (ZEROES[:count],))
             self.changed = True
             return count
         reservation = self.claim(offset, length, Kind.DATA)

@@ -114,7 +114,7 @@ class BlockNode(ABC):
     #: Requests may wait here of the node's own accord, see :meth:`hurry`.
     delays: ClassVar[bool] = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
-    zero_when_new: ClassVar[bool] = True
+    zero_when_new: bool = True
 
     def __init__(self, options: NodeOptions) -> None:
         self.options = options

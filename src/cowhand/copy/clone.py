@@ -60,7 +60,7 @@ class Cloner:
         if len(self.source.parts) != 1:
             return False
         if isinstance(self.sink, LaneSink):
-            if self.sink.unit < BLOCK:
+            if self.sink.unit < BLOCK or self.sink.node.encodes:
                 return False
             target = _descriptor_of(self.sink.node.primary)
         else:

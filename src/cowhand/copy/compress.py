@@ -130,6 +130,8 @@ def choose_compressed(disk: Disk, *, sparse: int, reads_zero: bool, level: int |
     node = disk.root
     if not isinstance(node, FormatNode) or not hasattr(node, "codec"):
         raise NotSupported("Compression not supported for this file format", path=disk.filename)
+    if node.encodes:
+        raise NotSupported("Compression and encryption not supported at the same time", path=disk.filename)
     if level is not None and hasattr(node, "set_compression_level"):
         node.set_compression_level(level)
     return CompressedSink(disk, node, sparse=sparse, reads_zero=reads_zero, codec=node.codec)

@@ -314,6 +314,8 @@ def _check_creation(settings: Settings, creation: Creation, sources: int) -> Non
     if settings.compressed:
         if not can_compress(creation.format.load()):
             raise NotSupported("Compression not supported for this file format")
+        if any(creation.options.get(name) for name in ("encryption", "encrypt.format")):
+            raise InvalidArgument("Compression and encryption not supported at the same time")
         if creation.options.get("preallocation", "off") != "off":
             raise InvalidArgument("Compression and preallocation not supported at the same time")
 

@@ -19,10 +19,10 @@ from cowhand.copy.ahead import SpaceAhead
 from cowhand.copy.zeroes import data_parts
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 from cowhand.core.errors import IOFailed, from_os_error
-from cowhand.core.extents import COMPRESSED, DATA, ENCODED, IN_PLACE, OFFSET, ZERO
+from cowhand.core.extents import COMPRESSED, DATA, IN_PLACE, OFFSET, ZERO
 
 _IN_PLACE = DATA | OFFSET | IN_PLACE
-_IN_PLACE_MASK = DATA | OFFSET | IN_PLACE | COMPRESSED | ENCODED | ZERO
+_IN_PLACE_MASK = DATA | OFFSET | IN_PLACE | COMPRESSED | ZERO
 
 #: Positions in a piece's buffer: (begin, end) of what is to be written; the rest reads as zeroes.
 Parts = list[tuple[int, int]]
@@ -175,7 +175,7 @@ class LaneSink(Sink):
         done = 0
         try:
             for move in moves:
-                self._put(move, view)
+                self._put(move, view, offset)
             self.node.changed = True
             for move in moves:
                 done += 1
@@ -189,18 +189,19 @@ class LaneSink(Sink):
                 for hook in self.node.hooks:
                     hook(offset + move.begin, move.end - move.begin)
 
-    def _put(self, move: _Move, view: memoryview) -> None:
+    def _put(self, move: _Move, view: memoryview, offset: int) -> None:
         reservation = move.reservation
         data = [view[move.begin : move.end]]
         if reservation is not None:
             data += self._rest_of_unit(reservation, reservation.begin + move.end - move.begin)
         child = move.child
         descriptor = child.lane.lane_fd if child.lane is not None else -1
-        if descriptor < 0 or len(data) > 1:
-            child.write(move.host, data)
+        if descriptor >= 0 and len(data) == 1 and reservation is not None and reservation.fresh:
+            self.ahead.allocate(descriptor, move.host, len(data[0]), child.node.filename)
+        if descriptor < 0 or len(data) > 1 or self.node.encodes:
+            put = self.node.overwrite if reservation is None else self.node.store
+            put(child, move.host, offset + move.begin, data)
         else:
-            if reservation is not None and reservation.fresh:
-                self.ahead.allocate(descriptor, move.host, len(data[0]), child.node.filename)
             write_fully(descriptor, data[0], move.host, child.node.filename)
 
     def _rest_of_unit(self, reservation: Reservation, start: int) -> list[memoryview]:
@@ -245,10 +246,10 @@ def write_fully(descriptor: int, view: memoryview, offset: int, name: str) -> No
 def lane_of(disk: Disk) -> FormatNode | None:
     """Return the format that a copy may reserve space of by itself, or None where every write has to pass the gateway.
 
-    There is no lane where a filter or padding stands between, in write-through mode, or where the driver encodes what it stores.
+    There is no lane where a filter or padding stands between, or in write-through mode.
     """
     node = disk.root
-    if disk.write_through or not isinstance(node, FormatNode) or node.encodes:
+    if disk.write_through or not isinstance(node, FormatNode):
         return None
     if node.copy_unit != node.allocation_unit:
         # Parts of one unit would have to be reserved by one piece, which cannot wait for itself.

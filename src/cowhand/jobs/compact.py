@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block import graph
@@ -19,6 +20,7 @@ def compact(
     what: str | os.PathLike[str],
     *,
     format: str | None = None,
+    options: Mapping[str, Any] | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
@@ -26,13 +28,14 @@ def compact(
     """Compact the qcow2 image *what*, which nobody else has open, or with *dry_run* say what that would do.
 
     The guest's content and the snapshots stay as they are. Cancelled or crashed at any point the image is sound but for lost space, and calling it
-    again goes on. Raises NotSupported for other formats, ImageCorrupt for a damaged image, and what opening raises.
+    again goes on. *options* are those of opening, such as an encrypted image's ``encrypt.key-secret``. Raises NotSupported for other formats,
+    ImageCorrupt for a damaged image, and what opening raises.
     """
     from cowhand.drivers import REGISTRY
 
     opening = Opening(REGISTRY, backing=False)
     opening.for_repair = True
-    root: Any = opening.open(what, format=format, options={"read-only": dry_run})
+    root: Any = opening.open(what, format=format, options={"read-only": dry_run, **(options or {})})
     try:
         disk = Disk(root, writable=not dry_run)
     except BaseException:

@@ -66,7 +66,7 @@ class LuksNode(BlockNode):
     driver: ClassVar[str] = "luks"
     options_class: ClassVar[type[NodeOptions]] = LuksOptions
     is_format: ClassVar[bool] = True
-    zero_when_new: ClassVar[bool] = False
+    zero_when_new = False
     create_options: ClassVar[tuple[CreateOption, ...]] = (
         CreateOption("size", "size", help="Virtual disk size"),
         CreateOption("key-secret", "str", help="ID of the secret that provides the keyslot passphrase"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block import graph
 from cowhand.block.createoptions import CreateOption
-from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2 import encrypting, layout as L
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS
 from cowhand.core import diagnostics
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported, UnsupportedFeature
@@ -42,8 +42,16 @@ AMEND_OPTIONS = (
 )
 
 
-def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, int], None] | None = None) -> None:
+def amend(
+    node: Qcow2Node,
+    options: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    force: bool = False,
+) -> None:
     """Change *node*, which nothing else uses, to what *options* say (names and values of :data:`AMEND_OPTIONS`).
+
+    *force* lets the last key slot of an encrypted image be erased.
 
     *progress* is called with (done, all). Raises InvalidArgument and NotSupported, in QEMU's words, before anything is changed, but for a
     downgrade, which a look at all tables may refuse after the other options are in effect.
@@ -65,6 +73,8 @@ def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, 
         node.settle()
         if version > header.version:
             _rewrite(node, lambda: _upgrade(node))
+        if encrypting.amends(options):
+            encrypting.amend(node, options, force=force)
         if lazy is not None and lazy != bool(header.compatible & L.COMPAT_LAZY_REFCOUNTS):
             _set_lazy(node, lazy)
         if node.external:
@@ -83,8 +93,8 @@ def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, 
 
 def _refuse(node: Qcow2Node, options: Mapping[str, Any], version: int) -> None:
     header = node.header
-    if any(name.startswith("encrypt.") for name in options):
-        raise NotSupported("Can't amend encryption options - encryption not present", path=node.filename)
+    if encrypting.amends(options):
+        encrypting.refuse_amending(node)
     bits = options.get("refcount_bits")
     if bits is not None:
         if bits < 1 or bits & (bits - 1) or bits > 64:

@@ -67,6 +67,7 @@ class Compactor:
         self._progress = progress or Progress()
         self._cancel = cancel or CancelToken()
         self._round = max(1, round_bytes // self.size)
+        self._tables: set[int] = set()  #: clusters that hold L2 tables when the plan is made
 
     def run(self, *, dry_run: bool = False) -> Compaction:
         """Compact, or with *dry_run* only say what would be moved. Raises ImageCorrupt for an image that is not sound, Cancelled, IOFailed."""
@@ -78,6 +79,8 @@ class Compactor:
             moved = len(plan.sources) * self.size
             if dry_run:
                 return Compaction(before, min(before, plan.end * self.size), moved, leaked)
+            if moved and node.encryption is not None:
+                node.encryption.unlock()  # asks for the secret before anything is changed
             self._progress.total = moved
             for begin in range(0, len(plan.sources), self._round):
                 self._cancel.check()
@@ -167,6 +170,7 @@ class Compactor:
             taken[begin:end] = used[begin:end] if index < len(table) and table[index] else True
         movable = numpy.zeros(self.clusters, dtype="?")
         for host, words in self._l2_tables():
+            self._tables.add(host >> self.bits)
             movable[host >> self.bits] = True
             movable[self._hosts(words)] = True
         movable[0] = False
@@ -231,8 +235,20 @@ class Compactor:
                 self._cancel.check()
                 buffer = bytearray(min(limit, stop - first) * self.size)
                 file.read_into(int(sources[first]) * self.size, buffer)
+                self._reencrypt(int(sources[first]), int(targets[first]), buffer)
                 self.node.write_metadata(int(targets[first]) * self.size, buffer)
                 self._progress.advance(len(buffer))
+
+    def _reencrypt(self, source: int, target: int, buffer: bytearray) -> None:
+        """Have those clusters of *buffer* that hold encrypted data mean at *target* what they meant at *source*."""
+        encryption = self.node.encryption
+        if encryption is None:
+            return
+        for index in range(len(buffer) // self.size):
+            if source + index not in self._tables:
+                data = buffer[index * self.size : (index + 1) * self.size]
+                encryption.moved((source + index) * self.size, (target + index) * self.size, data)
+                buffer[index * self.size : (index + 1) * self.size] = data
 
     def _switch_entries(self, moved: Any) -> None:
         """Name the new places of data in the L2 tables: in the new copy of a table that moves, which nobody names yet, or in place."""

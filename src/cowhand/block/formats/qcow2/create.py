@@ -10,7 +10,7 @@ from cowhand.block.createoptions import CreateOption
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.counts import Counts
 from cowhand.block.formats.qcow2.header import Header
-from cowhand.core.errors import InvalidArgument, NotSupported
+from cowhand.core.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -88,9 +88,6 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
                 "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
             )
         header.compatible |= L.COMPAT_LAZY_REFCOUNTS
-    for name in ("encryption", "encrypt.format", "encrypt.key-secret"):
-        if options.get(name):
-            raise NotSupported(f"qcow2 option '{name}' is not supported yet")
     if options.get("extended_l2"):
         if version < 3:
             raise InvalidArgument(
@@ -121,6 +118,11 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
 
 def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
     """Make the open, writable protocol node *file* a qcow2 image of *size* bytes; *options* are CREATE_OPTIONS by name, converted."""
+    encryption = None
+    if any(value for name, value in options.items() if name.startswith("encrypt")):
+        from cowhand.block.formats.qcow2 import encrypting
+
+        encryption = encrypting.plan(options)
     header = plan_header(size, options)
     preallocation = options.get("preallocation", "off")
     if preallocation not in ("off", "metadata", "falloc", "full"):
@@ -146,6 +148,8 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
         file.resize(0, shrink=True)
         _write_empty(file, header)
         _grow(node, size, header, preallocation)
+        if encryption is not None:
+            encrypting.make(node, encryption)
     finally:
         try:
             node.close()

@@ -168,14 +168,6 @@ class Qcow2Node(MetadataNode):
                 f"clusters of {header.cluster_size} bytes are too small for subclusters",
                 qemu=f"unsupported subcluster size: {header.cluster_size >> 5}", path=path, offset=20,
             )  # fmt: skip
-        if header.crypt_method:
-            name = "AES" if header.crypt_method == L.CRYPT_AES else "LUKS"
-            if self.writable:
-                raise UnsupportedFeature(
-                    f"the image is encrypted ({name}), which this version reads but does not write",
-                    path=path,
-                    offset=32,
-                )
         if bool(header.incompatible & L.INCOMPAT_COMPRESSION) != (header.compression_type != L.COMPRESSION_DEFLATE):
             raise InvalidFormat(
                 "the compression type and its incompatible feature bit contradict each other",
@@ -309,11 +301,11 @@ class Qcow2Node(MetadataNode):
     def amend(
         self, options: Mapping_[str, Any], progress: Callable[[int, int], None] | None = None, *, force: bool = False
     ) -> None:
-        """Change the image in place (nothing of it needs *force*); see :func:`cowhand.block.formats.qcow2.amend.amend`."""
+        """Change the image in place; see :func:`cowhand.block.formats.qcow2.amend.amend`."""
         from cowhand.block.formats.qcow2.amend import amend
 
         with self.operation:
-            amend(self, options, progress)
+            amend(self, options, progress, force=force)
 
     def flush_counts(self) -> None:
         """Write the reference counts alone; takes the locks."""
@@ -323,10 +315,14 @@ class Qcow2Node(MetadataNode):
     # -- reading
 
     def be_encrypted(self, encryption: Encryption | None) -> None:
-        """Read data clusters through *encryption* from now on."""
+        """Read and write data clusters through *encryption* from now on."""
         self.encryption = encryption
         if encryption is not None:
+            self.encodes = True
             self.map = encryption.run  # type: ignore[method-assign]
+            self.encode = encryption.encode  # type: ignore[method-assign]
+            # Clusters that have a place without ever having been written hold what zeroes decrypt to.
+            self.zero_when_new = not any(self.mapping.l1.data)
 
     def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
         return self.mapping.run(offset, length)

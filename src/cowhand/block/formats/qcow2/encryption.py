@@ -1,4 +1,4 @@
-"""Reading encrypted qcow2 images (QEMU ``docs/interop/qcow2``, "Full disk encryption header pointer" and "Data encryption").
+"""Encrypted qcow2 images: their data read and written (QEMU ``docs/interop/qcow2``, "Full disk encryption header pointer" and "Data encryption").
 
 LUKS counts sectors by where they lie in the file, the old AES by where the guest has them. Compressed clusters and metadata are not encrypted.
 """
@@ -11,38 +11,63 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.core.errors import InvalidArgument, InvalidFormat
-from cowhand.core.extents import DATA, ENCODED, IN_PLACE, NO_HOST, OFFSET, RECURSE, ZERO, ExtentBatch
+from cowhand.core.extents import DATA, ENCODED, NO_HOST, OFFSET, RECURSE, ZERO, ExtentBatch
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.header import Header
     from cowhand.block.node import Child
-    from cowhand.crypto.luks import Header
+    from cowhand.core.buffers import Buffer
+    from cowhand.crypto.luks import Header as LuksHeader
     from cowhand.crypto.sectors import SectorCipher
+    from cowhand.crypto.volume import Volume
 
 _SECTOR = 512
 _EXTENSION_BYTES = 16
+#: Ours: header and key material of LUKS version 1 take 2 MiB at most.
+MAX_HEADER_BYTES = 4 << 20
 _NAMES = {L.CRYPT_AES: "aes", L.CRYPT_LUKS: "luks"}
 _AES_KEY_BYTES = 16  #: QEMU: longer passphrases are cut, shorter ones padded with zeroes
 _PLACED = DATA | OFFSET
 
 
-class _Store:
-    """The LUKS header inside the image's file, for reading."""
+class HeaderStore:
+    """The LUKS header inside *node*'s file, ``[at, at + length)``."""
 
-    def __init__(self, file: Child, at: int) -> None:
-        self._file = file
+    def __init__(self, node: Qcow2Node, at: int, length: int) -> None:
+        self._node = node
         self._at = at
+        self._length = length
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset + length > self._length:
+            raise InvalidFormat(
+                f"key material at {offset} lies behind the encryption header's {self._length} bytes",
+                qemu="Request for data outside of extension header", path=self._node.filename, offset=self._at + offset,
+            )  # fmt: skip
 
     def read(self, offset: int, length: int) -> bytes:
+        self._check(offset, length)
         data = bytearray(length)
-        self._file.read_into(self._at + offset, data)
+        self._node.file.read_into(self._at + offset, data)
         return bytes(data)
 
     def write(self, offset: int, data: bytes) -> None:
-        raise AssertionError("an encrypted qcow2 image is only read")
+        self._check(offset, len(data))
+        self._node.write_metadata(self._at + offset, data)
 
     def flush(self) -> None:
-        """Nothing was written."""
+        self._node.flush_file()
+
+
+def header_region(header: Header) -> tuple[int, int]:
+    """Return (offset, length) of the LUKS header as *header*'s extension says, (0, 0) where it has none or says what cannot be."""
+    data = header.find(L.EXT_CRYPTO)
+    if data is None or header.crypt_method != L.CRYPT_LUKS or len(data) != _EXTENSION_BYTES:
+        return 0, 0
+    at, length = L.U64.unpack_from(data)[0], L.U64.unpack_from(data, 8)[0]
+    possible = at and at < L.MAX_HOST_OFFSET and not at % header.cluster_size and length <= MAX_HEADER_BYTES
+    return (at, length) if possible else (0, 0)
 
 
 class Encryption:
@@ -51,8 +76,9 @@ class Encryption:
     def __init__(self, node: Qcow2Node, given: Mapping[str, Any]) -> None:
         self._node = node
         self.format = _NAMES[node.header.crypt_method]
-        self.luks: Header | None = None
-        self._at = 0
+        self.luks: LuksHeader | None = None
+        self._at = self._length = 0
+        self.volume: Volume | None = None
         self._secret: str | None = given.get("key-secret")
         self._cipher: SectorCipher | None = None
         asked = given.get("format")
@@ -81,12 +107,18 @@ class Encryption:
                 f"Encryption header offset '{self._at}' is not a multiple of cluster size '{node.cluster_size}'", path=path,
                 offset=node.header.header_length,
             )  # fmt: skip
-        if length < luks.HEADER_BYTES:
+        if not luks.HEADER_BYTES <= length <= MAX_HEADER_BYTES:
             raise InvalidFormat(
-                f"an encryption header of {length} bytes is too short for LUKS", path=path, offset=self._at
+                f"an encryption header of LUKS has {luks.HEADER_BYTES} to {MAX_HEADER_BYTES} bytes, not {length}",
+                path=path,
+                offset=self._at,
             )
-        store = _Store(node.file, self._at)
-        self.luks = luks.parse(store.read(0, luks.HEADER_BYTES), path, at=self._at)
+        self._length = length
+        self.luks = luks.parse(self.header_store().read(0, luks.HEADER_BYTES), path, at=self._at)
+
+    def header_store(self) -> HeaderStore:
+        """Return where LUKS's header and key material are."""
+        return HeaderStore(self._node, self._at, self._length)
 
     def unlock(self) -> SectorCipher:
         """Return the cipher of the data, made from the secret when it is first asked for. Raises InvalidArgument, AccessDenied."""
@@ -106,8 +138,8 @@ class Encryption:
             key = passphrase[:_AES_KEY_BYTES].ljust(_AES_KEY_BYTES, b"\0")
             self._cipher = SectorCipher("aes-128", "cbc", "plain64", key)
         else:
-            store = _Store(self._node.file, self._at)
-            self._cipher = unlock(self.luks, store, passphrase, self._node.filename).cipher
+            self.volume = unlock(self.luks, self.header_store(), passphrase, self._node.filename)
+            self._cipher = self.volume.cipher
         return self._cipher
 
     def of(self, node: Qcow2Node) -> Encryption:
@@ -121,7 +153,7 @@ class Encryption:
         """Return the mapping's run, its data marked as encoded."""
         count, flags, child, host = self._node.mapping.run(offset, length)
         if flags & (_PLACED | ZERO) == _PLACED:
-            flags = flags & ~IN_PLACE | ENCODED
+            flags |= ENCODED
         return count, flags, child, host
 
     def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
@@ -136,6 +168,17 @@ class Encryption:
         cipher.decrypt_into((host if self.luks is not None else offset) // _SECTOR, whole)
         if whole is not view:
             view[:] = whole[begin : begin + len(view)]
+
+    def encode(self, host: int, offset: int, data: memoryview) -> Buffer:
+        """Return the ciphertext of *data*, whole sectors of the guest's *offset*, which is to lie at *host*."""
+        return self.unlock().encrypt((host if self.luks is not None else offset) // _SECTOR, data)
+
+    def moved(self, host: int, target: int, data: bytearray) -> None:
+        """Change *data*, ciphertext that lies at *host*, into what means the same at *target*."""
+        if self.luks is not None:
+            cipher = self.unlock()
+            cipher.decrypt_into(host // _SECTOR, memoryview(data))
+            data[:] = cipher.encrypt(target // _SECTOR, data)
 
     def describe(self) -> dict[str, Any]:
         """Return what ``info`` tells, keys as in QEMU's JSON."""

@@ -40,8 +40,16 @@ def measure(
         data = virtual if options.get("backing_file") is not None else data_in_units(cluster)
     if preallocation in ("falloc", "full"):
         data = virtual
-    full = fully_allocated(virtual, cluster, order, entry)
+    full = fully_allocated(virtual, cluster, order, entry) + _encryption_header(options, cluster)
     return full - virtual + data, full, cluster
+
+
+def _encryption_header(options: Mapping[str, Any], cluster: int) -> int:
+    if options.get("encrypt.format") != "luks":
+        return 0
+    from cowhand.block.formats.qcow2.encrypting import header_length
+
+    return _round_up(header_length(options), cluster)
 
 
 def geometry(options: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -39,6 +39,7 @@ SNAPSHOT_TABLE, INACTIVE_L1, INACTIVE_L2, ACTIVE_L2 = (
     "active L2 table",
 )
 BITMAP_DIRECTORY = "bitmap directory"
+ENCRYPTION_HEADER = "encryption header"
 _OF_SNAPSHOTS = (INACTIVE_L1, INACTIVE_L2)
 
 
@@ -249,6 +250,10 @@ def regions(node: Qcow2Node) -> Iterator[Region]:
         yield Region(SNAPSHOT_TABLE, _span(node, header.snapshots_offset, node.snapshot_table_bytes))
     if node.snapshots:
         yield from _snapshots(node)
+    if header.crypt_method:
+        from cowhand.block.formats.qcow2.encryption import header_region
+
+        yield Region(ENCRYPTION_HEADER, _span(node, *header_region(header)))
     directory = node.bitmap_directory
     if directory.readable:
         yield Region(BITMAP_DIRECTORY, _span(node, directory.offset, directory.size))

@@ -39,21 +39,29 @@ def expand_zeroes(
         for number, host in enumerate(todo):
             if progress is not None:
                 progress(number, len(todo))
-            _Table(node, host, active=tables[host]).expand()
+            _Table(node, host, *tables[host]).expand()
         node.write_back.run(locked=True)
 
 
-def _tables(node: Qcow2Node) -> dict[int, bool]:
-    """Return {host offset: whether it is an active one} of all L2 tables."""
+def _tables(node: Qcow2Node) -> dict[int, tuple[bool, int]]:
+    """Return {host offset: (whether it is an active one, its number in the L1 table)} of all L2 tables."""
     l1 = bytes(node.mapping.l1.data[: node.header.l1_size * L.ENTRY_SIZE])
-    found = dict.fromkeys(l2_tables(node, l1), True)
+    numbers = _numbers(l1)
+    found = {host: (True, numbers[host]) for host in l2_tables(node, l1)}
     seen: set[tuple[int, int]] = set()
     for snapshot in node.snapshots:
         if (snapshot.l1_offset, snapshot.l1_size) not in seen:
             seen.add((snapshot.l1_offset, snapshot.l1_size))
-            for host in l2_tables(node, read_l1(node, snapshot)):
-                found.setdefault(host, False)
+            l1 = read_l1(node, snapshot)
+            numbers = _numbers(l1)
+            for host in l2_tables(node, l1):
+                found.setdefault(host, (False, numbers[host]))
     return found
+
+
+def _numbers(l1: bytes) -> dict[int, int]:
+    """Return {host offset of an L2 table: its number in the L1 table}, with what a damaged table also names."""
+    return {entry & L.L1_OFFSET_MASK: number for number, entry in enumerate(words_of(l1)) if entry & L.L1_OFFSET_MASK}
 
 
 def _has_zero(node: Qcow2Node, host: int, refuse_compressed: bool) -> bool:
@@ -79,9 +87,10 @@ def _has_zero(node: Qcow2Node, host: int, refuse_compressed: bool) -> bool:
 class _Table:
     """One L2 table on its way."""
 
-    def __init__(self, node: Qcow2Node, host: int, *, active: bool) -> None:
+    def __init__(self, node: Qcow2Node, host: int, active: bool, number: int) -> None:
         self.node = node
         self.host = host
+        self.guest = number << node.mapping.table_shift  #: what its first entry maps
         self.words = words_of(read_table(node, host))
         #: So many L1 tables name it, and what it alone names has as many references.
         self.references = max(1, node.refcounts.get(host // node.cluster_size))
@@ -113,7 +122,7 @@ class _Table:
             self._left.append(offset // size)
             return self._new(position, 1) if node.backing is not None else self._clear(position, 1)
         node.check_overlap(offset, size)
-        self._write_zeroes(offset, 1)
+        self._write_zeroes(offset, position, 1)
         self.words[position] = offset | self.copied
         return 1
 
@@ -136,12 +145,15 @@ class _Table:
         first = node.allocator.take(count)
         if self.references > 1:
             node.refcounts.change(first, count, self.references - 1)
-        self._write_zeroes(first * size, count)
+        self._write_zeroes(first * size, position, count)
         for at in range(count):
             self.words[position + at] = (first + at) * size | self.copied
         return count
 
-    def _write_zeroes(self, offset: int, clusters: int) -> None:
-        end = offset + clusters * self.node.cluster_size
+    def _write_zeroes(self, offset: int, number: int, clusters: int) -> None:
+        node = self.node
+        end = offset + clusters * node.cluster_size
+        guest = self.guest + number * node.cluster_size
         for position in range(offset, end, ZEROES_SIZE):
-            self.node.data_child.write(position, (ZEROES[: min(ZEROES_SIZE, end - position)],))
+            piece = ZEROES[: min(ZEROES_SIZE, end - position)]
+            node.store(node.data_child, position, guest + position - offset, (piece,))
