@@ -22,6 +22,7 @@ COMMANDS = {
     "info": "tell what an image is, and what it stands on",
     "map": "show where the data of a disk lies",
     "check": "look for damage and lost space in an image, and repair it",
+    "du": "show what an image uses its file for",
     "inspect": "look inside an image, and judge one from a stranger",
     "convert": "copy a disk into a new image, of another format if you like",
     "compare": "tell whether two disks hold the same bytes",
