@@ -44,6 +44,9 @@ class FilterNode(BlockNode):
             writable=self.writable, discard=lower.capabilities.discard and self.options.discard != "ignore"
         )
 
+    def refit(self) -> None:
+        self.start()
+
     @property
     def below(self) -> Child:
         """The edge to the child."""

@@ -52,6 +52,10 @@ class FormatNode(ReservingNode):
         #: Held while encoded blocks are written in place, see :mod:`cowhand.block.encoded`.
         self.block_lock = ranked_lock(RANK_SECTOR, "sector")
 
+    def refit(self) -> None:
+        super().refit()
+        self.detects_zeroes = self.options.detect_zeroes != "off"
+
     # -- what a driver answers
 
     @abstractmethod

@@ -103,6 +103,32 @@ class Role(IntEnum):
 Hook: TypeAlias = Callable[[int, int], None]
 
 
+class Reopening:
+    """One node's part of a reopen (:mod:`cowhand.block.reopen`): made by preparing, committed, perhaps undone, and always finished.
+
+    Only preparing and :meth:`activate` may raise. Subclasses take what they need when they are made and give it back in :meth:`finish`.
+    """
+
+    def __init__(self, node: BlockNode, options: NodeOptions, writable: bool) -> None:
+        self.node = node
+        self._before = node.options, node.writable
+        self._after = options, writable
+
+    def commit(self) -> None:
+        """Make the node what it is to be; its limits and capabilities are worked out afterwards (:meth:`BlockNode.refit`)."""
+        self.node.options, self.node.writable = self._after
+
+    def undo(self) -> None:
+        """Take :meth:`commit` back."""
+        self.node.options, self.node.writable = self._before
+
+    def activate(self) -> None:
+        """Do what the new state demands at once, over children that have theirs. May raise; everything is undone then."""
+
+    def finish(self) -> None:
+        """Give back what is not needed any more, after a commit, an undoing, or neither."""
+
+
 class BlockNode(ABC):
     """One layer. Subclasses name what they can do; everything else refuses."""
 
@@ -111,6 +137,8 @@ class BlockNode(ABC):
     is_filter: ClassVar[bool] = False
     is_format: ClassVar[bool] = False
     supports_backing: ClassVar[bool] = False
+    #: Names of the driver's own options that :meth:`prepare_reopen` can change; the common ones always can.
+    changeable: ClassVar[frozenset[str]] = frozenset()
     #: Requests may wait here of the node's own accord, see :meth:`hurry`.
     delays: ClassVar[bool] = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
@@ -300,6 +328,14 @@ class BlockNode(ABC):
         raise unsupported(self.driver)
 
     # -- life
+
+    def prepare_reopen(self, options: NodeOptions, writable: bool) -> Reopening:
+        """Get ready to have other *options* and to be *writable* or not. Raises where that cannot be; then nothing has changed."""
+        return Reopening(self, options, writable)
+
+    def refit(self) -> None:
+        """Work out limits and capabilities anew, from ``options``, ``writable`` and the children."""
+        self.capabilities = self.capabilities._replace(writable=self.writable)
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         """Change the size; new bytes read as zeroes. Cutting data off needs *shrink*."""

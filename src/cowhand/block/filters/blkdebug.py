@@ -134,6 +134,10 @@ class BlkDebugNode(PassingFilter):
         self._take = _permissions(given.pop("take-child-perms", None), "take-child-perms")
         self._unshare = _permissions(given.pop("unshare-child-perms", None), "unshare-child-perms")
 
+    def refit(self) -> None:
+        self._set_limits()
+        graph.bind(self.below)
+
     def _set_limits(self) -> None:
         options = self.options
         below = self.below.node

@@ -81,6 +81,10 @@ class BlkLogWritesNode(FilterNode):
             raise InvalidArgument(f"Invalid log superblock update interval {options.log_super_update_interval}")
         self.limits = self.limits._replace(request_alignment=max(self.sector_size, self.limits.request_alignment))
 
+    def refit(self) -> None:
+        self.start()
+        self.limits = self.limits._replace(request_alignment=max(self.sector_size, self.limits.request_alignment))
+
     def _find_end(self) -> None:
         """Read the super block and step over the entries that it counts. Raises InvalidFormat."""
         path, size = self.log.node.filename, self.log.node.size

@@ -35,6 +35,7 @@ class PreallocateNode(PassingFilter):
 
     driver: ClassVar[str] = "preallocate"
     options_class: ClassVar[type[NodeOptions]] = PreallocateOptions
+    changeable: ClassVar[frozenset[str]] = frozenset(("prealloc-align", "prealloc-size"))
     options: PreallocateOptions
 
     def __init__(self, options: NodeOptions) -> None:

@@ -82,6 +82,9 @@ class QuorumNode(BlockNode):
             if options.rewrite_corrupted:
                 raise InvalidArgument("rewrite-corrupted=on cannot be used with blkverify=on")
 
+    def refit(self) -> None:
+        self.start()
+
     def start(self) -> None:
         """Take over what all children can do. Raises IOFailed where their sizes differ."""
         nodes = [child.node for child in self.voters]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block import throttlegroups
 from cowhand.block.filter import PassingFilter
-from cowhand.block.node import READ, ZERO_REQUEST, Request
+from cowhand.block.node import READ, ZERO_REQUEST, Reopening, Request
 from cowhand.block.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import InvalidArgument
@@ -26,12 +26,43 @@ class ThrottleOptions(NodeOptions):
     throttle_group: str | None = option(help="name of the throttle group whose limits count")
 
 
+class _Regrouping(Reopening):
+    """Puts the node into another group, whose members it joins before it leaves those of the old one."""
+
+    node: ThrottleNode
+
+    def __init__(self, node: ThrottleNode, options: NodeOptions, writable: bool) -> None:
+        assert isinstance(options, ThrottleOptions)
+        assert options.throttle_group is not None
+        super().__init__(node, options, writable)
+        self._other = throttlegroups.find(options.throttle_group).join()
+
+    def _exchange(self) -> None:
+        node, mine = self.node, self.node.member
+        assert mine is not None
+        for _ in range(mine.hurried):
+            self._other.group.hurry(self._other, True)
+        node.member, self._other = self._other, mine
+
+    def commit(self) -> None:
+        super().commit()
+        self._exchange()
+
+    def undo(self) -> None:
+        super().undo()
+        self._exchange()
+
+    def finish(self) -> None:
+        self._other.group.leave(self._other)
+
+
 class ThrottleNode(PassingFilter):
     """Holds requests back. While the graph is quiesced they pass at once, since whoever waits for their end would wait for the limit."""
 
     driver: ClassVar[str] = "throttle"
     options_class: ClassVar[type[NodeOptions]] = ThrottleOptions
     delays: ClassVar[bool] = True
+    changeable: ClassVar[frozenset[str]] = frozenset(("throttle-group",))
     options: ThrottleOptions
     member: Member | None = None
 
@@ -52,6 +83,9 @@ class ThrottleNode(PassingFilter):
         member, self.member = self.member, None
         if member is not None:
             member.group.leave(member)
+
+    def prepare_reopen(self, options: NodeOptions, writable: bool) -> Reopening:
+        return _Regrouping(self, options, writable)
 
     def hurry(self, on: bool) -> None:
         if self.member is not None:

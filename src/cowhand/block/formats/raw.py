@@ -108,6 +108,8 @@ class RawNode(BlockNode):
         if size is not None and size > below - offset:
             raise InvalidArgument(
                 f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the actual size of the containing file ({below})",
+                qemu=f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the "
+                f" actual size of the containing file ({below})",
                 path=lower.filename,
             )
         self.offset = offset
@@ -120,6 +122,11 @@ class RawNode(BlockNode):
         )
         if not offset:
             self.lane_fd = lower.lane_fd if self.file.lane is not None else -1
+
+    changeable: ClassVar[frozenset[str]] = frozenset(("offset", "size"))
+
+    def refit(self) -> None:
+        self.start()
 
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
         # Without a format's metadata there is nothing to protect but what the users themselves protect.

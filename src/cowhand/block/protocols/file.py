@@ -13,7 +13,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.node import ALL_PERMISSIONS, Capabilities, Limits, Run, Zeroing
+from cowhand.block.node import ALL_PERMISSIONS, Capabilities, Limits, Reopening, Run, Zeroing
 from cowhand.block.options import NodeOptions, option
 from cowhand.block.protocols import file_syscalls
 from cowhand.block.protocols.file_data import DescriptorNode
@@ -38,6 +38,34 @@ class FileOptions(NodeOptions):
     locking: str = option("auto", choices=("auto", "on", "off"), help="image locks", strong=False)
     drop_cache: bool = option(True, kind="bool", help="accepted; for migration", strong=False)
     x_check_cache_dropped: bool = option(False, kind="bool", help="accepted; for migration tests", strong=False)
+
+
+class _Exchange(Reopening):
+    """Puts another descriptor in the place of the node's, where the mode or direct I/O changes; its number and the image locks stay."""
+
+    node: FileNode
+
+    def __init__(self, node: FileNode, options: FileOptions, writable: bool) -> None:
+        super().__init__(node, options, writable)
+        self._fresh = self._old = -1
+        if (writable, options.cache_direct) != (node.writable, node.direct):
+            self._fresh = node.same_file(writable, options.cache_direct)
+            self._old = os.dup(node.fd)
+
+    def commit(self) -> None:
+        super().commit()
+        if self._fresh >= 0:
+            os.dup2(self._fresh, self.node.fd, inheritable=False)
+
+    def undo(self) -> None:
+        super().undo()
+        if self._old >= 0:
+            os.dup2(self._old, self.node.fd, inheritable=False)
+
+    def finish(self) -> None:
+        for fd in (self._fresh, self._old):
+            if fd >= 0:
+                os.close(fd)
 
 
 class FileNode(DescriptorNode):
@@ -71,6 +99,18 @@ class FileNode(DescriptorNode):
             raise
         return node
 
+    changeable: ClassVar[frozenset[str]] = frozenset(("drop-cache", "x-check-cache-dropped"))
+
+    def prepare_reopen(self, options: NodeOptions, writable: bool) -> Reopening:
+        assert isinstance(options, FileOptions)
+        if options.aio == "native" and not options.cache_direct:
+            raise InvalidArgument("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+        return _Exchange(self, options, writable)
+
+    def refit(self) -> None:
+        self.direct = self.options.cache_direct
+        self._measure()
+
     @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
         return {"filename": filename.removeprefix(cls.driver + ":")}
@@ -97,6 +137,20 @@ class FileNode(DescriptorNode):
                 self.fd = self._open_descriptor(False)
         self._take_holder()
         self._measure()
+
+    def same_file(self, writable: bool, direct: bool) -> int:
+        """Return another descriptor of the file that is open. Raises as opening does, and IOFailed when the path now names another file."""
+        before, self.direct, path = self.direct, direct, self.path
+        if file_syscalls.LINUX and not os.path.lexists(path) and not os.fstat(self.fd).st_nlink:
+            self.path = f"/proc/self/fd/{self.fd}"  # it has no name any more (a temporary overlay)
+        try:
+            fd = self._open_descriptor(writable)
+        finally:
+            self.direct, self.path = before, path
+        if not os.path.sameopenfile(fd, self.fd):
+            os.close(fd)
+            raise IOFailed("the file was replaced by another one", path=self.path, errno=errno.ESTALE)
+        return fd
 
     def _open_descriptor(self, writable: bool) -> int:
         # O_NONBLOCK: opening a fifo, which is refused below, must not wait for its other end.
@@ -175,10 +229,8 @@ class FileNode(DescriptorNode):
         """
         if writable == self.writable:
             return
-        fd = self._open_descriptor(writable)
+        fd = self.same_file(writable, self.direct)
         try:
-            if not os.path.sameopenfile(fd, self.fd):
-                raise IOFailed("the file was replaced by another one", path=self.path, errno=errno.ESTALE)
             os.dup2(fd, self.fd, inheritable=False)
         finally:
             os.close(fd)

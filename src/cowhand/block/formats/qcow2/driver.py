@@ -16,7 +16,7 @@ from cowhand.block.formats.qcow2.metadata import MetadataNode
 from cowhand.block.formats.qcow2.options import Qcow2Options, check_options
 from cowhand.block.formats.qcow2.refcounts import Refcounts
 from cowhand.block.formats.qcow2.writeback import WriteBack
-from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
+from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Reopening, Role, Zeroing
 from cowhand.block.options import NodeOptions
 from cowhand.block.reserving import Kind, Reservation, Unprepared
 from cowhand.core import diagnostics
@@ -41,6 +41,9 @@ class Qcow2Node(MetadataNode):
     driver: ClassVar[str] = "qcow2"
     options_class: ClassVar[type[NodeOptions]] = Qcow2Options
     supports_backing: ClassVar[bool] = True
+    changeable: ClassVar[frozenset[str]] = frozenset(Qcow2Options.declared_options) - frozenset(
+        NodeOptions.declared_options
+    )
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
 
     refcounts: Refcounts
@@ -123,7 +126,7 @@ class Qcow2Node(MetadataNode):
             first = bytearray(min(1 << bits, self.file.node.size))
             self.file.read_into(0, first)
         self.header = header = headers.parse(bytes(first), path, for_repair=for_repair)
-        self._refuse_unsupported(for_repair=for_repair)
+        self.refuse_unsupported(for_repair=for_repair)
         self.cluster_size = self.allocation_unit = self.copy_unit = header.cluster_size
         unit = header.cluster_size
         self.limits = Limits(preferred_io=max(1 << 20, unit), zero_alignment=unit, discard_alignment=unit)
@@ -144,12 +147,8 @@ class Qcow2Node(MetadataNode):
             self.limits = self.limits._replace(zero_alignment=self.copy_unit)
         self.mapping = self._mapping_class()(self, self._read_table(header.l1_offset, header.l1_size * 8))
         self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
-        options = self.options
-        check_options(options, header, 16 if self.extended else 8)
-        if options.l2_cache_size is not None or options.cache_size is not None:
-            self.mapping.cache.limit = options.l2_cache_size or options.cache_size or self.mapping.cache.limit
-        if options.refcount_cache_size is not None:
-            self.refcounts.cache.limit = options.refcount_cache_size
+        check_options(self.options, header, 16 if self.extended else 8)
+        self.set_cache_limits()
         self.allocator = Allocator(self)
         self.write_back = WriteBack(self)
         self.snapshots, self.snapshot_table_bytes = read_snapshots(self, for_repair=for_repair)
@@ -159,7 +158,8 @@ class Qcow2Node(MetadataNode):
         if header.incompatible & L.INCOMPAT_DIRTY and self.writable and not for_repair:
             self._repair_dirty()
 
-    def _refuse_unsupported(self, *, for_repair: bool) -> None:
+    def refuse_unsupported(self, *, for_repair: bool) -> None:
+        """Raise UnsupportedFeature, InvalidFormat or ImageCorrupt where the header says what cannot be read, or written while it is writable."""
         header, path = self.header, self.filename
         if header.incompatible & ~sum(1 << bit for kind, bit, _ in L.FEATURE_NAMES if kind == 0):
             headers.check_features(header, path)
@@ -184,6 +184,25 @@ class Qcow2Node(MetadataNode):
                 "the image is marked corrupt and is only opened for reading",
                 qemu="qcow2: Image is corrupt; cannot be opened read/write", path=path, hint="Look at it with check, then repair it.", errno=13,
             )  # fmt: skip
+
+    def set_cache_limits(self) -> None:
+        """Have the caches be as large as the options say."""
+        options = self.options
+        if options.l2_cache_size is not None or options.cache_size is not None:
+            self.mapping.cache.limit = options.l2_cache_size or options.cache_size or self.mapping.cache.limit
+        if options.refcount_cache_size is not None:
+            self.refcounts.cache.limit = options.refcount_cache_size
+
+    def prepare_reopen(self, options: NodeOptions, writable: bool) -> Reopening:
+        from cowhand.block.formats.qcow2.reopening import Qcow2Reopening
+
+        assert isinstance(options, Qcow2Options)
+        return Qcow2Reopening(self, options, writable)
+
+    def end_writing(self) -> None:
+        """Forget that the image was prepared for changes, after everything reached the file: the next change prepares it again."""
+        self.lazy = False
+        self._writing = False
 
     def _mapping_class(self) -> type[Mapping]:
         if self.extended:

@@ -6,11 +6,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from copy import copy
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from cowhand.block.options import NodeOptions, declared, parse
 from cowhand.cli.compat import optionstrings
 from cowhand.cli.compat.images import CACHE_MODES
 from cowhand.cli.compat.io import parsing
@@ -23,7 +21,6 @@ from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.filters.blkdebug import BlkDebugNode
-    from cowhand.block.node import BlockNode
     from cowhand.cli.compat.io.session import Session
 
 _PREALLOCATION = ("off", "metadata", "falloc", "full")
@@ -57,11 +54,11 @@ def close(session: Session, words: Sequence[str]) -> bool:
 
 
 def reopen(session: Session, words: Sequence[str]) -> bool:
-    """Open the image anew with other options; with those that it had when they do not do."""
+    """Change how the image is open."""
     positional: list[str] = []
     writable: bool | None = None
     cache: str | None = None
-    options: dict[str, str] = {}
+    options: dict[str, Any] = {}
     for key, value in parsing.options(words, "c:o:rw", positional):
         match key:
             case "c":
@@ -84,54 +81,23 @@ def reopen(session: Session, words: Sequence[str]) -> bool:
     return True
 
 
-def _reopen(session: Session, writable: bool | None, cache: str | None, options: dict[str, str]) -> None:
-    root = session.image
-    options = _changes(root, options)
-    before, name = session.how, session.name
-    how = copy(before)
-    how.format = None if "driver" in before.options or before.image_opts else root.driver
-    how.cache = cache or before.cache
-    if writable is not None:
-        how.writable = writable
-    elif "read-only" in options:
-        how.writable = options["read-only"] not in ("on", "yes", "true", "y")
-    join = type(root.options).join
-    kept = join(options, how.options)
-    how.options = {name: value for name, value in how.options.items() if name in kept}
-    how.reopened = join({k: v for k, v in options.items() if k != "read-only"}, before.reopened)
-    session.close()
-    try:
-        session.open(name, how, anew=True)
-    except Failure:
-        session.open(name, before, anew=True)
-        raise
+def _reopen(session: Session, writable: bool | None, cache: str | None, options: dict[str, Any]) -> None:
+    from cowhand.block.options import CACHE_MODES as MODES
+    from cowhand.block.reopen import reopen as reopen_disk
 
-
-def _changes(node: BlockNode, options: Mapping[str, str], prefix: str = "") -> dict[str, str]:
-    """Return those of *options* that change something of *node* or its children. Raises Failure for what cannot be changed."""
-    known = declared(type(node.options))
-    own, out = {}, {}
-    below: dict[str, dict[str, str]] = {}
-    for option, value in options.items():
-        head, dot, rest = option.partition(".")
-        if dot and head in node.children:
-            below.setdefault(head, {})[rest] = value
-        elif option in ("driver", "node-name"):
-            if value != (node.driver if option == "driver" else node.name):
-                raise Failure(f"Cannot change the option '{option}'")
-        elif option not in known and head not in known:
-            raise Failure(f"Cannot change the option '{option}'")
-        else:
-            out[prefix + option] = value
-            if option in declared(NodeOptions):
-                own[option] = value
+    node = session.image
+    disk = the_disk(session)
+    write_through = None
+    if cache is not None:
+        write_through, options["cache.direct"], options["cache.no-flush"] = MODES[cache]
+    if node is not disk.root and (writable is False or options.get("read-only") == "on"):
+        raise Failure(f"Can't set node '{node.name}' to r/o with copy-on-read enabled")
     try:
-        parse(NodeOptions, own, driver=node.driver)
+        reopen_disk(disk, options, writable=writable, write_through=write_through, node=node)
     except CowhandError as error:
-        raise Failure(error.qemu()) from None
-    for head, inner in below.items():
-        out.update(_changes(node.children[head].node, inner, f"{prefix}{head}."))
-    return out
+        raise Failure(error.qemu()) from error
+    finally:
+        session.background.show()
 
 
 def flush(session: Session, words: Sequence[str]) -> bool:

@@ -36,7 +36,6 @@ class How:
         self.discard = "unmap"
         self.aio = "threads"
         self.options: dict[str, Any] = {}
-        self.reopened: dict[str, Any] = {}  #: options that a reopen changed
 
     def take(self, letter: str, value: str) -> None:
         """Set what option *letter* says. Raises Failure."""
@@ -67,10 +66,10 @@ class How:
                 self.aio = value
 
 
-def open_as(name: str | None, how: How, *, prefix: bool = True) -> Disk:
+def open_as(name: str | None, how: How) -> Disk:
     """Open *name*, or what the options of *how* describe without a name. Raises Failure in the tool's words."""
     shown = f" device {name}" if name is not None and not how.image_opts else ""
-    before = f"can't open{shown}: " if prefix else ""
+    before = f"can't open{shown}: "
     if how.force_share:
         refuse_unsharing(name if name is not None and how.image_opts else how.options, "-U")
     try:
@@ -121,7 +120,7 @@ def _what(name: str | None, how: How) -> str | Mapping[str, Any]:
 
 
 def _open(what: str | Mapping[str, Any], how: How) -> Disk:
-    options = {"discard": how.discard, **how.reopened}
+    options = {"discard": how.discard}
     if not how.snapshot:
         return _checked(
             open_disk(

@@ -26,7 +26,6 @@ class Session:
 
     def __init__(self) -> None:
         self.disk: Disk | None = None
-        self.name: str | None = None
         self.how = How()
         self.background = Background()
         self.quitting = False
@@ -34,10 +33,10 @@ class Session:
 
     # -- the image
 
-    def open(self, name: str | None, how: How, *, anew: bool = False) -> None:
-        """Open an image, perhaps *anew*, and make it the one that commands work on. Raises Failure."""
-        self.disk = open_as(name, how, prefix=not anew)
-        self.name, self.how = name, how
+    def open(self, name: str | None, how: How) -> None:
+        """Open an image and make it the one that commands work on. Raises Failure."""
+        self.disk = open_as(name, how)
+        self.how = how
         debug = self.breakpoints()
         if debug is not None:
             debug.listener = self._hear
