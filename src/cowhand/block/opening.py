@@ -32,6 +32,10 @@ _PROTOCOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.\-_]*:")
 _INHERITED = ("cache_direct", "cache_no_flush", "force_share")
 
 
+#: Protocols whose names have no folder: another name beside them would be another export.
+_WITHOUT_FOLDERS = ("nbd", "nbd+tcp", "nbd+unix")
+
+
 def has_protocol(name: str) -> bool:
     """Tell whether *name* begins with a protocol ("nbd:"), as QEMU decides it: a colon before the first slash."""
     return _PROTOCOL.match(name) is not None and "/" not in name.split(":", 1)[0]
@@ -48,6 +52,10 @@ def combine(base: str, name: str) -> str:
     prefix = ""
     if has_protocol(base):
         protocol, _, rest = base.partition(":")
+        if protocol in _WITHOUT_FOLDERS:
+            raise InvalidArgument(
+                "Cannot generate a base directory for NBD nodes", hint="Name the file with its whole path.", path=base
+            )
         if protocol == "file":
             base = rest
         else:

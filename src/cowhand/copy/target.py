@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block.create import Creation, local_path
 from cowhand.block.disk import Disk
+from cowhand.block.format import FormatNode
 from cowhand.core.errors import CowhandError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -70,9 +71,12 @@ def create_target(
     if path is None or os.path.lexists(path):
         creation.run(overwrite=overwrite)
         disk = _open(creation.filename, creation.format.name, cache, policy, discard, creation.opening_options())
-        return Target(
-            disk, is_new=creation.protocol.name == "file" and not creation.options.get("keep_data_file"), owned=True
-        )
+        # A device or an export keeps its bytes; a format that maps its clusters does not show them.
+        if creation.protocol.name == "file":
+            zeroed = not creation.options.get("keep_data_file")
+        else:
+            zeroed = isinstance(disk.root, FormatNode) and not creation.options.get("data_file")
+        return Target(disk, is_new=zeroed, owned=True)
     if not os.path.isdir(os.path.dirname(path) or "."):
         creation.run()  # says in its own words that the folder is not there
     from cowhand.block.newfile import NewFile

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block import graph
 from cowhand.block.createoptions import FILE_OPTIONS, CreateOption
+from cowhand.block.emptying import make_empty
 from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
 from cowhand.block.options import NodeOptions, option
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer
@@ -98,8 +99,7 @@ class LuksNode(BlockNode):
         node = cls(LuksOptions(read_only=False))
         node.file = graph.attach(node, "file", file, Role.PRIMARY)
         try:
-            file.resize(0, shrink=True)
-            file.resize(begin + size, preallocation=options.get("preallocation") or "off")
+            make_empty(file, begin + size, preallocation=options.get("preallocation") or "off")
             volumes.make(ChildStore(node.file), choice, passphrase)
         finally:
             node.closed = True

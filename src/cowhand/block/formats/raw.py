@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.createoptions import FILE_OPTIONS, CreateOption
+from cowhand.block.emptying import make_empty
 from cowhand.block.marks import looks_like_a_format
 from cowhand.block.node import (
     DISCARD,
@@ -66,9 +67,7 @@ class RawNode(BlockNode):
                 qemu=qemu,
                 hint="preallocation is off, falloc or full.",
             )
-        file.resize(0, shrink=True)
-        if size:
-            file.resize(size, preallocation=mode)
+        make_empty(file, size, preallocation=mode)
 
     @classmethod
     def measure(

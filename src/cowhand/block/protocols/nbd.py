@@ -6,6 +6,7 @@ Sources: NetworkBlockDevice ``doc/proto.md``; QEMU ``BlockdevOptionsNbd`` (``qap
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +29,6 @@ from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, fill_zero
 from cowhand.core.errors import (
     AccessDenied,
     CowhandError,
-    InvalidArgument,
     NoSpace,
     NotSupported,
     Poisoned,
@@ -85,6 +85,9 @@ class NbdNode(BlockNode):
         self._export = Export(0, 0)
         self._longest = MAX_PAYLOAD
         self._failure: int | None = None  #: errno of the flush that failed
+        # Numbers of changes: each takes the next one before it is sent; the last that a flush which has ended came after.
+        self._changes = itertools.count(1)
+        self._changed = self._flushed = 0
         self._session = Session(
             Settings(
                 server=self._server,
@@ -114,17 +117,7 @@ class NbdNode(BlockNode):
 
     @classmethod
     def create(cls, filename: str, size: int, **settings: Any) -> None:
-        """Prepare the export for a new image: its first sector, where an old image would be recognised, is zeroed. Nothing can be made."""
-        node = cls(NbdOptions(filename=filename, read_only=False))
-        try:
-            node._connect()
-            if size > node.size:
-                node.resize(size)
-            node.write_zeroes(
-                0, min(SECTOR, node.size) // node.limits.request_alignment * node.limits.request_alignment
-            )
-        finally:
-            node.close()
+        """Do nothing: an export is there already, or cannot be made by its clients. Formats empty it as far as they can."""
 
     # -- opening
 
@@ -229,7 +222,7 @@ class NbdNode(BlockNode):
         self._reads(orders, offset, buffer)
         self._run(orders)
 
-    def _check_change(self, offset: int, length: int) -> None:
+    def _check_sound(self) -> None:
         if self._failure is not None:
             raise Poisoned(
                 "an earlier flush failed, so it is not known what the server has kept",
@@ -237,6 +230,10 @@ class NbdNode(BlockNode):
                 errno=self._failure,
                 path=self.filename,
             )
+
+    def _check_change(self, offset: int, length: int) -> None:
+        self._check_sound()
+        self._changed = next(self._changes)
         if offset + length > self.size:
             raise NoSpace("an export cannot grow", qemu="No space left on device", path=self.filename, offset=offset)
 
@@ -306,14 +303,16 @@ class NbdNode(BlockNode):
         self._run(orders)
 
     def flush(self) -> None:
-        if not self._export.flags & FLAG_SEND_FLUSH or self.options.cache_no_flush:
+        changed = self._changed
+        if changed == self._flushed or not self._export.flags & FLAG_SEND_FLUSH or self.options.cache_no_flush:
             return
-        self._check_change(0, 0)
+        self._check_sound()
         order = Order(Pending(CMD_FLUSH, 0, 0))
         self._session.run((order,))
         if order.pending.failure is not None:
             self._failure = order.pending.failure.errno
             raise self._error(order.pending)
+        self._flushed = changed
 
     def submit(self, batch: Sequence[Request]) -> None:
         orders: list[Order] = []
@@ -381,9 +380,9 @@ class NbdNode(BlockNode):
     # -- life
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        if size > self.size:
-            raise InvalidArgument("Cannot grow NBD nodes", path=self.filename)
-        if size < self.size:
+        if preallocation != "off":
+            raise NotSupported(f"Unsupported preallocation mode '{preallocation}'", path=self.filename)
+        if size != self.size:
             raise NotSupported("Cannot resize NBD nodes", path=self.filename)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.createoptions import CreateOption
+from cowhand.block.emptying import make_empty
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.counts import Counts
 from cowhand.block.formats.qcow2.header import Header
@@ -145,7 +146,7 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
                 preallocation = "metadata"  # every cluster is where a reader of the data file alone finds it
             if not options.get("keep_data_file") and node.data_child.node.capabilities.resizable:
                 node.data_child.node.resize(0, shrink=True)
-        file.resize(0, shrink=True)
+        make_empty(file)
         _write_empty(file, header)
         _grow(node, size, header, preallocation)
         if encryption is not None:

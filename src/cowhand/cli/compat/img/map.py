@@ -119,11 +119,11 @@ def _print_json(disk: Disk, start: int, length: int | None) -> None:
 
 
 def _entry(row: Extent) -> str:
-    # Bytes that no layer decides on have to be read as data, and are told as neither.
-    known = row.flags if row.flags & ALLOCATED else row.flags & ~DATA
+    # Bytes that no layer decides on have to be read as data, but nothing is told of them.
+    known = row.flags if row.flags & (ALLOCATED | ZERO) else 0
     words = [
         f"{name}: {'true' if known & flag else 'false'}"
         for name, flag in (('"present"', ALLOCATED), ('"zero"', ZERO), ('"data"', DATA))
     ]
-    offset = f', "offset": {row.host}' if row.flags & OFFSET else ""
+    offset = f', "offset": {row.host}' if known & OFFSET else ""
     return f'{{ "start": {row.start}, "length": {row.length}, "depth": {row.depth}, {", ".join(words)}{offset}}}'
