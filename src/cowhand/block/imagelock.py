@@ -20,7 +20,7 @@ from cowhand.core.errors import ImageInUse, NotSupported, from_os_error
 from cowhand.core.locks import RANK_REGISTRY, ranked_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 PERMISSION_BYTE = 100  #: QEMU's: "I use this permission"
 REFUSAL_BYTE = 200  #: QEMU's: "nobody else may use it"
@@ -28,8 +28,6 @@ REFUSAL_BYTE = 200  #: QEMU's: "nobody else may use it"
 #: struct flock with a 64-bit off_t: type, whence, start, length, pid (0 for open-file-description locks), padded to its alignment.
 _FLOCK = struct.Struct("hhqqi0q")
 _NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-#: Descriptors looked at to name a holder; a busy machine has some ten thousand.
-_SCAN_LIMIT = 50_000
 
 _registry: dict[tuple[int, int], _LockFile] = {}
 _lock = ranked_lock(RANK_REGISTRY, "image locks")
@@ -239,40 +237,33 @@ def _named(file: _LockFile, byte: int, pid: int = -1) -> str | None:
 
 
 def _holders(key: tuple[int, int], byte: int) -> Iterator[int]:
-    """Yield the processes with a lock on *byte*. /proc/locks says -1 for these; /proc/PID/fdinfo knows."""
-    own = os.getpid()
-    looked = 0
+    """Yield the processes with a lock on *byte*."""
+    from cowhand.block.lockholders import descriptors_of, holds_byte
+
+    last = None
+    for pid, descriptor in descriptors_of(key):
+        if pid != last and holds_byte(pid, descriptor, byte):
+            last = pid
+            yield pid
+
+
+def locked_bytes(path: str, wanted: Iterable[int]) -> dict[int, str]:
+    """Return {byte: "read" or "write"} of those *wanted* that any other descriptor has locked in the file *path*. Raises OSError."""
+    if not _available():
+        return {}
+    import fcntl
+
+    found: dict[int, str] = {}
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        names = [name for name in os.listdir("/proc") if name.isdigit() and int(name) != own]
-    except OSError:
-        return
-    for pid in names:
-        try:
-            descriptors = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            continue  # ended, or another user's
-        for descriptor in descriptors:
-            looked += 1
-            if looked > _SCAN_LIMIT:
-                return
-            try:
-                stat = os.stat(f"/proc/{pid}/fd/{descriptor}")
-                if (stat.st_dev, stat.st_ino) == key and _has_lock(f"/proc/{pid}/fdinfo/{descriptor}", byte):
-                    yield int(pid)
-                    break
-            except OSError:
-                continue
-
-
-def _has_lock(fdinfo: str, byte: int) -> bool:
-    # lock:	1: OFDLCK  ADVISORY  READ -1 fd:00:1234 100 101
-    with open(fdinfo, encoding="ascii", errors="replace") as lines:
-        for line in lines:
-            words = line.split()
-            if words[:1] == ["lock:"] and len(words) >= 9 and words[7].isdigit():
-                if int(words[7]) <= byte and (words[8] == "EOF" or byte <= int(words[8])):
-                    return True
-    return False
+        for byte in wanted:
+            question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+            answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
+            if answer[0] != fcntl.F_UNLCK:
+                found[byte] = "write" if answer[0] == fcntl.F_WRLCK else "read"
+    finally:
+        os.close(fd)
+    return found
 
 
 def _command(pid: int) -> str:

@@ -23,6 +23,7 @@ COMMANDS = {
     "map": "show where the data of a disk lies",
     "check": "look for damage and lost space in an image, and repair it",
     "du": "show what an image uses its file for",
+    "locks": "tell who has an image open, and what that keeps others from",
     "inspect": "look inside an image, and judge one from a stranger",
     "convert": "copy a disk into a new image, of another format if you like",
     "compare": "tell whether two disks hold the same bytes",
