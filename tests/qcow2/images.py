@@ -36,6 +36,7 @@ class Shape:
     data: str = ""  #: "plain" or "raw": guest data lies in a data file
     shrinks: bool = False  #: the disk may also become smaller
     encrypt: str = ""  #: "aes" or "luks": AES-128 in CBC mode, in the first case with :data:`PASSPHRASE` as key
+    amended: bool = False  #: version and width of counts change
 
     @property
     def snapshots(self) -> bool:
@@ -61,6 +62,7 @@ class Shape:
             + (f"-{self.data}" if self.data else "")
             + "-shrinks" * self.shrinks
             + (f"-{self.encrypt}" if self.encrypt else "")
+            + "-amended" * self.amended
         )
 
 

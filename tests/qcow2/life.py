@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,6 +12,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.node import WRITE_REQUEST, BlockNode, Request
 from cowhand.block.protocols.memory import MemoryNode
+from cowhand.core.errors import InvalidArgument, UnsupportedFeature
 from cowhand.core.extents import ALLOCATED
 from cowhand.testing.expected import SECTOR, ContentLost, ExpectedContent
 from cowhand.testing.model import compare
@@ -112,6 +113,8 @@ class Life:
         verbs += [self.reopen, self.grow]
         if not self.shape.data:
             verbs += [self.write_compressed, self.write_compressed]
+        if self.shape.amended:
+            verbs += [self.amend] * 4
         if self.shape.shrinks:
             verbs += [self.grow, self.shrink, self.shrink]
         if self.shape.snapshots:
@@ -230,7 +233,7 @@ class Life:
         self.disk = self._open()
 
     def grow(self) -> None:
-        if self.size >= 2 * self.shape.size or (self.shape.version == 2 and self._living()):
+        if self.size >= 2 * self.shape.size or (self.version == 2 and self._living()):
             return  # version 2 does not say how large the disk of a snapshot was, so QEMU and the driver refuse
         size = self.size + self.rng.randrange(1, 65) * 512
         self._tell("grow", 0, size)
@@ -240,7 +243,7 @@ class Life:
 
     def shrink(self) -> None:
         """Make the disk smaller: what goes may read as zeroes, or as the backing file, before the size has changed."""
-        if self.size <= self.shape.size // 2 or (self.shape.version == 2 and self._living()):
+        if self.size <= self.shape.size // 2 or (self.version == 2 and self._living()):
             return
         size = self.size - self.rng.randrange(1, self.size // 1024) * 512
         self._tell("shrink", 0, size)
@@ -248,6 +251,24 @@ class Life:
         with self.expected.writing(size, below, weak=True), self.expected.resizing(size):
             self.disk.resize(size, shrink=True)
         self.size = size
+
+    def amend(self) -> None:
+        """Change the image's form; what the disk holds stays."""
+        node = self.disk.root
+        assert isinstance(node, Qcow2Node)
+        options: dict[str, object] = {"refcount_bits": self.rng.choice((8, 16, 32, 64))}
+        if self.rng.random() < 0.5:
+            options = {"compat": self.rng.choice(("0.10", "1.1")), "refcount_bits": 16}
+        self._tell(f"amend {options}")
+        with suppress(UnsupportedFeature, InvalidArgument):
+            node.amend(options)
+
+    @property
+    def version(self) -> int:
+        """The image's version now."""
+        node = self.disk.root
+        assert isinstance(node, Qcow2Node)
+        return node.header.version
 
     def _living(self) -> list[_SnapshotLife]:
         return [snapshot for snapshot in self.snapshots if snapshot.deleted is None]
@@ -326,7 +347,7 @@ class Life:
         self.verdicts.leaking += bool(findings.leaks + findings.leaks_behind)
         if findings.flags or findings.lost_flags:
             # Version 2 has no dirty bit. Nothing depends on these bits then.
-            assert self.shape.version == 2, findings.flags + findings.lost_flags
+            assert image.version == 2, findings.flags + findings.lost_flags
             assert busy, findings.flags + findings.lost_flags
             self.verdicts.stale_flags += 1
         content = image.content()

@@ -46,6 +46,9 @@ SHAPES = [
     (Shape(shrinks=True), 1),
     (Shape(cluster=4096, size=256 << 10, backed=True, encrypt="luks"), 1),
     (Shape(cluster=1024, encrypt="aes", shrinks=True), 1),
+    (Shape(amended=True), 1),
+    (Shape(amended=True, backed=True), 2),
+    (Shape(cluster=16384, size=256 << 10, extended=True, amended=True), 1),
     (Shape(shrinks=True, backed=True, refcount_bits=64), 2),
 ]
 

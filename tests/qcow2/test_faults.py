@@ -157,6 +157,23 @@ def shrink(disk: Disk) -> None:
     disk.flush()
 
 
+def amend(**options: object) -> Callable[[Disk], None]:
+    def act(disk: Disk) -> None:
+        node = disk.root
+        assert isinstance(node, Qcow2Node)
+        node.amend(options)
+        disk.write(100 << 10, b"amended" * 100)
+        disk.flush()
+
+    return act
+
+
+def zeroes_of_both_kinds(disk: Disk) -> None:
+    fill(disk, 0, 16384)
+    disk.write_zeroes(0, 4096)
+    disk.write_zeroes(40 << 10, 4096)
+
+
 EXTENDED = Shape(cluster=16384, extended=True)
 SUBCLUSTERS = Shape(cluster=16384, extended=True, backed=True)
 EXTERNAL = Shape(data="plain", backed=True)
@@ -179,6 +196,11 @@ OPERATIONS = [
     Operation("snapshot", snapshot, lambda disk: fill(disk, 0, 32 << 10)),
     Operation("apply-snapshot", apply_snapshot, with_snapshot),
     Operation("delete-snapshot", delete_snapshot, with_snapshot),
+    Operation("wider-counts", amend(refcount_bits=64), with_snapshot),
+    Operation("narrower-counts", amend(refcount_bits=1), lambda disk: fill(disk, 0, 32 << 10)),
+    Operation("downgrade", amend(compat="0.10"), zeroes_of_both_kinds),
+    Operation("downgrade-backed", amend(compat="0.10"), zeroes_of_both_kinds, BACKED),
+    Operation("upgrade", amend(compat="1.1"), lambda disk: fill(disk, 0, 8192), Shape(version=2)),
     Operation("shrink", shrink, lambda disk: fill(disk, 0, 64 << 10)),
     Operation("subclusters", subclusters, lambda disk: fill(disk, 0, 56 << 10), EXTENDED),
     Operation("subclusters-backed", subclusters, lambda disk: fill(disk, 0, 18 << 10), SUBCLUSTERS),

@@ -1,4 +1,4 @@
-"""Changing what a qcow2 image is, in place: its version, lazy reference counts, size (QEMU ``docs/interop/qcow2``, "Header").
+"""Changing what a qcow2 image is, in place: its version, width of counts, lazy reference counts, size (QEMU ``docs/interop/qcow2``, "Header").
 
 What only the new form needs is made and stable before the header says so; the header is written once, and written back when that fails.
 """
@@ -75,6 +75,12 @@ def amend(
             _rewrite(node, lambda: _upgrade(node))
         if encrypting.amends(options):
             encrypting.amend(node, options, force=force)
+        bits = options.get("refcount_bits")
+        if bits is not None and bits != header.refcount_bits:
+            from cowhand.block.formats.qcow2.countwidth import change_width
+
+            _write_counts(node)
+            change_width(node, bits.bit_length() - 1, progress)
         if lazy is not None and lazy != bool(header.compatible & L.COMPAT_LAZY_REFCOUNTS):
             _set_lazy(node, lazy)
         if node.external:
@@ -99,15 +105,10 @@ def _refuse(node: Qcow2Node, options: Mapping[str, Any], version: int) -> None:
     if bits is not None:
         if bits < 1 or bits & (bits - 1) or bits > 64:
             raise InvalidArgument("Refcount width must be a power of two and may not exceed 64 bits")
-        if bits != header.refcount_bits and version < 3:
+        if bits != 16 and version < 3:
             raise InvalidArgument(
                 "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"
             )
-        if bits != header.refcount_bits:
-            raise NotSupported(
-                f"the width of reference counts ({header.refcount_bits} bits) cannot be changed in place", path=node.filename,
-                hint="Convert the image to a new one with the other width.",
-            )  # fmt: skip
     if options.get("data_file_raw") and not node.raw_data:
         raise InvalidArgument("data-file-raw cannot be set on existing images", path=node.filename)
     if options.get("data_file") is not None and not node.external:

@@ -34,34 +34,22 @@ def expand_zeroes(
         node.write_back.run(locked=True)
         # Tables are changed on disk from here on.
         node.mapping.cache.clear()
-        tables = _tables(node)
-        todo = [host for host in tables if _has_zero(node, host, refuse_compressed)]
-        for number, host in enumerate(todo):
-            if progress is not None:
-                progress(number, len(todo))
-            _Table(node, host, *tables[host]).expand()
+        lists = [bytes(node.mapping.l1.data[: node.header.l1_size * L.ENTRY_SIZE])]
+        lists += [read_l1(node, snapshot) for snapshot in node.snapshots]
+        active = l2_tables(node, lists[0])
+        hosts = dict.fromkeys(host for l1 in lists for host in l2_tables(node, l1))
+        todo = {host for host in hosts if _has_zero(node, host, refuse_compressed)}
+        done, whole = 0, sum(len(l1) // L.ENTRY_SIZE for l1 in lists)
+        for l1 in lists:
+            for number, (entry,) in enumerate(L.U64.iter_unpack(l1)):
+                host = entry & L.L1_OFFSET_MASK
+                if host in todo:
+                    todo.remove(host)
+                    _Table(node, host, host in active, number).expand()
+                done += 1
+                if progress is not None:
+                    progress(done, whole)
         node.write_back.run(locked=True)
-
-
-def _tables(node: Qcow2Node) -> dict[int, tuple[bool, int]]:
-    """Return {host offset: (whether it is an active one, its number in the L1 table)} of all L2 tables."""
-    l1 = bytes(node.mapping.l1.data[: node.header.l1_size * L.ENTRY_SIZE])
-    numbers = _numbers(l1)
-    found = {host: (True, numbers[host]) for host in l2_tables(node, l1)}
-    seen: set[tuple[int, int]] = set()
-    for snapshot in node.snapshots:
-        if (snapshot.l1_offset, snapshot.l1_size) not in seen:
-            seen.add((snapshot.l1_offset, snapshot.l1_size))
-            l1 = read_l1(node, snapshot)
-            numbers = _numbers(l1)
-            for host in l2_tables(node, l1):
-                found.setdefault(host, (False, numbers[host]))
-    return found
-
-
-def _numbers(l1: bytes) -> dict[int, int]:
-    """Return {host offset of an L2 table: its number in the L1 table}, with what a damaged table also names."""
-    return {entry & L.L1_OFFSET_MASK: number for number, entry in enumerate(words_of(l1)) if entry & L.L1_OFFSET_MASK}
 
 
 def _has_zero(node: Qcow2Node, host: int, refuse_compressed: bool) -> bool:
