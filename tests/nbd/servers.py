@@ -56,9 +56,11 @@ class Process:
 
 
 @contextmanager
-def qemu_nbd(folder: Path, image: Argument, *arguments: Argument, format: str = "raw") -> Iterator[Process]:
+def qemu_nbd(
+    folder: Path, image: Argument, *arguments: Argument, format: str = "raw", name: str = "qemu-nbd.sock"
+) -> Iterator[Process]:
     """Serve *image* by qemu-nbd to several clients until the block is left."""
-    path = folder / "qemu-nbd.sock"
+    path = folder / name
     program = find("qemu-nbd")
     assert program is not None
     words = [program, "-k", path, "-f", format, "--persistent", "--shared=8", *arguments, image]

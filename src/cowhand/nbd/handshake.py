@@ -279,4 +279,7 @@ def _refusal(reply: OptionReply, *, tolerate: bool = False) -> Generator[bytes |
 def require_context(export: Export, context: str) -> None:
     """Raise InvalidArgument unless *context*, which the user asked for by name, was agreed on."""
     if export.context is None:
-        raise InvalidArgument(f"requested x-dirty-bitmap {context} not found")
+        # QEMU's tools lose the message here.
+        raise InvalidArgument(
+            f"requested x-dirty-bitmap {context} not found", qemu="Could not open image: Invalid argument"
+        )

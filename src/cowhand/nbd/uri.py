@@ -27,9 +27,10 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         """Return the name that QEMU prints of it."""
+        export = f"/{self.export}" if self.export is not None else ""
         if self.path is not None:
-            return f"nbd+unix://{'/' + self.export if self.export else ''}?socket={self.path}"
-        return f"nbd://{self.host}:{self.port}{'/' + self.export if self.export else ''}"
+            return f"nbd+unix://{export}?socket={self.path}"
+        return f"nbd://{self.host}:{self.port}{export}"
 
 
 def parse(name: str) -> Address:
@@ -40,7 +41,7 @@ def parse(name: str) -> Address:
     if prefix != "nbd":
         raise InvalidArgument("File name string for NBD must start with 'nbd:'", path=name)
     rest, found, export = rest.partition(":exportname=")
-    if not rest:
+    if not rest or (found and not export):
         raise InvalidArgument("NBD server address missing", path=name)
     if rest.startswith("unix:"):
         return Address(path=rest[5:], export=export if found else None)
@@ -60,8 +61,8 @@ def _parse_uri(name: str) -> Address:
     scheme = match["scheme"]
     if scheme.startswith("nbds"):
         raise InvalidArgument("No valid URL specified", path=name, hint="NBD over TLS (nbds:) is not supported.")
-    # Leading slashes are QEMU's: "nbd+unix:///export" and "nbd+unix:////export" name the same.
-    export = unquote(match["path"].lstrip("/"), errors="surrogateescape") or None
+    # One slash parts the export from the server; further ones are its own.
+    export = unquote(match["path"].removeprefix("/"), errors="surrogateescape") or None
     query = parse_qsl(match["query"] or "", keep_blank_values=True, errors="surrogateescape")
     host = authority["six"] or unquote(authority["host"] or "")
     if scheme == "nbd+unix":

@@ -133,7 +133,7 @@ class NbdNode(BlockNode):
         if export.flags & FLAG_READ_ONLY and self.writable and not self.options.auto_read_only:
             raise AccessDenied(
                 "the server lets this export be read only",
-                qemu="request on write denied without write permission",
+                qemu="Could not open image: Permission denied",  # QEMU's tools lose the message
                 path=self.filename,
             )
         if self.options.x_dirty_bitmap:
