@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from cowhand.block.node import BlockNode, Request, one_by_one
 from cowhand.block.rangelocks import RangeLocks
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, aligned
 from cowhand.core.errors import NotSupported
-
-if TYPE_CHECKING:
-    from cowhand.block.hooks import HookedAccess
 
 _block_locks: WeakKeyDictionary[BlockNode, RangeLocks] = WeakKeyDictionary()
 _guard = threading.Lock()
@@ -36,7 +33,7 @@ class AlignedAccess:
 
     __slots__ = ("access", "block", "locks", "node")
 
-    def __init__(self, node: BlockNode, access: BlockNode | HookedAccess) -> None:
+    def __init__(self, node: BlockNode, access: Any) -> None:
         self.node = node
         self.access: Any = access
         self.block = node.limits.request_alignment

@@ -17,6 +17,7 @@ from cowhand.core.locks import RANK_GRAPH, ranked_lock
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
+    from cowhand.block.zerodetection import DetectingAccess
 
 _lock = ranked_lock(RANK_GRAPH, "graph")
 
@@ -27,9 +28,13 @@ QUIESCE_DEADLINE = 30.0
 def bind(edge: Edge) -> None:
     """Set the methods of *edge* to the shortest way to its node: padded only where alignments differ, hooked only where hooks are."""
     node = edge.node
-    access: BlockNode | HookedAccess = node
+    access: BlockNode | HookedAccess | DetectingAccess = node
     if node.hooks:
         access = HookedAccess(node)
+    if node.options.detect_zeroes != "off" and not node.detects_zeroes:
+        from cowhand.block.zerodetection import DetectingAccess
+
+        access = DetectingAccess(node, access)
     if node.limits.request_alignment > edge.granularity:
         padded = AlignedAccess(node, access)
         edge.lane = None
@@ -39,7 +44,7 @@ def bind(edge: Edge) -> None:
         _set_methods(edge, access)
 
 
-def _set_methods(edge: Edge, access: BlockNode | HookedAccess | AlignedAccess) -> None:
+def _set_methods(edge: Edge, access: BlockNode | HookedAccess | DetectingAccess | AlignedAccess) -> None:
     edge.read_into = access.read_into
     edge.write = access.write
     edge.write_zeroes = access.write_zeroes

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cowhand.block import graph
 from cowhand.block.marks import looks_like_a_format
 from cowhand.block.node import BlockNode, Child, Role
-from cowhand.block.options import NodeOptions, declared, nest, parse
+from cowhand.block.options import NodeOptions, check_zero_detection, declared, nest, parse
 from cowhand.block.policy import DEFAULT, Policy
 from cowhand.block.registry import PROBE_SIZE, DriverEntry, Registry
 from cowhand.core.errors import (
@@ -410,7 +410,9 @@ class Opening:
                 chosen[key] = True
         before, self.probing = self.probing, role in (None, Role.BACKING) or (role is Role.FILTERED and self.probing)
         try:
-            node = cls.open(self, parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind), given)
+            options = parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind)
+            check_zero_detection(options)
+            node = cls.open(self, options, given)
         finally:
             self.probing = before
         self.track(node)

@@ -164,6 +164,14 @@ def parse(cls: type[_T], given: Mapping[str, Any], *, driver: str, kind: str = "
     return cls(**{k: v for k, v in values.items() if v is not None})
 
 
+def check_zero_detection(options: NodeOptions) -> None:
+    """Raise InvalidArgument where zeroes are to be unmapped although discards are not handed down."""
+    if options.detect_zeroes == "unmap" and options.discard != "unmap":
+        raise InvalidArgument(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+        )
+
+
 def strong_options(options: NodeOptions) -> dict[str, Any]:
     """Return {QEMU's name: value} of the strong options that were set to something else than their default."""
     out: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from cowhand.block.node import (
     Reopening,
     Role,
 )
-from cowhand.block.options import NodeOptions, declared, flatten, parse
+from cowhand.block.options import NodeOptions, check_zero_detection, declared, flatten, parse
 from cowhand.core.errors import InvalidArgument, ReadOnly
 
 #: Common options that a child takes over from its parent, as far as it had the parent's value.
@@ -186,14 +186,6 @@ def _merged(node: BlockNode, own: dict[str, Any]) -> NodeOptions:
     merged = cls(**{known[name].field: value for name, value in joined.items()})
     check_zero_detection(merged)
     return merged
-
-
-def check_zero_detection(options: NodeOptions) -> None:
-    """Raise InvalidArgument where zeroes are to be unmapped although discards are not handed down."""
-    if options.detect_zeroes == "unmap" and options.discard != "unmap":
-        raise InvalidArgument(
-            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
-        )
 
 
 def _check_users(wanted: dict[int, tuple[BlockNode, NodeOptions, bool]]) -> None:
