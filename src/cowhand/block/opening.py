@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cowhand.block import graph
 from cowhand.block.marks import looks_like_a_format
 from cowhand.block.node import BlockNode, Child, Role
-from cowhand.block.options import NodeOptions, check_zero_detection, declared, nest, parse
+from cowhand.block.options import NodeOptions, check_zero_detection, declared, flatten, nest, parse
 from cowhand.block.policy import DEFAULT, Policy
 from cowhand.block.registry import PROBE_SIZE, DriverEntry, Registry
 from cowhand.core.errors import (
@@ -418,7 +418,7 @@ class Opening:
         self.track(node)
         self._look_at_file(node)
         if given:
-            left = next(iter(given))
+            left = next(iter(flatten(given)), next(iter(given)))
             words = f"Block {entry.kind} '{entry.name}' does not support the option '{left}'"
             qemu = (
                 f"Block protocol '{entry.name}' doesn't support the option '{left}'"

@@ -81,7 +81,7 @@ def _number(value: Any, name: str, most: int = (1 << 63) - 1) -> int:
             value = int(value.strip(), 0)
         except ValueError:
             value = None
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool) or value >> 63 > 0:
         raise InvalidArgument(f"Parameter '{name}' expects a number", qemu=f"Parameter 'x-{name}' expects integer")
     if value < 0:
         raise InvalidArgument(f"'{name}' cannot be negative", qemu="Property values cannot be negative")

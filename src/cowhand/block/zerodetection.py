@@ -6,13 +6,10 @@ Formats that allocate find zeroes by themselves, unit by unit; this is for every
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from cowhand.block.node import WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, BlockNode, Request, Zeroing
 from cowhand.core.buffers import Buffer, is_zero
-
-if TYPE_CHECKING:
-    from cowhand.block.hooks import HookedAccess
 
 
 class DetectingAccess:
@@ -20,7 +17,7 @@ class DetectingAccess:
 
     __slots__ = ("access", "discard", "node", "read_into", "unmap", "write_zeroes")
 
-    def __init__(self, node: BlockNode, access: BlockNode | HookedAccess) -> None:
+    def __init__(self, node: BlockNode, access: Any) -> None:
         self.node = node
         self.access = access
         self.unmap = node.options.detect_zeroes == "unmap"

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from cowhand.cli.compat.optionstrings import parse, warn_of_short_form
+from cowhand.cli.compat.optionstrings import parse
 from cowhand.cli.compat.program import Failure
 
 #: Properties of each type that has a meaning here.
@@ -14,6 +14,8 @@ TYPES = {
     "secret": ("data", "file", "format", "iv", "keyid"),
     "throttle-group": (),
 }
+#: Types of QEMU's that its image tools do not have either.
+_ELSEWHERE = ("iothread",)
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
 
 
@@ -25,11 +27,16 @@ class Objects:
 
     def add(self, text: str) -> None:
         """Make the object that *text* describes, an option string or JSON."""
+        if text in ("help", "?"):
+            print("List of user creatable objects:", *TYPES, sep="\n  ")
+            raise Failure(status=0)
         given = _parse(text)
         kind = given.pop("qom-type", None)
         if kind is None:
             raise Failure("Parameter 'qom-type' is missing")
         if kind not in TYPES:
+            if kind in _ELSEWHERE:
+                raise Failure(f"invalid object type: {kind}")
             raise Failure(f"Parameter 'qom-type' does not accept value '{kind}'")
         name = given.pop("id", None)
         if name is None:
@@ -57,12 +64,14 @@ def _parse(text: str) -> dict[str, Any]:
     if text.startswith("{"):
         try:
             given = json.loads(text)
-        except (ValueError, RecursionError):
-            raise Failure("JSON parse error") from None
+        except (ValueError, RecursionError) as error:
+            at_end = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
+            raise Failure("JSON parse error" + (", premature EOI" if at_end else "")) from None
         return dict(given)
-    out = {}
+    out: dict[str, Any] = {}
     for pair in parse(text, "qom-type") if text else []:
-        warn_of_short_form(pair)
+        if pair.short:
+            raise Failure(f"Expected '=' after parameter '{pair.name if pair.value == 'on' else 'no' + pair.name}'")
         out[pair.name] = pair.value
     return out
 
@@ -85,11 +94,18 @@ def _secret(given: dict[str, Any]) -> bytes:
 def _limits(given: dict[str, Any]) -> dict[str, Any]:
     """Return the limits of a throttle group by their plain names: they are given as "x-NAME", "limits.NAME" or in a group "limits"."""
     from cowhand.block.options import flatten
-    from cowhand.block.throttling import KINDS
+    from cowhand.block.throttling import KINDS, MAX_RATE
 
     known = {"iops-size", *(kind + end for kind in KINDS for end in ("", "-max", "-max-length"))}
     out: dict[str, Any] = {}
+    if not isinstance(given.get("limits", {}), dict):
+        raise Failure("Invalid parameter type for 'limits', expected: object")
+    nested = given.get("limits", {})
     for name, value in flatten(given).items():
+        if name.removeprefix("limits.") in nested and (isinstance(value, bool) or not isinstance(value, int)):
+            raise Failure(f"Invalid parameter type for '{name}', expected: integer")
+        if name.startswith("limits.") and str(value).startswith("-"):
+            value = MAX_RATE + 1  # as QEMU: out of the range of every rate
         plain = name.removeprefix("limits.") if name.startswith("limits.") else name.removeprefix("x-")
         if plain == name or plain not in known:
             raise Failure(f"Parameter '{name}' is unexpected")
