@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "look inside an image, and judge one from a stranger",
     "convert": "copy a disk into a new image, of another format if you like",
     "compare": "tell whether two disks hold the same bytes",
+    "checksum": "print or verify checksums of what a guest sees",
     "dd": "copy a range of blocks from one image to another",
     "measure": "tell how much space an image of a disk would need",
     "resize": "make a disk longer or shorter",
