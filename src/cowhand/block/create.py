@@ -345,6 +345,7 @@ def _check_backing(
 
     options: dict[str, Any] = {"read-only": True, "force-share": True}
     opening = Opening(registry, policy or DEFAULT)
+    opening.sealed = True  # its size is all that matters
     try:
         node = opening.open(combine(filename, name), format=format, options=options)
     except CowhandError as error:

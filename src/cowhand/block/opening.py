@@ -107,12 +107,18 @@ class Opening:
         self.with_backing = backing  #: False opens a format without what lies under it
         self.opened: list[BlockNode] = []
         self.for_repair = False  #: check and repair open what ordinary users are refused (corrupt, dirty)
+        self.sealed = False  #: nobody will ask for data: encrypted images need no secret
         self.writable_layer = 0  #: which layer below the top is opened for writing, too: 1 is the backing file, 0 none
         self.probing = True  #: whether a filter that is being opened stands where formats are looked for
         self._waiting: list[_Waiting] = []
         self._path: _Path | None = None  #: the files above the node that is being opened
         self._asker: _Asker | None = None  #: whose word is being followed, None for the user's
         self._layer = 0  #: how many layers lie above the node that is being opened
+
+    @property
+    def unlocks(self) -> bool:
+        """Whether encrypted images are to be opened with their secrets at once; otherwise they are when data is first asked for."""
+        return self.with_backing and not self.for_repair and not self.sealed
 
     # -- from outside
 

@@ -16,20 +16,29 @@ class Ecb(Protocol):
 
 
 class Algorithm(NamedTuple):
-    """A cipher: its name in a LUKS header, length of its key and block in bytes, and whether there is an implementation."""
+    """A cipher: QEMU's name of it, its name in a LUKS header, length of its key and block in bytes."""
 
     name: str
     family: str
     key_bytes: int
     block_bytes: int
-    available: bool
+
+    @property
+    def available(self) -> bool:
+        """Whether there is an implementation: some are taken from the system's libraries."""
+        if self.family not in _OF_THE_SYSTEM:
+            return True
+        from cowhand.crypto import native
+
+        return native.available(self.family, self.key_bytes)
 
 
+_OF_THE_SYSTEM = ("serpent", "twofish")
 _TABLE = (
-    *(Algorithm(f"aes-{bits}", "aes", bits // 8, 16, True) for bits in (128, 192, 256)),
-    Algorithm("cast5-128", "cast5", 16, 8, True),
-    *(Algorithm(f"serpent-{bits}", "serpent", bits // 8, 16, False) for bits in (128, 192, 256)),
-    *(Algorithm(f"twofish-{bits}", "twofish", bits // 8, 16, False) for bits in (128, 192, 256)),
+    *(Algorithm(f"aes-{bits}", "aes", bits // 8, 16) for bits in (128, 192, 256)),
+    Algorithm("cast5-128", "cast5", 16, 8),
+    *(Algorithm(f"serpent-{bits}", "serpent", bits // 8, 16) for bits in (128, 192, 256)),
+    *(Algorithm(f"twofish-{bits}", "twofish", bits // 8, 16) for bits in (128, 192, 256)),
 )
 CIPHERS = {algorithm.name: algorithm for algorithm in _TABLE}
 #: Known to QEMU, and never used on disks by it.
@@ -50,8 +59,9 @@ def cipher_named(name: str) -> Algorithm:
         )
     if not found.available:
         raise UnsupportedFeature(
-            f"the cipher '{name}' is not available here: no library offers it", qemu=f"Algorithm '{name}' not supported"
-        )
+            f"the cipher '{name}' is not available here: neither Nettle nor Libgcrypt offers it",
+            qemu=f"Algorithm '{name}' not supported", hint="Install one of these libraries (Debian: libnettle8, libgcrypt20).",
+        )  # fmt: skip
     return found
 
 
@@ -98,6 +108,12 @@ def ecb(algorithm: Algorithm, key: bytes) -> Ecb:
         from cryptography.hazmat.primitives.ciphers.algorithms import AES
 
         return _LibraryEcb(AES(key))
+    if algorithm.family in _OF_THE_SYSTEM:
+        from cowhand.crypto import native
+
+        found = native.ecb(algorithm.family, key)
+        assert found is not None, "looked for when the name was"
+        return found
     from cryptography.hazmat.decrepit.ciphers.algorithms import CAST5
 
     return _LibraryEcb(CAST5(key))

@@ -68,7 +68,7 @@ class Header(NamedTuple):
 
     def encode(self) -> bytes:
         """Return the header's bytes."""
-        mode = f"{self.mode}-{self.ivgen}" + (f":{self.ivgen_hash}" if self.ivgen == "essiv" else "")
+        mode = f"{self.mode}-{self.ivgen}" + (f":{self.ivgen_hash}" if self.ivgen_hash else "")
         fixed = HEADER.pack(
             MAGIC, 1, CIPHERS[self.cipher].family.encode(), mode.encode(), self.hash.encode(), self.payload, self.key_bytes,
             self.digest, self.digest_salt, self.digest_iterations, self.uuid.encode(),

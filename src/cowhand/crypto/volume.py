@@ -67,8 +67,9 @@ def iter_time(value: int | None) -> int:
     """Return the milliseconds to spend on a passphrase; raises InvalidArgument."""
     if value is None:
         return DEFAULT_ITER_TIME
-    if value <= 0 or value > 1 << 31:
-        raise InvalidArgument("iter-time must be greater than zero")
+    # None at all means as few iterations as LUKS allows.
+    if value < 0 or value > 1 << 31:
+        raise InvalidArgument(f"iter-time is 0 to {1 << 31} milliseconds, not {value}")
     return value
 
 
@@ -192,7 +193,7 @@ def amend(volume: Volume, store: Store, options: Mapping[str, Any], *, force: bo
         name: options.get(prefix + name) for name in ("state", "keyslot", "old-secret", "new-secret", "iter-time")
     }
     if chosen["state"] is None:
-        raise InvalidArgument(f"Parameter '{prefix}state' is missing")
+        raise InvalidArgument("Parameter 'state' is missing", hint="state is active or inactive.")
     one_of("state", chosen["state"], ("active", "inactive"))
     if chosen["state"] == "active":
         _add(volume, store, chosen, force)

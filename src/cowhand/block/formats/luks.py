@@ -131,7 +131,7 @@ class LuksNode(BlockNode):
         node.file = opening.child(node, "file", file, Role.PRIMARY)
         if header is not None:
             opening.child(node, "header", header, Role.METADATA)
-        node.start(unlocked=opening.with_backing)
+        node.start(unlocked=opening.unlocks)
         return node
 
     def start(self, *, unlocked: bool) -> None:

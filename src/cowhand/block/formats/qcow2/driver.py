@@ -101,9 +101,7 @@ class Qcow2Node(MetadataNode):
         if node.header.crypt_method or encrypt is not None:
             from cowhand.block.formats.qcow2 import encryption
 
-            node.be_encrypted(
-                encryption.configure(node, encrypt, unlocked=opening.with_backing and not opening.for_repair)
-            )
+            node.be_encrypted(encryption.configure(node, encrypt, unlocked=opening.unlocks))
         if backing is None or not opening.with_backing:
             return node
         if isinstance(backing, dict) and node.header.backing_name and not {"file", "filename"} & backing.keys():
