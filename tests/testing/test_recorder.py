@@ -12,7 +12,7 @@ from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import IOFailed
 from cowhand.testing import faults, replay
 from cowhand.testing.expected import SECTOR, ContentLost, ExpectedContent
-from cowhand.testing.recorder import END_OF_LOG, RecorderNode, copy_of
+from cowhand.testing.recorder import END_OF_LOG, Change, Flush, Log, RecorderNode, copy_of
 
 BLOCK = 1024
 BLOCKS = 32
@@ -353,3 +353,18 @@ def test_a_flush_of_the_other_medium_is_an_order() -> None:
     for state in replay.crash_states(first.log, samples=50):
         if state.image.snapshot_bytes().startswith(b"link"):
             assert state.others[0].snapshot_bytes().startswith(b"data")
+
+
+def test_a_torn_write_knows_nothing_of_what_another_thread_wrote_and_flushed_meanwhile() -> None:
+    log = Log(MemoryNode(content=bytes(8192)))
+    slow = Change("write", 0, 1024, b"s" * 1024, False, log.now())
+    quick = Change("write", 4096, 512, b"q" * 512, False, log.now())
+    quick.end = log.now()
+    log.flushes.append(Flush(log.now(), log.now()))
+    slow.end = log.now()
+    log.changes += [slow, quick]
+    states = list(replay.torn(log, (512,)))
+    assert len(states) == 3
+    for state in states:
+        assert state.image.snapshot_bytes()[4096:4608] == bytes(512)
+        assert state.moment <= quick.begin, "the flush had not happened yet"

@@ -121,8 +121,11 @@ def torn(log: Log, sizes: Sequence[int] = TORN_SIZES, *, seed: int = 0) -> Itera
                 for block in chosen:
                     change.apply_part(partial[change.medium], block * size, (block + 1) * size)
                 story = f"all before change {index}, and of it ({change}) the {name}: {len(chosen)} of {len(blocks)} x {size}"
-                # Power failed while the change was under way: nothing that waited for its end has happened.
-                moment = change.end if change.end is not None else history.moment_after(index)
+                # Power failed while the change was under way: nothing that waited for its end has happened, and no later change had begun,
+                # which another thread's may before it ends.
+                moment = history.moment_after(index)
+                if change.end is not None:
+                    moment = min(moment, change.end)
                 yield partial.state(moment, story)
         images.apply(change)
 
