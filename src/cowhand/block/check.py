@@ -115,7 +115,11 @@ def check(
         opening.abandon()
         raise
     with disk:
-        result = check_node(root, repair=repair, on_message=on_message, on_repaired=on_repaired)
+        try:
+            result = check_node(root, repair=repair, on_message=on_message, on_repaired=on_repaired)
+        except NotSupported as error:
+            error.facts["guessed"] = root.probed  # nobody said that it is of that format
+            raise
         if result.failure is not None:
             # The repair stopped on its way, and said why: that closing such a node fails as well is no news.
             try:

@@ -37,7 +37,10 @@ class Creator(Protocol):
 
     @classmethod
     def create(cls, file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
-        """Make the empty, writable *file* an image of *size* bytes; *options* hold values of the declared kinds, defaults filled in."""
+        """Make the empty, writable *file* an image of *size* bytes; *options* hold values of the declared kinds, defaults filled in.
+
+        A class may have ``check_creation(size, options)`` as well, which raises what can be known before a file is touched.
+        """
 
 
 class Creation:
@@ -80,9 +83,7 @@ class Creation:
 
         A new file appears under its name when it is complete. An existing one is emptied and formatted in place if nobody uses it.
         """
-        if self.format.name == "host_device" != self.protocol.name:
-            raise self._no_device()
-        self.check_data_file(overwrite=overwrite)
+        self.check_places(overwrite=overwrite)
         path = local_path(self.filename)
         if path is None:
             self.write(self.filename, fresh=False)
@@ -103,16 +104,25 @@ class Creation:
             self.write(file.temporary, fresh=True)
             file.appear()
 
+    def _creator(self) -> type[Creator]:
+        format = self._registry.get("raw") if self.format.kind == "protocol" else self.format
+        return cast("type[Creator]", format.load())
+
     def _no_device(self) -> CowhandError:
         name = self.filename
-        reason = f"Could not open '{name}': No such file or directory"
-        if os.path.exists(name):
+        reason = f"Could not open '{name}': {'Is a directory' if os.path.isdir(name) else 'No such file or directory'}"
+        if os.path.isfile(name):
             reason = f"'host_device' driver requires '{name}' to be either a character or block device"
         text = f"Protocol driver 'host_device' does not support image creation, and opening the image failed: {reason}"
         return NotSupported(f"'{name}' is no device", qemu=text, path=name)
 
-    def check_data_file(self, *, overwrite: bool) -> None:
-        """Raise when the data file that the image is to have cannot be made: it is the image itself, or exists and is not to be *overwritten*."""
+    def check_places(self, *, overwrite: bool) -> None:
+        """Raise when the image, or its data file, cannot be made: it exists and is not to be *overwritten*, or options are wrong."""
+        if self.format.name == "host_device" != self.protocol.name:
+            raise self._no_device()
+        check = getattr(self._creator(), "check_creation", None)
+        if check is not None:
+            check(self.size, self.options)  # before an existing image is emptied
         name = self.options.get("data_file")
         path = local_path(name) if name else None
         if not path:
@@ -162,8 +172,7 @@ class Creation:
             }
         )
         try:
-            format = self._registry.get("raw") if self.format.kind == "protocol" else self.format
-            creator = cast("type[Creator]", format.load())
+            creator = self._creator()
             options = {name: value for name, value in self.options.items() if name not in _FILE_ONLY and name != "size"}
             if options.get("data_file"):
                 self._with_data_file(creator, node, options, durable)

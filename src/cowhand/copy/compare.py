@@ -132,7 +132,8 @@ class _Comparison:
         if self._failure is not None:
             if self.found is None or self._failed_at < self.found[0]:
                 raise self._failure
-        self.progress.finish()
+        if self.found is None:
+            self.progress.finish()
         return self.found
 
     # -- what has to be read

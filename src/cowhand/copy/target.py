@@ -66,7 +66,7 @@ def create_target(
 
     With *overwrite* an existing file is emptied and formatted in place: its links, owner, labels and holders count.
     """
-    creation.check_data_file(overwrite=overwrite)
+    creation.check_places(overwrite=overwrite)
     path = local_path(creation.filename)
     if path is None or os.path.lexists(path):
         creation.run(overwrite=overwrite)

@@ -57,6 +57,12 @@ class RawNode(BlockNode):
     @classmethod
     def create(cls, file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
         """Make the open, writable protocol node *file* exactly *size* bytes of zeroes."""
+        cls.check_creation(size, options)
+        make_empty(file, size, preallocation=options.get("preallocation", "off"))
+
+    @classmethod
+    def check_creation(cls, size: int, options: Mapping[str, Any]) -> None:
+        """Raise what is wrong with *options*."""
         mode = options.get("preallocation", "off")
         if mode not in ("off", "falloc", "full"):
             qemu = (
@@ -67,7 +73,14 @@ class RawNode(BlockNode):
                 qemu=qemu,
                 hint="preallocation is off, falloc or full.",
             )
-        make_empty(file, size, preallocation=mode)
+
+    @property
+    def filename(self) -> str:
+        if self.options.offset is None and self.options.size is None:
+            return super().filename
+        from cowhand.block.filter import json_name
+
+        return json_name(self)  # a part of a file has no name of its own
 
     @classmethod
     def measure(

@@ -88,7 +88,7 @@ class FileNode(DescriptorNode):
     def open(cls, opening: Opening | None, options: NodeOptions, given: dict[str, Any]) -> FileNode:
         assert isinstance(options, FileOptions)
         if not options.filename:
-            raise InvalidArgument("The 'file' block driver requires a file name")
+            raise InvalidArgument(f"The '{cls.driver}' block driver requires a file name")
         if options.aio == "native" and not options.cache_direct:
             raise InvalidArgument("aio=native was specified, but it requires cache.direct=on, which was not specified.")
         node = cls(options)

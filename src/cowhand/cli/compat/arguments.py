@@ -137,8 +137,8 @@ def options(grammar: Grammar, words: Sequence[str], positional: list[str]) -> It
         yield from scanner
     except OptionError as error:
         if error.kind == "missing":
-            raise UsageFailure(f"missing argument for option '{error.element}'") from None
-        raise UsageFailure(f"unrecognized option '{error.element}'") from None
+            raise UsageFailure(f"missing argument for option '{error.element}'") from error
+        raise UsageFailure(f"unrecognized option '{error.element}'") from error
     positional.extend(scanner.rest)
 
 

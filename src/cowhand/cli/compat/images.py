@@ -25,10 +25,12 @@ def cache_mode(text: str, what: str = "cache") -> str:
     return text
 
 
-def describe(name: str, image_opts: bool, implied: str | None = "file") -> str | Mapping[str, Any]:
+def describe(
+    name: str, image_opts: bool, implied: str | None = "file", *, has_format: bool = False
+) -> str | Mapping[str, Any]:
     """Return what :func:`cowhand.open` takes for the argument *name*. Raises Failure, CowhandError for what is not a description.
 
-    *implied* is the option that a first word without a name sets.
+    *implied* is the option that a first word without a name sets; with *has_format* the format is told beside.
     """
     if image_opts:
         given: dict[str, Any] = dict(as_description(name, implied))
@@ -44,23 +46,21 @@ def describe(name: str, image_opts: bool, implied: str | None = "file") -> str |
             raise Failure("Must specify either driver or file")
         return given
     if name.startswith("json:"):
-        return _parse_json(name)
-    if not name:
-        raise Failure("The 'file' block driver requires a file name")
+        return _parse_json(name, has_format)
     return name
 
 
-def described(name: str, image_opts: bool) -> str | Mapping[str, Any]:
+def described(name: str, image_opts: bool, *, has_format: bool = False) -> str | Mapping[str, Any]:
     """The same, in the form in which the library's functions take it."""
-    what = describe(name, image_opts)
+    what = describe(name, image_opts, has_format=has_format)
     return _without_filename(what) if isinstance(what, Mapping) else what
 
 
-def _parse_json(name: str) -> Mapping[str, Any]:
+def _parse_json(name: str, has_format: bool) -> Mapping[str, Any]:
     from cowhand.block.descriptions import parse_json_name
 
     given = parse_json_name(name)
-    if "driver" not in given and not any(key == "file" or key.startswith("file.") for key in given):
+    if not has_format and "driver" not in given and not any(key == "file" or key.startswith("file.") for key in given):
         raise Failure("Must specify either driver or file")
     return given
 
@@ -79,10 +79,11 @@ def open_disk(
     import cowhand
     from cowhand.block.policy import AS_QEMU
 
-    if force_share and writable:
-        raise Failure("force-share=on can only be used with read-only images")
     if isinstance(what, Mapping):
         what = _without_filename(what)
+    refuse_read_only(what, writable)
+    if force_share and writable:
+        raise Failure("force-share=on can only be used with read-only images")
     settings = dict(options or {})
     if writable and cache != "unsafe":
         settings.setdefault("discard", "unmap")
@@ -129,12 +130,23 @@ def warn_of_guess(disk: Disk) -> None:
     """Warn when *disk*, which is to be written, is raw only because nothing else was recognised."""
     root = disk.root
     if root.probed and root.driver == "raw":
-        program.plain(
-            f"WARNING: Image format was not specified for '{root.filename}' and probing guessed raw.\n"
-            "         Automatically detecting the format is dangerous for raw images, "
-            "write operations on block 0 will be restricted.\n"
-            "         Specify the 'raw' format explicitly to remove the restrictions."
-        )
+        warn_of_raw(root.filename)
+
+
+def warn_of_raw(filename: str) -> None:
+    """Say that an image was taken for raw, which is dangerous when it is written."""
+    program.plain(
+        f"WARNING: Image format was not specified for '{filename}' and probing guessed raw.\n"
+        "         Automatically detecting the format is dangerous for raw images, "
+        "write operations on block 0 will be restricted.\n"
+        "         Specify the 'raw' format explicitly to remove the restrictions."
+    )
+
+
+def refuse_read_only(what: str | Mapping[str, Any], writable: bool) -> None:
+    """Fail when *what*, which is to be written, says of itself that it is not."""
+    if isinstance(what, Mapping) and writable and what.get("read-only") in (True, "on", "yes", "true", "y"):
+        raise Failure("Block node is read-only")
 
 
 def refuse_unsharing(described: str | Mapping[str, Any], option: str, status: int = 1) -> None:
@@ -163,7 +175,7 @@ def open_image(
         refuse_unsharing(name, "--force-share/-U", status)
     try:
         disk = open_disk(
-            describe(name, image_opts),
+            describe(name, image_opts, has_format=format is not None),
             format=format,
             writable=writable,
             cache=cache,

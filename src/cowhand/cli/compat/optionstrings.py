@@ -116,13 +116,13 @@ def _convert(option: CreateOption, value: str) -> Any:
 
 def known_options(format: str, filename: str | None = None) -> dict[str, CreateOption]:
     """Return what *format* takes at creation, with what *filename*'s protocol takes where one is named. Raises CowhandError."""
-    from cowhand.block.create import create_options_of, protocol_of
+    from cowhand.block.create import create_options_of, format_of, protocol_of
     from cowhand.block.createoptions import FILE_OPTIONS, merge
     from cowhand.drivers import REGISTRY
 
     if format in _READ_ONLY:
         raise Failure(f"Format driver '{format}' does not support image creation")
-    own = create_options_of(REGISTRY.get(format))
+    own = create_options_of(format_of(format, REGISTRY))
     if filename is None or protocol_of(filename, REGISTRY).name not in ("file", "host_device"):
         # What a format only hands to its file is the file's to declare.
         return merge(

@@ -113,8 +113,9 @@ def _refuse(node: Qcow2Node, options: Mapping[str, Any], version: int) -> None:
         raise InvalidArgument("data-file-raw cannot be set on existing images", path=node.filename)
     if options.get("data_file") is not None and not node.external:
         raise InvalidArgument("data-file can only be set for images that use an external data file", path=node.filename)
-    for name, present in (("backing_file", header.backing_name), ("backing_fmt", header.backing_format)):
-        if name in options and options[name] != (present or ""):
+    present = {"backing_file": header.backing_name, "backing_fmt": header.backing_format}
+    if present.keys() & options.keys():  # both are told, or neither
+        if any(options.get(name) != value for name, value in present.items()):
             advice = "You can use 'qemu-img rebase' instead."
             raise NotSupported(
                 "Cannot amend the backing file", path=node.filename, hint="Rebase the image instead.", advice=advice

@@ -117,13 +117,8 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
     return header
 
 
-def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
-    """Make the open, writable protocol node *file* a qcow2 image of *size* bytes; *options* are CREATE_OPTIONS by name, converted."""
-    encryption = None
-    if any(value for name, value in options.items() if name.startswith("encrypt")):
-        from cowhand.block.formats.qcow2 import encrypting
-
-        encryption = encrypting.plan(options)
+def check_options(size: int, options: Mapping[str, Any]) -> Header:
+    """Return the header of a new image; raises InvalidArgument, NotSupported for what :func:`create` would not make."""
     header = plan_header(size, options)
     preallocation = options.get("preallocation", "off")
     if preallocation not in ("off", "metadata", "falloc", "full"):
@@ -131,6 +126,18 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
         raise InvalidArgument(message, hint="preallocation is off, metadata, falloc or full.")
     if header.backing_name is not None and preallocation != "off" and not header.incompatible & L.INCOMPAT_EXTENDED_L2:
         raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is on")
+    return header
+
+
+def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
+    """Make the open, writable protocol node *file* a qcow2 image of *size* bytes; *options* are CREATE_OPTIONS by name, converted."""
+    encryption = None
+    if any(value for name, value in options.items() if name.startswith("encrypt")):
+        from cowhand.block.formats.qcow2 import encrypting
+
+        encryption = encrypting.plan(options)
+    header = check_options(size, options)
+    preallocation = options.get("preallocation", "off")
     from cowhand.block import graph
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.formats.qcow2.options import Qcow2Options

@@ -70,6 +70,13 @@ class Qcow2Node(MetadataNode):
         create(file, size, options)
 
     @classmethod
+    def check_creation(cls, size: int, options: Mapping_[str, Any]) -> None:
+        """Raise what is wrong with *options*, as far as that can be known without a file."""
+        from cowhand.block.formats.qcow2.create import check_options
+
+        check_options(size, options)
+
+    @classmethod
     def measure(
         cls,
         options: Mapping_[str, Any],
@@ -117,8 +124,10 @@ class Qcow2Node(MetadataNode):
         from cowhand.block.formats.qcow2.snapshots import read_snapshots
 
         path = self.filename
-        first = bytearray(min(1 << L.CLUSTER_BITS_MIN, self.file.node.size))
-        self.file.read_into(0, first)
+        # Behind the end of a file lie zeroes.
+        first = bytearray(1 << L.CLUSTER_BITS_MIN)
+        with memoryview(first) as view:
+            self.file.read_into(0, view[: min(len(first), self.file.node.size)])
         bits = int.from_bytes(first[20:24], "big") if len(first) >= 24 else 0
         if L.CLUSTER_BITS_MIN < bits <= L.CLUSTER_BITS_MAX and first[:4] == L.U32.pack(L.MAGIC):
             first = bytearray(min(1 << bits, self.file.node.size))

@@ -89,6 +89,8 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
         raise InvalidArgument(
             f"preallocation mode '{preallocation}' is not known", hint="One of: off, metadata, falloc, full."
         )
+    if size % 512:
+        raise InvalidArgument("The new size must be a multiple of 512", path=node.filename)
     node.check_writable()
     node.flush()
     if node.snapshots and node.header.version < 3 and size != old:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat.images import cache_mode, open_image
@@ -29,7 +30,7 @@ def run(words: Sequence[str]) -> int:
             case "f":
                 format = value
             case "t":
-                cache = cache_mode(value)
+                cache = value
             case "p":
                 shown = True
             case "q":
@@ -41,20 +42,22 @@ def run(words: Sequence[str]) -> int:
     if not chosen:
         raise UsageFailure("Must specify options (-o)")
     name = command.positional[-1] if len(command.positional) == 1 else None
-    if format is not None and chosen.wants_help:
-        return _help(format)
-    if name is None:
-        raise Failure("Expecting one image file name")
-    with (
-        ProgressLine(shown and not quiet) as line,
-        open_image(name, format=format, image_opts=image_opts, writable=True, cache=cache) as disk,
-    ):
+    with ExitStack() as stack:
+        line = stack.enter_context(ProgressLine(shown and not quiet, at_once=False))
+        if format is not None and chosen.wants_help:
+            return _help(format)
+        if name is None:
+            raise Failure("Expecting one image file name")
+        cache = cache_mode(cache)
+        disk = stack.enter_context(open_image(name, format=format, image_opts=image_opts, writable=True, cache=cache))
         node: Any = disk.root  # of a driver that can be amended
         options = _amend_options(node.driver)
         if chosen.wants_help:
             return _help(node.driver)
+        values = _values(chosen, options, node.driver)
+        line.show(0.0)
         try:
-            node.amend(_values(chosen, options, node.driver), line.show_part, force=force)
+            node.amend(values, line.show_part, force=force)
         except CowhandError as error:
             raise Failure(error.qemu(), hint=error.facts.get("advice", "")) from error
         line.show_part(1, 1)
@@ -88,8 +91,11 @@ def _values(chosen: CreateOptions, known: Mapping[str, CreateOption], driver: st
     except Failure as failure:
         from cowhand.cli.compat.optionstrings import known_options
 
-        names = known_options(driver)
-        unknown = failure.message or ""
-        if any(unknown == f"Invalid parameter '{name}'" for name in names):
+        try:
+            chosen.values(known_options(driver))
+        except Failure:
+            pass
+        else:
+            unknown = failure.message or ""
             raise Failure(unknown, hint="This option is only supported for image creation") from None
         raise

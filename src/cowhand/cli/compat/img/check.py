@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cowhand.block.options import CACHE_MODES
 from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image, output_format
-from cowhand.cli.compat.images import cache_mode, describe
+from cowhand.cli.compat.images import cache_mode, describe, warn_of_raw
 from cowhand.cli.compat.img.command import Command, failing_as
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError, NotSupported
@@ -56,11 +56,11 @@ def run(words: Sequence[str]) -> int:
     result = _check(name, format, repair, options, say, image_opts=image_opts)
     if result.failure is not None:
         raise Failure(f"Check failed: {result.failure.qemu()}")
-    if json:
+    if json and not quiet:
         from cowhand.cli.compat.jsontext import render
 
         print(render({**result.to_json(), "filename": name}))
-    elif not quiet:
+    if not json and not quiet:
         _print_human(result)
     return result.exit_code
 
@@ -81,7 +81,7 @@ def _check(
     with failing_as(f"Could not open '{name}': "):
         if repair is not None and options["force-share"]:
             raise Failure("force-share=on can only be used with read-only images")
-        what = describe(name, image_opts)
+        what = describe(name, image_opts, has_format=format is not None)
     try:
         return check(
             what,
@@ -94,6 +94,8 @@ def _check(
         )
     except NotSupported as error:
         if error.qemu_message == "This image format does not support checks":
+            if repair is not None and error.facts.get("guessed"):
+                warn_of_raw(name)
             raise Failure(error.qemu_message, status=_UNSUPPORTED) from None
         raise Failure(f"Could not open '{name}': {error.qemu()}") from error
     except CowhandError as error:

@@ -56,8 +56,11 @@ def failing_as(prefix: str) -> Iterator[None]:
 class ProgressLine:
     """The line "    (12.50/100%)", printed over and over with ``-p``, and once for each SIGUSR1 without it."""
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, shown: bool, *, step: float = 1.0, at_once: bool = True) -> None:
+        """*step*: percents that are not worth a new line; not *at_once*: the first line comes when it is asked for."""
         self._shown = shown
+        self._step = step
+        self._at_once = at_once
         self._last = -1.0
         self._asked = False
         self._handler: Any = None
@@ -67,7 +70,7 @@ class ProgressLine:
     def __enter__(self) -> ProgressLine:
         if not self._shown:
             self._answer_signals()
-        else:
+        elif self._at_once:
             self.show(0.0)
         return self
 
@@ -121,7 +124,9 @@ class ProgressLine:
             sys.stderr.flush()
 
     def show(self, percent: float) -> None:
-        if percent - self._last >= 1 or percent in (0.0, 100.0):
+        if not self._shown:
+            return
+        if percent - self._last > self._step or percent in (0.0, 100.0):
             self._last = percent
             sys.stdout.write(f"    ({percent:3.2f}/100%)\r")
             sys.stdout.flush()

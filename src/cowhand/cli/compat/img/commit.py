@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from cowhand.cli.compat.images import cache_mode, described, warn_of_guess
+from cowhand.cli.compat.images import cache_mode, described, refuse_read_only, warn_of_guess
 from cowhand.cli.compat.img.command import Command, ProgressLine, failing_as
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import size_argument
@@ -54,7 +54,10 @@ def run(words: Sequence[str]) -> int:
         what, layers = _open(name, image_opts, format, cache)
         stack.callback(lambda: layers.close())
         line = stack.enter_context(ProgressLine(shown and not quiet))
-        above = 1 if base is None else layers.find(base, as_in_header=True)
+        try:
+            above = 1 if base is None else layers.find(base, as_in_header=True)
+        except CowhandError as error:
+            raise Failure(f"Did not find '{base}' in the backing chain of '{name}'") from error
         if above != layers.above:
             layers.close()
             layers = open_layers(what, above, format=format, cache=cache)
@@ -78,7 +81,8 @@ def _open(name: str, image_opts: bool, format: str | None, cache: str) -> tuple[
 
     prefix = f"Could not open '{name}': "
     with failing_as(prefix):
-        what = described(name, image_opts)
+        what = described(name, image_opts, has_format=format is not None)
+        refuse_read_only(what, writable=True)
     try:
         layers = open_layers(what, format=format, cache=cache)
     except CowhandError as error:

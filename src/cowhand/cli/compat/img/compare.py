@@ -41,13 +41,13 @@ def run(words: Sequence[str]) -> int:
                 image_opts = True
     if len(command.positional) != 2:
         raise UsageFailure("Expecting two image file names")
-    try:
-        cache = cache_mode(cache, "source cache")
-    except Failure as failure:
-        raise Failure(failure.message, status=_CANNOT_OPEN) from None
     from cowhand.copy.compare import compare
 
-    with ProgressLine(shown and not quiet) as line:
+    with ProgressLine(shown and not quiet, step=2.0, at_once=False) as line:
+        try:
+            cache = cache_mode(cache, "source cache")
+        except Failure as failure:
+            raise Failure(failure.message, status=_CANNOT_OPEN) from None
         disks = []
         try:
             for name, format in zip(command.positional, formats, strict=True):
@@ -61,6 +61,7 @@ def run(words: Sequence[str]) -> int:
                         status=_CANNOT_OPEN,
                     )
                 )
+            line.show(0.0)
             result = compare(disks[0], disks[1], strict=strict, progress=line.progress())
         except CowhandError as error:
             beyond = error.facts.get("disk_offset", 0) >= min(disk.size for disk in disks)

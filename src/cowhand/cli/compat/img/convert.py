@@ -27,6 +27,7 @@ _SPARSE = (
     "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to 16777216. "
     "Select 0 to disable sparse detection (fully allocates output)."
 )
+_CONCATENATED = "Having a backing file for the target makes no sense when concatenating multiple input images"
 _FLAGS = {
     "C": "copy_range",
     "c": "compressed",
@@ -105,43 +106,34 @@ class _Line:
     def check(self) -> None:
         """Refuse what contradicts itself, the first thing first."""
         flags = self.flags
-        image_opts = "image_opts" in flags and self.format is not None
-        target_opts = "target_image_opts" in flags and self.target_format is not None
         for wrong, message in (
-            (image_opts, "--image-opts and --format are mutually exclusive"),
-            ({"compressed", "copy_range"} <= flags, "Cannot enable copy offloading when -c is used"),
-            ("copy_range" in flags and self.sparse is not None, "Cannot enable copy offloading when -S is used"),
-            ({"copy_range", "salvage"} <= flags, "Cannot use copy offloading in salvaging mode"),
             (
                 "skip_broken_bitmaps" in flags and "bitmaps" not in flags,
                 "Use of --skip-broken-bitmaps requires --bitmaps",
             ),
+            ({"compressed", "copy_range"} <= flags, "Cannot enable copy offloading when -c is used"),
+            ("copy_range" in flags and self.sparse is not None, "Cannot enable copy offloading when -S is used"),
+            ({"copy_range", "salvage"} <= flags, "Cannot use copy offloading in salvaging mode"),
             ("target_image_opts" in flags and "no_create" not in flags, "--target-image-opts requires use of -n flag"),
             ("no_create" in flags and self.options, "-o has no effect when skipping image creation"),
             ("target_is_zero" in flags and "no_create" not in flags, "--target-is-zero requires use of -n flag"),
-            (target_opts, "-O and --target-image-opts are mutually exclusive"),
-            (len(self.names) < 2, "Must specify image file name"),
         ):
             if wrong:
                 raise Failure(message)
-        if self.backing is not None and len(self.names) > 2:
-            raise Failure(
-                "Having a backing file for the target makes no sense when concatenating multiple input images"
-            )
-        if self.snapshot is not None and len(self.names) > 2:
-            raise Failure("No support for concatenating multiple snapshot")
-        cache_mode(self.source_cache, "source cache")
-        cache_mode(self.cache)
 
 
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     line = _Line(words)
-    if line.options.wants_help and "no_create" not in line.flags:
+    line.check()
+    if line.options.wants_help:
         print_help(line.target_format or "raw", line.names[-1] if line.names else None)
         return 0
-    line.check()
+    if len(line.names) < 2:
+        raise Failure("Must specify image file name")
+    cache_mode(line.source_cache, "source cache")
     with ExitStack() as stack:
+        shown = stack.enter_context(ProgressLine("progress" in line.flags and "quiet" not in line.flags))
         disks = [
             stack.enter_context(
                 open_image(
@@ -155,14 +147,19 @@ def run(words: Sequence[str]) -> int:
             )
             for name in line.names[:-1]
         ]
+        if line.snapshot is not None and len(disks) > 1:
+            raise Failure("No support for concatenating multiple snapshot")
         snapshot = line.snapshot.find(disks[0]) if line.snapshot is not None else None
         target: Disk | str = line.names[-1]
         options: dict[str, Any] = {}
         if "no_create" in line.flags:
+            cache_mode(line.cache)
             target = stack.enter_context(_existing(line))
         else:
             options = _creation_options(line)
-        _convert(line, disks, target, options, snapshot)
+            # QEMU would notice a wrong mode when the image is there.
+            cache_mode(line.cache)
+        _convert(line, disks, target, options, snapshot, shown)
     return 0
 
 
@@ -177,7 +174,7 @@ def _creation_options(line: _Line) -> dict[str, Any]:
     from cowhand.copy.convert import can_compress
     from cowhand.drivers import REGISTRY
 
-    format = line.target_format or "raw"
+    format = "raw" if line.target_format is None else line.target_format
     entry = REGISTRY.find(format)
     if entry is None:
         raise Failure(f"Unknown file format '{format}'")
@@ -191,6 +188,8 @@ def _creation_options(line: _Line) -> dict[str, Any]:
             raise Failure(f"{text} not supported for file format '{format}'")
         if value is not None:
             options[name] = value
+    if line.backing is not None and len(line.names) > 2:
+        raise Failure(_CONCATENATED)
     if options.get("backing_file") and not options.get("backing_fmt"):
         raise Failure("Use of backing file requires explicit backing format")
     if "compressed" in line.flags and not can_compress(entry.load()):
@@ -199,41 +198,45 @@ def _creation_options(line: _Line) -> dict[str, Any]:
 
 
 def _convert(
-    line: _Line, disks: Sequence[Disk], target: Disk | str, options: dict[str, Any], snapshot: str | None
+    line: _Line,
+    disks: Sequence[Disk],
+    target: Disk | str,
+    options: dict[str, Any],
+    snapshot: str | None,
+    shown: ProgressLine,
 ) -> None:
     from cowhand.copy.convert import convert
 
     flags = line.flags
     backing = options.pop("backing_file", line.backing)
     backing_format = options.pop("backing_fmt", line.backing_format)
-    with ProgressLine("progress" in flags and "quiet" not in flags) as shown:
-        try:
-            convert(
-                disks,
-                target,
-                line.target_format or "raw",
-                options=options or None,
-                backing=backing,
-                backing_format=backing_format,
-                target_is_zero="target_is_zero" in flags,
-                overwrite=True,
-                snapshot=snapshot,
-                compressed="compressed" in flags,
-                sparse_size=_DEFAULT_SPARSE if line.sparse is None else line.sparse,
-                workers=line.workers,
-                in_order="out_of_order" not in flags,
-                salvage="salvage" in flags,
-                copy_range="copy_range" in flags,
-                rate_limit=line.rate,
-                bitmaps="bitmaps" in flags,
-                skip_broken_bitmaps="skip_broken_bitmaps" in flags,
-                cache=line.cache,
-                warn=None if "quiet" in flags else program.warning,
-                progress=shown.progress(),
-            )
-        except CowhandError as error:
-            missing = error.qemu().removesuffix(_NO_BACKING)
-            if missing == error.qemu():
-                raise Failure(error.qemu(), hint=error.facts.get("advice") or "") from error
-            # QEMU finds that out when it opens the new image.
-            raise Failure(f"Could not open '{line.names[-1]}': Could not open backing file: {missing}") from error
+    try:
+        convert(
+            disks,
+            target,
+            line.target_format or "raw",
+            options=options or None,
+            backing=backing,
+            backing_format=backing_format,
+            target_is_zero="target_is_zero" in flags,
+            overwrite=True,
+            snapshot=snapshot,
+            compressed="compressed" in flags,
+            sparse_size=_DEFAULT_SPARSE if line.sparse is None else line.sparse,
+            workers=line.workers,
+            in_order="out_of_order" not in flags,
+            salvage="salvage" in flags,
+            copy_range="copy_range" in flags,
+            rate_limit=line.rate,
+            bitmaps="bitmaps" in flags,
+            skip_broken_bitmaps="skip_broken_bitmaps" in flags,
+            cache=line.cache,
+            warn=None if "quiet" in flags else program.warning,
+            progress=shown.progress(),
+        )
+    except CowhandError as error:
+        missing = error.qemu().removesuffix(_NO_BACKING)
+        if missing == error.qemu():
+            raise Failure(error.qemu(), hint=error.facts.get("advice") or "") from error
+        # QEMU finds that out when it opens the new image.
+        raise Failure(f"Could not open '{line.names[-1]}': Could not open backing file: {missing}") from error

@@ -59,6 +59,7 @@ def run(words: Sequence[str]) -> int:
                 image_opts = True
     operands = _Operands(command.positional)
     target = operands.names["of"]
+    from cowhand.block.create import protocol_of
     from cowhand.copy.dd import dd
     from cowhand.drivers import REGISTRY
 
@@ -71,6 +72,8 @@ def run(words: Sequence[str]) -> int:
             raise Failure("Unknown file format")
         if not entry.creatable:
             raise Failure(f"Format driver '{target_format}' does not support image creation")
+        warnings: list[str] = []  # of which nobody hears when there is no new image
+        protocol_of(target, REGISTRY)
         with _failing(f"{target}: error while creating output image: "):
             dd(
                 source,
@@ -80,8 +83,10 @@ def run(words: Sequence[str]) -> int:
                 count=operands.count,
                 skip=operands.skip,
                 overwrite=True,
-                warn=program.error,
+                warn=warnings.append,
             )
+    for text in warnings:
+        program.error(text)
     return 0
 
 

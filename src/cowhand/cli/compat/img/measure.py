@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from cowhand.cli.compat import program
-from cowhand.cli.compat.arguments import output_format
+from cowhand.cli.compat.arguments import OptionError, output_format
 from cowhand.cli.compat.images import open_image
+from cowhand.cli.compat.img import show_help
 from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.snapshotnames import Wanted
 from cowhand.cli.compat.optionstrings import CreateOptions, known_options
-from cowhand.cli.compat.program import Failure
+from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import size_argument
 
 if TYPE_CHECKING:
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
+    try:
+        return _run(words)
+    except UsageFailure as failure:
+        if not isinstance(failure.__cause__, OptionError):
+            raise
+        # This command leaves wrong options to the C library, and calls them a request for help.
+        program.plain(failure.__cause__.in_libc_words(words[0]))
+        return show_help()
+
+
+def _run(words: Sequence[str]) -> int:
     format = wanted = size = None
     target_format = "raw"
     json = image_opts = force_share = False

@@ -100,12 +100,14 @@ def _rebase(line: _Line, disk: Disk, shown: ProgressLine) -> None:
     failed = f"Could not change the backing file to '{shown_name}': "
     change = getattr(skip_filters(disk.root), "change_backing", None)
     if line.base and line.base_format is None:
+        progress.finish()
         raise Failure(failed + "backing format must be specified")
     try:
         if change is None:
             raise NotSupported("Operation not supported")
         change(line.base or None, line.base_format)
     except CowhandError as error:
+        progress.finish()
         reason = "No space left in the file header" if error.number == errno.ENOSPC else os.strerror(error.number)
         raise Failure(failed + reason) from error
     progress.finish()

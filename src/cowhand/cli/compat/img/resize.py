@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cowhand.cli.compat import program
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
+from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import MAX_SIZE, size_option
 
@@ -48,7 +49,7 @@ def run(words: Sequence[str]) -> int:
     sign = size[:1] if size[:1] in ("+", "-") else ""
     amount = size_option("size", size[len(sign) :])
     with open_image(command.positional[0], format=format, image_opts=image_opts, writable=True) as disk:
-        old = disk.size
+        old = whole_sectors(disk.size)
         new = old + amount if sign == "+" else old - amount if sign == "-" else amount
         if not 0 < new <= MAX_SIZE:
             raise Failure("New image size must be positive")
