@@ -143,4 +143,6 @@ def json_name(node: BlockNode, extra: Mapping[str, Any] | None = None) -> str:
     """Return the ``json:`` name of *node*; *extra* are options that its class does not declare."""
     import json
 
-    return "json:" + json.dumps({**(extra or {}), **describe(node)})
+    from cowhand.block.descriptions import ordered
+
+    return "json:" + json.dumps(ordered({**(extra or {}), **describe(node)}))

@@ -1,16 +1,13 @@
-"""JSON as QEMU's tools print it: four spaces, and keys in the order of QEMU's hash table.
-
-QEMU keeps an object's members in 512 chained buckets, chosen by a hash of the name that comes from TDB; they are printed bucket by bucket.
-"""
+"""JSON as QEMU's tools print it: four spaces, and keys in the order of QEMU's hash table."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
-_BUCKETS = 512
+from cowhand.block import descriptions
+
 _ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*\\u)([0-9a-f]{4})")
 
 #: A line that holds an empty list or object: the closing bracket has a line of its own.
@@ -19,29 +16,17 @@ _EMPTY = re.compile(r'^( *)("(?:[^"\\]|\\.)*": )?([\[{])([\]}])', re.MULTILINE)
 _UNDECODABLE = re.compile("[\udc80-\udcff]")
 
 
-def bucket(key: str) -> int:
-    """Return the bucket that *key* falls into."""
-    data = key.encode()
-    value = 0x238F13AF * len(data)
-    for index, byte in enumerate(data):
-        value = (value + (byte << (index * 5 % 24))) & 0xFFFFFFFF
-    return (1103515243 * value + 12345 & 0xFFFFFFFF) % _BUCKETS
-
-
 def ordered(value: Any) -> Any:
-    """Return *value* with the members of every object in the hash table's order.
+    """Return *value* in QEMU's order, and with what is no text replaced."""
+    return _decodable(descriptions.ordered(value))
 
-    Of two in one bucket the one that was put in later comes first.
-    """
-    if isinstance(value, Mapping):
-        keys = list(value)
-        keys.reverse()
-        return {key: ordered(value[key]) for key in sorted(keys, key=bucket)}
-    if isinstance(value, (list, tuple)):
-        return [ordered(item) for item in value]
-    if isinstance(value, str):
-        return _UNDECODABLE.sub("\ufffd", value)
-    return value
+
+def _decodable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decodable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decodable(item) for item in value]
+    return _UNDECODABLE.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 def render(value: Any) -> str:

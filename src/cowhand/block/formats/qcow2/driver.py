@@ -21,7 +21,15 @@ from cowhand.block.options import NodeOptions
 from cowhand.block.reserving import Kind, Reservation, Unprepared
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
-from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, NotSupported, Poisoned, UnsupportedFeature
+from cowhand.core.errors import (
+    CowhandError,
+    ImageCorrupt,
+    InvalidArgument,
+    InvalidFormat,
+    NotSupported,
+    Poisoned,
+    UnsupportedFeature,
+)
 from cowhand.core.extents import ENCODED, OFFSET
 
 if TYPE_CHECKING:
@@ -109,6 +117,8 @@ class Qcow2Node(MetadataNode):
             from cowhand.block.formats.qcow2 import encryption
 
             node.be_encrypted(encryption.configure(node, encrypt, unlocked=opening.unlocks))
+        if isinstance(backing, dict) and not opening.with_backing:
+            raise InvalidArgument(f"Block format 'qcow2' does not support the option 'backing.{next(iter(backing))}'")
         if backing is None or not opening.with_backing:
             return node
         if isinstance(backing, dict) and node.header.backing_name and not {"file", "filename"} & backing.keys():
