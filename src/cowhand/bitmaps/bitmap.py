@@ -6,7 +6,7 @@ The form on disk and on the wire is the one that QEMU's formats and migration st
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from cowhand.core.errors import InvalidArgument
@@ -17,6 +17,7 @@ _PAGE_SHIFT = 15  #: bits of a page, as a power of two
 _PAGE_BITS = 1 << _PAGE_SHIFT
 _BYTE_MASK = PAGE_BYTES - 1
 _BIT_MASK = _PAGE_BITS - 1
+_BITS = bytes(1 << bit for bit in range(8))
 _ONES = b"\xff" * PAGE_BYTES  #: the page of a range that is set wholly; never changed, so all bitmaps share it
 _ZEROES = bytes(PAGE_BYTES)
 
@@ -30,7 +31,7 @@ _Page: TypeAlias = "bytearray | bytes"
 class Bitmap:
     """Which granules of a disk of ``size`` bytes are dirty.
 
-    Thread-safe: :meth:`mark` may be called by any number of threads at once, and costs no lock where the bit is set already. A bit that is
+    Thread-safe: :meth:`mark` may be called by any number of threads at once; :meth:`marker` takes no lock where the bit is set already. A bit that is
     cleared while another thread sets it ends up in either state. Iteration sees each page at one moment, not the whole at one.
     """
 
@@ -62,16 +63,28 @@ class Bitmap:
     # -- setting and clearing
 
     def mark(self, offset: int, length: int) -> None:
-        """Set every bit of which ``[offset, offset + length)`` touches the granule. An after-write hook: it never blocks for long."""
-        first = offset >> self._shift
-        end = (offset + length - 1 >> self._shift) + 1
-        if end - first == 1:
-            page = self._pages.get(first >> _PAGE_SHIFT)
-            if page is not None and page[first >> 3 & _BYTE_MASK] >> (first & 7) & 1:
-                return
+        """Set every bit of which ``[offset, offset + length)`` touches the granule. It never blocks for long."""
         if length > 0:
+            first, end = offset >> self._shift, (offset + length - 1 >> self._shift) + 1
             with self._lock:
                 self._set(first, min(end, self.bits))
+
+    def marker(self) -> Callable[[int, int], None]:
+        """Return :meth:`mark` as an after-write hook: a function, since every small write calls it, and most find their bit set already."""
+        shift, find, slow = self._shift, self._pages.get, self.mark
+        granule = 1 << shift
+        within = granule - 1
+
+        def mark(offset: int, length: int) -> None:
+            # As few operations as can be on large numbers, which the interpreter is slow with.
+            if (offset & within) + length <= granule:
+                bit = offset >> shift
+                page = find(bit >> _PAGE_SHIFT)
+                if page is not None and page[bit >> 3 & _BYTE_MASK] & _BITS[bit & 7]:
+                    return
+            slow(offset, length)
+
+        return mark
 
     def clear(self, offset: int = 0, length: int | None = None) -> None:
         """Clear every bit whose granule lies wholly in ``[offset, offset + length)``; all bits by default.

@@ -128,14 +128,32 @@ class DirtyBitmap:
         return out
 
 
-class BitmapSet:
-    """The named bitmaps of one node, in the order in which they came. :meth:`mark` is the node's after-write hook."""
+class _Marks:
+    """Calls all of ``parts``, a list that may change."""
 
-    __slots__ = ("_active", "_named")
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: list[Callable[[int, int], None]]) -> None:
+        self.parts = parts
+
+    def __call__(self, offset: int, length: int) -> None:
+        for part in self.parts:
+            part(offset, length)
+
+
+class BitmapSet:
+    """The named bitmaps of one node, in the order in which they came.
+
+    ``mark(offset, length)`` is the node's after-write hook: it sets that range in all bitmaps that follow writes. ``mark.parts`` are theirs, in a
+    list that changes with them.
+    """
+
+    __slots__ = ("_active", "_named", "mark")
 
     def __init__(self) -> None:
         self._named: dict[str, DirtyBitmap] = {}
-        self._active: tuple[Bitmap, ...] = ()
+        self._active: list[Callable[[int, int], None]] = []
+        self.mark = _Marks(self._active)
 
     def __iter__(self) -> Iterator[DirtyBitmap]:
         return iter(list(self._named.values()))
@@ -146,11 +164,6 @@ class BitmapSet:
     def get(self, name: str) -> DirtyBitmap | None:
         """Return the bitmap *name*, or None."""
         return self._named.get(name)
-
-    def mark(self, offset: int, length: int) -> None:
-        """Set ``[offset, offset + length)`` in all bitmaps that follow writes."""
-        for bitmap in self._active:
-            bitmap.mark(offset, length)
 
     @property
     def active(self) -> bool:
@@ -175,7 +188,7 @@ class BitmapSet:
         """Learn anew which bitmaps follow writes; called when the state of one has changed."""
         active = [bitmap.recent for bitmap in self if bitmap.enabled and not bitmap.inconsistent]
         active += [bitmap.successor for bitmap in self if bitmap.successor is not None]
-        self._active = tuple(active)
+        self._active[:] = [bits.marker() for bits in active]
 
     def resize(self, size: int) -> None:
         """Follow the disk to a new size."""

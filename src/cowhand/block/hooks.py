@@ -5,32 +5,30 @@ A hook must not do I/O and must not block. Who has to act *before* a write is a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from cowhand.block.node import READ, WRITE_REQUEST, BlockNode, Request
+from cowhand.block.node import READ, WRITE_REQUEST, BlockNode, Hook, Request
 from cowhand.core.buffers import Buffer
 
 
 class HookedAccess:
     """The way to a node that has hooks: the same calls, and the hooks before they return."""
 
-    __slots__ = ("node", "read_into")
+    __slots__ = ("_hooks", "node", "read_into", "write")
 
     def __init__(self, node: BlockNode) -> None:
         self.node = node
         self.read_into = node.read_into
+        self._hooks: Sequence[Hook] = node.hooks
+        if len(node.hooks) == 1:
+            # A hook that is made of others lets them be called without itself; its list is the one that changes.
+            self._hooks = getattr(node.hooks[0], "parts", node.hooks)
+        self.write = _hooked_write(node.write, self._hooks)
 
     def fire(self, offset: int, length: int) -> None:
         """Tell every hook of a change in ``[offset, offset + length)``."""
-        for hook in self.node.hooks:
+        for hook in self._hooks:
             hook(offset, length)
-
-    def write(self, offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
-        length = sum(len(buffer) for buffer in buffers)
-        try:
-            self.node.write(offset, buffers, fua)
-        finally:
-            self.fire(offset, length)
 
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
@@ -55,3 +53,17 @@ class HookedAccess:
                     self.fire(offset, len(what))
                 elif kind != READ and what:
                     self.fire(offset, what)
+
+
+def _hooked_write(write: Callable[..., None], hooks: Sequence[Hook]) -> Callable[..., None]:
+    """Return *write* followed by *hooks*. A function of its own and no method: small writes feel every look-up of an attribute."""
+
+    def hooked(offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        try:
+            write(offset, buffers, fua)
+        finally:
+            for hook in hooks:
+                hook(offset, length)
+
+    return hooked
