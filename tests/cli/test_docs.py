@@ -42,3 +42,12 @@ def test_exit_codes_are_documented() -> None:
         check.EXIT_DAMAGE,
     }
     assert used <= documented
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_is_as_wide_as_the_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "72")
+    text = main.build_parser(name, main.load(name)).format_help()
+    prose, _, examples = text.partition("Examples:\n")
+    assert max(map(len, prose.splitlines())) <= 72
+    assert f"cowhand {name}" in examples.splitlines()[0]

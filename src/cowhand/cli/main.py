@@ -66,6 +66,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
             width = 80
         super().__init__(prog, max_help_position=28, width=max(40, min(width, 120)) - 2)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap what is prose; keep paragraphs with indented lines (examples, tables) as they are."""
+        import textwrap
+
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(part if "\n " in part else textwrap.fill(part, width) for part in paragraphs) + "\n"
+
 
 def overview() -> str:
     """Return the text of ``cowhand --help``."""
