@@ -67,6 +67,25 @@ print("031 pass [1:0:0] [1:0:1] 0.1s ")
     assert "031 pass" in (tmp_path / "q" / "logs" / "031.log").read_text()
 
 
+def test_a_machine_that_was_too_busy_is_asked_again(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    check = f"""
+from pathlib import Path
+count = Path({str(count)!r})
+count.write_text((count.read_text() if count.exists() else "") + "x")
+if len(count.read_text()) < 3:
+    print("189 fail [1:0:0] [1:0:1] 0.1s output mismatch\\n+qemu-img: Unable to get accurate CPU usage")
+else:
+    print("189 pass [1:0:0] [1:0:1] 0.1s ")
+"""
+    [outcome] = runner(tmp_path / "q", check).run_all(["189"], 1, lambda outcome: None)
+    assert (outcome.status, count.read_text()) == ("pass", "xxx")
+    count.unlink()
+    [outcome] = runner(tmp_path / "r", check.replace("< 3", "< 9")).run_all(["189"], 1, lambda outcome: None)
+    assert (outcome.status, outcome.detail) == ("fail", "qemu-img: Unable to get accurate CPU usage")
+    assert count.read_text() == "xxxx"
+
+
 def alive(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
