@@ -23,6 +23,8 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "fuzz"
 #: Of wall-clock time, for one input: what hangs without using the processor. Budgets of processor time are the steps' (budget.py).
 _HANG_SECONDS = 120
+#: Inputs of the corpus that fuzzing does not begin with: changes of them would take most of its time.
+_SLOW = "slow-"
 _STATUS = re.compile(r"^#(\d+)\s.*\bcov: (\d+)", re.MULTILINE)
 
 
@@ -32,7 +34,8 @@ def run(name: str, seconds: int) -> int:
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     for path in (HERE / "corpus" / name).iterdir():
-        (folders["seeds"] / path.stem).write_bytes(load(path))
+        if not path.name.startswith(_SLOW):
+            (folders["seeds"] / path.stem).write_bytes(load(path))
     log = BUILD / name / "log.txt"
     before, started, inputs, edges = os.times(), time.monotonic(), 0, 0
     while (left := seconds - (time.monotonic() - started)) >= 1:

@@ -23,6 +23,13 @@ REPAIRS = (None, "leaks", "all")
 Say = Callable[[str], None]
 
 
+class ToolLine(str):
+    """A line of a check before which qemu-img puts its own name; it prints the others as they are."""
+
+    __slots__ = ()
+
+
+
 class CheckResult:
     """What a check found. Counts are of clusters or entries, as QEMU's ``ImageCheck`` (``qapi/block-core.json``) has them.
 

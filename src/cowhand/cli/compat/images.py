@@ -193,7 +193,8 @@ def open_image(
                 raise
         return disk
     except CowhandError as error:
-        raise Failure(f"Could not open '{name}': {error.qemu()}", status=status) from error
+        advice = error.facts.get("advice", "")
+        raise Failure(f"Could not open '{name}': {error.qemu()}", status=status, hint=advice) from error
     except Failure as failure:
         raise Failure(f"Could not open '{name}': {failure.message}", status=status) from None
 

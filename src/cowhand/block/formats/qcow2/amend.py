@@ -72,6 +72,9 @@ def amend(
     with graph.quiesce(node):
         node.settle()
         if version > header.version:
+            from cowhand.block.formats.qcow2.snapshotting import complete_table
+
+            complete_table(node)
             _rewrite(node, lambda: _upgrade(node))
         if encrypting.amends(options):
             encrypting.amend(node, options, force=force)

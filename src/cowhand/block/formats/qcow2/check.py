@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from cowhand.block.check import MAX_MESSAGES, CheckResult
+from cowhand.block.check import MAX_MESSAGES, CheckResult, ToolLine
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.checkflags import check_flags
 from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped, Walk, words_of
@@ -135,7 +135,7 @@ class Examination:
         except InvalidFormat as error:
             counters.check_errors += 1
             prefix = "" if error.facts.get("pointer") else "failed to read the snapshot table: "
-            self.say(f"ERROR {prefix}{error.qemu_message}")
+            self.say(ToolLine(f"ERROR {prefix}{error.qemu_message}"))
             if error.facts.get("advice"):
                 self.say(error.facts["advice"])
             # What was not read does not count.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from cowhand.block.formats.qcow2 import layout as L
@@ -25,6 +25,8 @@ _LEAST_L1_BYTES = 8 << 10
 _PLAIN_ENTRIES = 1 << 16
 #: Clusters above which a sorted array replaces the set, whose elements take ten times the space.
 _SET_LIMIT = 1 << 17
+#: Clusters that are collected before they become part of the map.
+_WAITING_LIMIT = 1 << 21
 
 HEADER, ACTIVE_L1, REFCOUNT_TABLE, REFCOUNT_BLOCK = (
     "qcow2_header",
@@ -125,11 +127,19 @@ class MetadataMap:
         """The set itself, for the one hot test: is this cluster metadata?"""
         return self._clusters
 
-    def include(self, region: Region) -> None:
-        """Add all of *region*, before the map is used. What snapshots refer to stays when the active tables leave it."""
-        self._clusters = _united(self._clusters, region.clusters)
-        if region.name in _OF_SNAPSHOTS:
-            self._kept = _united(self._kept, region.clusters)
+    def include(self, everything: Iterable[Region]) -> None:
+        """Add all regions, before the map is used. What snapshots refer to stays when the active tables leave it."""
+        waiting: list[Clusters] = []
+        kept: list[Clusters] = []
+        for region in everything:
+            waiting.append(region.clusters)
+            if region.name in _OF_SNAPSHOTS:
+                kept.append(region.clusters)
+            # Together, since each union sorts all that is there; not too many, since they are kept twice meanwhile.
+            if sum(map(len, waiting)) > _WAITING_LIMIT:
+                self._clusters, self._kept = _united(self._clusters, waiting), _united(self._kept, kept)
+                waiting, kept = [], []
+        self._clusters, self._kept = _united(self._clusters, waiting), _united(self._kept, kept)
 
     def add(self, first: int, count: int) -> None:
         """Add *count* clusters from *first* on."""
@@ -144,16 +154,19 @@ class MetadataMap:
         return _common(range(first, last + 1), self._clusters)
 
 
-def _united(one: Pool, other: Clusters) -> Pool:
-    """Return the union; *one* may be changed."""
-    if isinstance(one, set) and len(one) + len(other) <= _SET_LIMIT:
-        one.update(other)
+def _united(one: Pool, others: list[Clusters]) -> Pool:
+    """Return the union of all; *one* may be changed."""
+    others = [other for other in others if other]
+    if isinstance(one, set) and len(one) + sum(map(len, others)) <= _SET_LIMIT:
+        one.update(*others)
         return one
-    if not one and isinstance(other, ManyClusters):
-        return other
+    if not one and len(others) == 1 and isinstance(others[0], ManyClusters):
+        return others[0]
+    if not others:
+        return one
     import numpy
 
-    both = numpy.concatenate((_column(one), _column(other)))
+    both = numpy.concatenate([_column(part) for part in (one, *others)])
     both.sort()
     return ManyClusters(_ascending(both[numpy.append(True, both[1:] != both[:-1])]))
 
@@ -314,8 +327,7 @@ def unknown(node: Qcow2Node) -> CowhandError | None:
 def build(node: Qcow2Node) -> MetadataMap:
     """Return the map of *node*'s metadata. Raises UnsupportedFeature when there is too much of it."""
     out = MetadataMap()
-    for region in regions(node):
-        out.include(region)
+    out.include(regions(node))
     return out
 
 
@@ -338,7 +350,7 @@ def conflict(node: Qcow2Node) -> tuple[str, int] | None:
                 return name, cluster
         if region.repeated is not None and node.header.refcount_table_offset:
             return region.name, region.repeated
-        seen[region.name] = _united(seen.get(region.name, set()), region.clusters)
+        seen[region.name] = _united(seen.get(region.name, set()), [region.clusters])
     return None
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.cache import Table
 from cowhand.block.formats.qcow2 import countchange as counting, layout as L
 from cowhand.block.formats.qcow2.flags import cleared, fit_flags
-from cowhand.block.formats.qcow2.snapshots import NO_ICOUNT, Snapshot, check_l1, encode_table, read_l1
+from cowhand.block.formats.qcow2.snapshots import NO_ICOUNT, REQUIRED_EXTRA, Snapshot, check_l1, encode_table, read_l1
 from cowhand.block.reserving import Kind
 from cowhand.core import clock, diagnostics
 from cowhand.core.errors import CowhandError, ImageInUse, InvalidArgument, InvalidFormat, NotSupported, SnapshotNotFound
@@ -51,23 +51,29 @@ def _refuse_external(node: Qcow2Node) -> None:
 def _alone(node: Qcow2Node) -> Iterator[None]:
     """Hold everything; tables in memory are as on disk. What leaves this by another way than an error of ours poisons the node."""
     node.check_writable()
-    with node.operation:
-        node.flush()
-        node.release_quarantine()
-        with node.exclusive():
-            try:
-                node.write_back.run(locked=True)
-                # Tables are changed on disk from here on, many more of them than a cache holds.
-                node.mapping.cache.clear()
-                yield
-                _trust(node)
-            except CowhandError:
-                raise
-            except BaseException as error:
-                node.set_poison(error)
-                raise
-            finally:
-                node.changed = True
+    with node.operation, _settled(node):
+        yield
+
+
+@contextmanager
+def _settled(node: Qcow2Node) -> Iterator[None]:
+    """Do the same for a caller that holds the operation lock."""
+    node.flush()
+    node.release_quarantine()
+    with node.exclusive():
+        try:
+            node.write_back.run(locked=True)
+            # Tables are changed on disk from here on, many more of them than a cache holds.
+            node.mapping.cache.clear()
+            yield
+            _trust(node)
+        except CowhandError:
+            raise
+        except BaseException as error:
+            node.set_poison(error)
+            raise
+        finally:
+            node.changed = True
 
 
 def _trust(node: Qcow2Node) -> None:
@@ -153,6 +159,16 @@ def store_table(node: Qcow2Node, snapshots: list[Snapshot]) -> None:
         _switch_table(node, snapshots, place[0], data)
         undo.steps.clear()
     _end(node)
+
+
+def complete_table(node: Qcow2Node) -> None:
+    """Write the table anew where an entry lacks what version 3 demands of each ("Snapshots": extra data); version 2 images may have such ones.
+
+    The caller holds the operation lock.
+    """
+    if any(snapshot.extra_size < REQUIRED_EXTRA for snapshot in node.snapshots):
+        with _settled(node):
+            store_table(node, node.snapshots)
 
 
 def _free(node: Qcow2Node, first: int, clusters: int) -> None:

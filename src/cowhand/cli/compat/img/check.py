@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def run(words: Sequence[str]) -> int:
     say = _say_repaired if not quiet and not json else None
     result = _check(name, format, repair, options, say, image_opts=image_opts)
     if result.failure is not None:
-        raise Failure(f"Check failed: {result.failure.qemu()}")
+        raise Failure(f"Check failed: {os.strerror(result.failure.number)}")
     if json and not quiet:
         from cowhand.cli.compat.jsontext import render
 
@@ -89,7 +90,7 @@ def _check(
             format=format,
             options=options,
             backing=True,
-            on_message=program.plain,
+            on_message=_say,
             on_repaired=on_repaired,
         )
     except NotSupported as error:
@@ -100,6 +101,12 @@ def _check(
         raise Failure(f"Could not open '{name}': {error.qemu()}") from error
     except CowhandError as error:
         raise Failure(f"Could not open '{name}': {error.qemu()}") from error
+
+
+def _say(line: str) -> None:
+    from cowhand.block.check import ToolLine
+
+    (program.error if isinstance(line, ToolLine) else program.plain)(line)
 
 
 def _say_repaired(result: CheckResult) -> None:
