@@ -29,7 +29,6 @@ class ToolLine(str):
     __slots__ = ()
 
 
-
 class CheckResult:
     """What a check found. Counts are of clusters or entries, as QEMU's ``ImageCheck`` (``qapi/block-core.json``) has them.
 
