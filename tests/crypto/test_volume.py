@@ -69,7 +69,7 @@ def _opened(data: bytes, passphrase: bytes) -> bytes | None:
     store = MemoryStore()
     store.data[:] = data
     try:
-        return volumes.unlock(luks.parse(data, "x"), store, passphrase, "x").key
+        return volumes.unlock(luks.parse(data, "x"), store, [passphrase], "x").key
     except AccessDenied:
         return None
 
@@ -92,7 +92,7 @@ def test_no_crash_loses_the_last_working_slot(
     options: dict[str, object], force: bool, after: tuple[bool, bool], store: MemoryStore, rng: random.Random
 ) -> None:
     header = luks.parse(bytes(store.data), "x")
-    volume = volumes.unlock(header, store, b"first", "x")
+    volume = volumes.unlock(header, store, [b"first"], "x")
     store.begin()
     with secrets.given(_SECRETS):
         volumes.amend(volume, store, options, force=force)
@@ -104,7 +104,7 @@ def test_no_crash_loses_the_last_working_slot(
 
 
 def test_an_erased_slot_keeps_nothing_of_its_material(store: MemoryStore) -> None:
-    volume = volumes.unlock(luks.parse(bytes(store.data), "x"), store, b"first", "x")
+    volume = volumes.unlock(luks.parse(bytes(store.data), "x"), store, [b"first"], "x")
     slot = volume.header.slots[0]
     before = store.read(slot.offset * SECTOR, volume.header.material_bytes)
     volumes.activate(volume, store, 5, b"second", 1)
@@ -130,7 +130,7 @@ def test_an_erased_slot_keeps_nothing_of_its_material(store: MemoryStore) -> Non
     ],
 )
 def test_a_change_that_is_refused_writes_nothing(options: dict[str, object], message: str, store: MemoryStore) -> None:
-    volume = volumes.unlock(luks.parse(bytes(store.data), "x"), store, b"first", "x")
+    volume = volumes.unlock(luks.parse(bytes(store.data), "x"), store, [b"first"], "x")
     store.begin()
     with secrets.given(_SECRETS), pytest.raises(CowhandError, match=message):
         volumes.amend(volume, store, options, force=False)

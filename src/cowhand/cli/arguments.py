@@ -42,6 +42,24 @@ def add_share(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_secrets(parser: argparse.ArgumentParser) -> None:
+    """Add ``--secret`` and ``--key-file``: what opens encrypted images."""
+    group = parser.add_argument_group("encrypted images")
+    group.add_argument("--secret", action="store_true", help="ask for the passphrase on the terminal")
+    group.add_argument(
+        "--key-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take the passphrase from FILE, every byte of it",
+    )
+
+
+def add_encrypt(parser: argparse.ArgumentParser) -> None:
+    """Add ``--encrypt``: make the new image an encrypted one."""
+    parser.add_argument("--encrypt", action="store_true", help="encrypt the new image with LUKS")
+
+
 def add_talk(parser: argparse.ArgumentParser) -> None:
     """Add ``-p, --progress`` and ``-q, --quiet``."""
     talk = parser.add_mutually_exclusive_group()

@@ -96,6 +96,10 @@ def build_parser(name: str, module: ModuleType) -> Parser:
         formatter_class=_Help,
     )
     module.configure(parser)
+    if name != "completion":
+        from cowhand.cli.arguments import add_secrets
+
+        add_secrets(parser)
     return parser
 
 

@@ -19,6 +19,8 @@ from cowhand.cli.output import Output
 from cowhand.core.errors import CowhandError, from_os_error
 from cowhand.core.progress import CancelToken, Progress
 
+#: Options that ask for passphrases.
+_OF_SECRETS = ("secret", "key_file", "encrypt", "target_secret", "target_key_file")
 EXIT_INTERNAL = 70  #: sysexits.h: an error inside of the program
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 #: A command that only reads has so many seconds to end by itself after it was interrupted.
@@ -56,6 +58,22 @@ class Context:
 
 def run(command: ModuleType, name: str, args: Namespace) -> int:
     """Run *command* with *args* to its end, or to where a signal stopped it; return the exit code."""
+    if not any(getattr(args, option, None) for option in _OF_SECRETS):
+        return _run(command, name, args)
+    from cowhand.cli.secrets import offered
+
+    # Here, in the main thread: Ctrl-C ends the question.
+    try:
+        with offered(args):
+            return _run(command, name, args)
+    except (CowhandError, KeyboardInterrupt) as error:
+        if isinstance(error, CowhandError):
+            return report(error, Context(name, args))
+        sys.stderr.write("\n")
+        return 128 + signal.SIGINT
+
+
+def _run(command: ModuleType, name: str, args: Namespace) -> int:
     context = Context(name, args)
     mailbox = Mailbox()
     outcome: list[int | BaseException] = []

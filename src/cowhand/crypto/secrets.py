@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from cowhand.core.errors import InvalidArgument, from_os_error
@@ -16,6 +16,8 @@ from cowhand.core.errors import InvalidArgument, from_os_error
 MAX_SECRET_BYTES = 1 << 20
 
 _table: dict[str, bytes] = {}
+#: For images whose options name no secret.
+_offered: list[bytes] = []
 
 
 def add(ident: str, data: bytes) -> None:
@@ -42,6 +44,38 @@ def given(secrets: Mapping[str, bytes | str] | None) -> Iterator[None]:
                 remove(ident)
             else:
                 add(ident, old)
+
+
+@contextmanager
+def offering(passphrases: Sequence[bytes]) -> Iterator[None]:
+    """Offer *passphrases*, while the block runs, to encrypted images whose options name no secret; the first one that fits opens them."""
+    before = list(_offered)
+    _offered.extend(passphrases)
+    try:
+        yield
+    finally:
+        _offered[:] = before
+
+
+def known() -> frozenset[str]:
+    """Return the ids that name a secret."""
+    return frozenset(_table)
+
+
+def candidates(ident: str | None, option: str, path: str | None = None) -> list[bytes]:
+    """Return the passphrases that may open an image: the one that *option* names by *ident*, or those that are offered.
+
+    Raises InvalidArgument where there is none.
+    """
+    if ident is not None:
+        return [passphrase(ident)]
+    if not _offered:
+        raise InvalidArgument(
+            f"the image is encrypted, and its passphrase was not given: {option} names no secret",
+            qemu=f"Parameter '{option}' is required for cipher", path=path,
+            hint="Give it with --secret (asks on the terminal) or --key-file FILE; in a library call, with secrets= and that option.",
+        )  # fmt: skip
+    return list(_offered)
 
 
 def lookup(ident: str) -> bytes:

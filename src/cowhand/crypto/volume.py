@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from cowhand.core.errors import AccessDenied, InvalidArgument, InvalidFormat
@@ -86,16 +86,18 @@ def _cipher(header: luks.Header, key: bytes) -> SectorCipher:
     return SectorCipher(header.cipher, header.mode, header.ivgen, key, ivgen_hash=header.ivgen_hash)
 
 
-def unlock(header: luks.Header, store: Store, passphrase: bytes, path: str) -> Volume:
-    """Open the volume with the first slot that *passphrase* fits. Raises AccessDenied when none does."""
+def unlock(header: luks.Header, store: Store, passphrases: Sequence[bytes], path: str) -> Volume:
+    """Open the volume with the first slot that one of *passphrases* fits. Raises AccessDenied when none does."""
     cipher_named(header.cipher)
-    for index, slot in enumerate(header.slots):
-        if slot.active:
-            key = try_slot(header, store, index, passphrase)
-            if key is not None:
-                return Volume(header, key)
+    for passphrase in passphrases:
+        for index, slot in enumerate(header.slots):
+            if slot.active:
+                key = try_slot(header, store, index, passphrase)
+                if key is not None:
+                    return Volume(header, key)
     raise AccessDenied(
         "the passphrase opens none of the key slots",
+        hint="A file of a passphrase counts to its last byte, also a newline at its end.",
         qemu="Invalid password, cannot unlock any keyslot",
         path=path,
         errno=1,

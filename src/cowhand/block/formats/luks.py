@@ -92,7 +92,7 @@ class LuksNode(BlockNode):
         from cowhand.crypto import secrets, volume as volumes
 
         choice = volumes.Choice.of(options)
-        passphrase = secrets.passphrase(_required(options.get("key-secret")))
+        passphrase = secrets.candidates(options.get("key-secret"), "key-secret")[-1]
         begin = volumes.header_bytes(choice)
         if size > MAX_SIZE - begin:
             raise InvalidArgument("The requested file size is too large")
@@ -159,8 +159,8 @@ class LuksNode(BlockNode):
     def _unlock(self) -> Volume:
         from cowhand.crypto import secrets, volume as volumes
 
-        passphrase = secrets.passphrase(_required(self.options.key_secret))
-        self.volume = volumes.unlock(self.encryption, ChildStore(self.header_child), passphrase, self.filename)
+        tried = secrets.candidates(self.options.key_secret, "key-secret", self.filename)
+        self.volume = volumes.unlock(self.encryption, ChildStore(self.header_child), tried, self.filename)
         return self.volume
 
     @property
@@ -264,12 +264,3 @@ def _described(node: BlockNode) -> dict[str, Any]:
 
     name = node.filename
     return dict(json.loads(name[5:])) if name.startswith("json:") else {"driver": node.driver, "filename": name}
-
-
-def _required(secret: str | None) -> str:
-    if secret is None:
-        raise InvalidArgument(
-            "Parameter 'key-secret' is required for cipher",
-            hint="Name the secret that opens the image with key-secret.",
-        )
-    return secret

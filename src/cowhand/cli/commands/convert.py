@@ -26,6 +26,7 @@ EXAMPLES = """\
   cowhand convert -O qcow2 -c disk.qcow2 small.qcow2          compressed, on all cores
   cowhand convert -O raw -l before-upgrade vm.qcow2 old.raw   take out a snapshot
   cowhand convert -O qcow2 -B base.qcow2 -F qcow2 work.qcow2 copy.qcow2
+  cowhand convert --key-file old.key --encrypt --target-key-file new.key -O qcow2 disk.qcow2 copy.qcow2
   cowhand convert --verify -O qcow2 disk.raw disk.qcow2       read both again, and compare
 """
 WRITES = True
@@ -57,6 +58,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--skip-broken-bitmaps", action="store_true", help="but for those that are inconsistent (with --bitmaps)"
+    )
+    arguments.add_encrypt(parser)
+    parser.add_argument(
+        "--target-secret", action="store_true", help="ask for a passphrase of the new image's own on the terminal"
+    )
+    parser.add_argument(
+        "--target-key-file", action="append", metavar="FILE", help="take the new image's passphrase from FILE"
     )
     parser.add_argument("-c", "--compress", action="store_true", help="store compressed")
     parser.add_argument("--compression-level", type=int, metavar="N", help="denser and slower than the fast default")
@@ -132,7 +140,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         args.target,
         args.target_format if args.no_create else arguments.format_for(args.target, args.target_format),
         source_format=args.format,
-        options=arguments.driver_options(args.option),
+        options=_options(args),
         backing=args.backing,
         backing_format=args.backing_format,
         skip_create=args.no_create,
@@ -162,6 +170,15 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.verify:
         _verify(args, result, context)
     return _tell(args, result, context)
+
+
+def _options(args: argparse.Namespace) -> dict[str, str]:
+    given = arguments.driver_options(args.option)
+    if not (args.encrypt or args.target_secret or args.target_key_file):
+        return given
+    from cowhand.cli.secrets import creation_options
+
+    return creation_options(args, arguments.format_for(args.target, args.target_format), given)
 
 
 def _refuse_unsafe(args: argparse.Namespace) -> Policy:

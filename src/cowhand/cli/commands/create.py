@@ -21,6 +21,7 @@ EXAMPLES = """\
   cowhand create -f qcow2 disk.qcow2 10G                       an empty disk
   cowhand create -f qcow2 -b base.qcow2 -F qcow2 work.qcow2    an overlay over base.qcow2
   cowhand create -f qcow2 -o cluster_size=128k,compat=1.1 disk.qcow2 1T
+  cowhand create --encrypt -f qcow2 disk.qcow2 10G             asks for the new passphrase
   cowhand create -f qcow2 -o help                              what a format takes
 """
 WRITES = True
@@ -43,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--option", action="append", default=[], metavar="NAME=VALUE,...", help="the format's options, or help"
     )
+    arguments.add_encrypt(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what has that name")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
     parser.add_argument("--force", action="store_true", help="overwrite although other images stand on what is there")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         args.image,
         format,
         args.size,
-        arguments.driver_options(args.option),
+        _options(args, format),
         backing=args.backing,
         backing_format=args.backing_format,
         open_backing=not args.unsafe,
@@ -83,6 +85,15 @@ def run(args: argparse.Namespace, context: Context) -> int:
         text += f", over {args.backing}"
     context.out.line(text)
     return 0
+
+
+def _options(args: argparse.Namespace, format: str) -> dict[str, str]:
+    given = arguments.driver_options(args.option)
+    if not args.encrypt:
+        return given
+    from cowhand.cli.secrets import creation_options
+
+    return creation_options(args, format, given)
 
 
 def _document(creation: Creation) -> dict[str, Any]:

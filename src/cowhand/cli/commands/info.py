@@ -100,6 +100,9 @@ def _show(info: ImageInfo, overlays: list[str], context: Context) -> None:
         rows.append(("on disk", format_size(info.disk_size)))
     if info.cluster_size is not None:
         rows.append(("cluster size", format_size(info.cluster_size)))
+    encryption = _encryption_words(info)
+    if encryption:
+        rows.append(("encrypted", encryption))
     if info.backing is not None:
         rows.append(("stands on", _backing_words(info)))
     if info.in_use:
@@ -127,6 +130,20 @@ def _format_words(info: ImageInfo) -> str:
     if details.get("lazy-refcounts"):
         words.append("lazy reference counts")
     return info.format + (f" ({', '.join(words)})" if words else "")
+
+
+def _encryption_words(info: ImageInfo) -> str:
+    """Return how the image is encrypted and which key slots are in use; nothing for one that is not."""
+    details = info.details or {}
+    found = details if info.format == "luks" else details.get("encrypt") or {}
+    if found.get("format") == "aes":
+        return "the old AES, which is not safe: convert it"
+    if "cipher-alg" not in found:
+        return ""
+    vectors = found["ivgen-alg"] + (f":{found['ivgen-hash-alg']}" if "ivgen-hash-alg" in found else "")
+    used = [str(number) for number, slot in enumerate(found["slots"]) if slot["active"]]
+    slots = f"key slot{'s' if len(used) != 1 else ''} {', '.join(used) or 'none'}"
+    return f"LUKS, {found['cipher-alg']}-{found['cipher-mode']}-{vectors}, {found['hash-alg']}; {slots}"
 
 
 def _backing_words(info: ImageInfo) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cowhand.crypto.volume import Choice
 
 PREFIX = "encrypt."
+SECRET = "encrypt.key-secret"
 _METHODS = {"aes": L.CRYPT_AES, "luks": L.CRYPT_LUKS}
 
 
@@ -62,28 +63,20 @@ def plan(options: Mapping[str, Any]) -> EncryptionPlan | None:
     from cowhand.crypto.volume import Choice
 
     choice = Choice.of(options, PREFIX) if method == L.CRYPT_LUKS else None
-    return EncryptionPlan(method, secrets.passphrase(required_secret(options)), choice)
-
-
-def required_secret(options: Mapping[str, Any]) -> str:
-    """Return the id of the secret that *options* name; raises InvalidArgument."""
-    ident: str | None = options.get("encrypt.key-secret")
-    if ident is None:
-        raise InvalidArgument(
-            "Parameter 'encrypt.key-secret' is required for cipher",
-            hint="Name the secret that is to open the image with encrypt.key-secret.",
-        )
-    return ident
+    # Of those that are offered the new image's own comes last.
+    return EncryptionPlan(method, secrets.candidates(options.get(SECRET), SECRET)[-1], choice)
 
 
 def header_length(options: Mapping[str, Any]) -> int:
     """Return the bytes that the encryption header of an image made with *options* takes: whole ones, not clusters."""
     if method_of(options) != L.CRYPT_LUKS:
         return 0
+    from cowhand.crypto import secrets
     from cowhand.crypto.volume import Choice, header_bytes
 
     choice = Choice.of(options, PREFIX)
-    required_secret(options)
+    if options.get(SECRET) is None:
+        secrets.candidates(None, SECRET)
     return header_bytes(choice)
 
 

@@ -128,17 +128,13 @@ class Encryption:
         from cowhand.crypto.sectors import SectorCipher
         from cowhand.crypto.volume import unlock
 
-        if self._secret is None:
-            raise InvalidArgument(
-                "Parameter 'encrypt.key-secret' is required for cipher", path=self._node.filename,
-                hint="Name the secret that opens the image with encrypt.key-secret.",
-            )  # fmt: skip
-        passphrase = secrets.passphrase(self._secret)
+        tried = secrets.candidates(self._secret, "encrypt.key-secret", self._node.filename)
         if self.luks is None:
-            key = passphrase[:_AES_KEY_BYTES].ljust(_AES_KEY_BYTES, b"\0")
+            # The old AES cannot tell whether a passphrase is right.
+            key = tried[0][:_AES_KEY_BYTES].ljust(_AES_KEY_BYTES, b"\0")
             self._cipher = SectorCipher("aes-128", "cbc", "plain64", key)
         else:
-            self.volume = unlock(self.luks, self.header_store(), passphrase, self._node.filename)
+            self.volume = unlock(self.luks, self.header_store(), tried, self._node.filename)
             self._cipher = self.volume.cipher
         return self._cipher
 
