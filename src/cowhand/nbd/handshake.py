@@ -80,16 +80,16 @@ def negotiate(name: str, context: str = CONTEXT_ALLOCATION) -> Conversation:
     wanted = options.encode_string(name, "export name")
     options.encode_string(context, "x-dirty-bitmap query")
     magic = yield 8
-    _here(magic, "reading the greeting")
+    _here(magic, "initial magic")
     if magic != INIT_MAGIC:
         raise ProtocolViolation(f"Bad initial magic received: 0x{magic.hex()}")
     magic = yield 8
-    _here(magic, "reading the greeting")
+    _here(magic, "server magic")
     if magic == b"\0" + OLDSTYLE_MAGIC:
         return (yield from _oldstyle(name))
     if magic != OPTION_MAGIC:
         raise ProtocolViolation(f"Bad server magic received: 0x{magic.hex()}")
-    flags = int.from_bytes(_here((yield 2), "reading the greeting"), "big")
+    flags = int.from_bytes(_here((yield 2), "server flags"), "big")
     fixed = bool(flags & FLAG_FIXED_NEWSTYLE)
     no_zeroes = bool(flags & FLAG_NO_ZEROES)
     yield struct.pack(">I", (FLAG_FIXED_NEWSTYLE if fixed else 0) | (FLAG_NO_ZEROES if no_zeroes else 0))
@@ -105,21 +105,24 @@ def negotiate(name: str, context: str = CONTEXT_ALLOCATION) -> Conversation:
     return (yield from _export_name(name, wanted, no_zeroes))._replace(structured=structured, context=chosen)
 
 
-def _here(data: bytes, doing: str) -> bytes:
+def _here(data: bytes, what: str) -> bytes:
+    """Return *data*, which is *what* was to be read, unless the server hung up before."""
     if not data:
         raise ConnectionLost(
-            f"the server hung up while {doing}", qemu="Unexpected end-of-file before all bytes were read", errno=errno.EIO
-        )  # fmt: skip
+            f"the server hung up before it sent its {what}",
+            qemu=f"Failed to read {what}: Unexpected end-of-file before all bytes were read",
+            errno=errno.EIO,
+        )
     return data
 
 
 def _oldstyle(name: str) -> Conversation:
     if name:
         raise NegotiationRefused("Server does not support non-empty export names")
-    size, flags = struct.unpack(">QI", _here((yield 12), "reading the size"))
+    size, flags = struct.unpack(">QI", _here((yield 12), "export length"))
     if flags & ~0xFFFF:
         raise ProtocolViolation(f"Unexpected export flags {flags:x}")
-    _here((yield 124), "reading the reserved bytes")
+    _here((yield 124), "reserved block")
     return _checked(Export(size, flags))
 
 
@@ -128,10 +131,13 @@ def _export_name(name: str, wanted: bytes, no_zeroes: bool) -> Conversation:
     answer = yield 10
     if not answer:
         # The only refusal that this option knows.
-        raise NegotiationRefused(f"No export with name '{options.decode_string(wanted)}' available")
+        raise NegotiationRefused(
+            f"No export with name '{options.decode_string(wanted)}' available",
+            qemu="Failed to read export length: Unexpected end-of-file before all bytes were read",
+        )
     size, flags = struct.unpack(">QH", answer)
     if not no_zeroes:
-        _here((yield 124), "reading the reserved bytes")
+        _here((yield 124), "reserved block")
     return _checked(Export(size, flags))
 
 
@@ -219,7 +225,7 @@ def _go(wanted: bytes) -> Generator[bytes | int, bytes, Export | None]:
         if reply.length < 2:
             yield from _abort()
             raise ProtocolViolation(f"NBD_REP_INFO length {reply.length} is too short")
-        payload = _here((yield reply.length), "reading about the export")
+        payload = _here((yield reply.length), "info payload")
         kind = int.from_bytes(payload[:2], "big")
         if kind == INFO_EXPORT:
             found = options.decode_export_info(payload[2:])
@@ -229,7 +235,7 @@ def _go(wanted: bytes) -> Generator[bytes | int, bytes, Export | None]:
 
 
 def _reply(option: int) -> _Inner:
-    data = _here((yield options.REPLY_HEADER), f"answering option {option} ({option_name(option)})")
+    data = _here((yield options.REPLY_HEADER), f"reply to option {option} ({option_name(option)})")
     return options.decode_reply(data, option)
 
 

@@ -148,23 +148,33 @@ class Dial:
             answer = None
             try:
                 if isinstance(wanted, bytes):
-                    sock.settimeout(self._left())
-                    sock.sendall(wanted)
+                    self._send(sock, wanted)
                 else:
                     answer = self._receive(sock, wanted)
             except TimeoutError:
                 self._deadline = 0.0
                 self._left()
-            except OSError as error:
-                told = from_os_error(error, str(self._server), doing="the handshake")
-                raise ConnectionLost(told.message, qemu=told.qemu_message, errno=told.errno, path=told.path) from error
+
+    def _send(self, sock: socket.socket, data: bytes) -> None:
+        sock.settimeout(self._left())
+        try:
+            sock.sendall(data)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            told = from_os_error(error, str(self._server), doing="sending an option")
+            qemu = f"Failed to send option request: Unable to write to socket: {told.qemu_message}"
+            raise ConnectionLost(told.message, qemu=qemu, errno=told.errno, path=told.path) from error
 
     def _receive(self, sock: socket.socket, wanted: int) -> bytes:
         """Return *wanted* bytes, or none when the server hangs up before."""
         data = b""
         while len(data) < wanted:
             sock.settimeout(self._left())
-            piece = sock.recv(wanted - len(data))
+            try:
+                piece = sock.recv(wanted - len(data))
+            except ConnectionError:
+                return b""  # the conversation knows what was missing
             if not piece:
                 return b""
             data += piece
