@@ -318,6 +318,18 @@ class TestReconnecting:
                 disk.read(0, 4096)
             assert time.monotonic() - begin < 0.5
 
+    def test_a_server_that_drops_every_connection(self, path: Path) -> None:
+        def script(peer: Peer) -> None:
+            peer.agree(structured=False)
+            peer.request()
+
+        with Scripted(path, script) as server, Disk(open_node(server.uri, reconnect_delay=1)) as disk:
+            begin = time.monotonic()
+            with pytest.raises(ConnectionLost):
+                disk.read(0, 4096)
+            assert time.monotonic() - begin < 5
+            assert 2 <= server.connections < 20
+
     def test_another_export_is_not_taken_for_the_first(self, path: Path) -> None:
         sizes = iter([1 << 20, 2 << 20, 1 << 20])
 

@@ -143,7 +143,11 @@ def _export_name(name: str, wanted: bytes, no_zeroes: bool) -> Conversation:
 
 def _checked(export: Export) -> Export:
     if export.size > MAX_SIZE:
-        raise ProtocolViolation(f"the export claims to have {export.size} bytes, which no disk has", errno=errno.EFBIG)
+        raise ProtocolViolation(
+            f"the export claims to have {export.size} bytes, which no disk has",
+            qemu="Could not refresh total sector count: File too large",
+            errno=errno.EFBIG,
+        )
     if export.minimum and export.size % export.minimum:
         raise ProtocolViolation(f"export size {export.size} is not multiple of minimum block size {export.minimum}")
     if not export.flags & FLAG_HAS_FLAGS:

@@ -348,6 +348,9 @@ class NbdNode(BlockNode):
         block = self.limits.request_alignment
         begin = offset - offset % block
         end = min(-(-(offset + length) // block) * block, self.size, begin + LONG_REQUEST)
+        if begin >= end:
+            batch.add(offset, length, ZERO | ALLOCATED)  # beyond the end reads give zeroes
+            return batch
         pending = Pending(CMD_BLOCK_STATUS, begin, end - begin)
         self._run((Order(pending),))
         end = min(end, offset + length)

@@ -65,6 +65,7 @@ class Dial:
         except BaseException:
             sock.close()
             raise
+        self._socket = None  # it is the caller's now, and not for abort()
         return sock, agreed
 
     # -- connecting
@@ -86,9 +87,10 @@ class Dial:
                 raise InvalidArgument("this system has no vsock sockets")
             return self._try(socket.AF_VSOCK, socket.SOCK_STREAM, 0, (int(server.host), int(server.port)))
         failure: ConnectionLost | None = None
-        for family, kind, protocol, _, address in self._resolve():
+        found = self._resolve()
+        for index, (family, kind, protocol, _, address) in enumerate(found):
             try:
-                return self._try(family, kind, protocol, address)
+                return self._try(family, kind, protocol, address, share=len(found) - index)
             except ConnectionLost as error:
                 failure = failure or error
         assert failure is not None  # a resolver that finds nothing raises
@@ -105,11 +107,12 @@ class Dial:
             ) from error
         return list(found)
 
-    def _try(self, family: int, kind: int, protocol: int, address: object) -> socket.socket:
+    def _try(self, family: int, kind: int, protocol: int, address: object, share: int = 1) -> socket.socket:
+        """Connect to *address*, in an equal part of the time that is left where *share* addresses are to be tried."""
         sock = socket.socket(family, kind, protocol)
         self._socket = sock
         try:
-            sock.settimeout(self._left())
+            sock.settimeout(self._left() / share)
             sock.connect(address)  # type: ignore[arg-type]
         except (OSError, ValueError) as error:
             sock.close()

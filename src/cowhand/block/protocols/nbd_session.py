@@ -72,19 +72,28 @@ class Session:
 
     def run(self, orders: Sequence[Order]) -> None:
         """Do *orders*, again on a new connection where one is lost and reconnect-delay allows it. Raises ConnectionLost and others."""
+        first_loss: float | None = None
+        pause = 0.0
         while True:
             connection = self._choose(orders)
             try:
                 connection.run(orders)
                 return
-            except ConnectionLost as error:
+            except ConnectionLost:
                 self._drop(connection)
-                if not self._in_delay():
+                now = clock.monotonic()
+                # Counted from the first loss: a server that takes every connection and drops it again is as good as gone.
+                first_loss = now if first_loss is None else first_loss
+                if (
+                    not self._in_delay()
+                    or now >= first_loss + self._settings.reconnect_delay
+                    or self._closed.wait(pause)
+                ):
                     raise
                 orders = [order for order in orders if not order.pending.done]
                 for order in orders:
                     order.pending.reset()
-                del error
+                pause = min(2 * pause, LONGEST_PAUSE) or FIRST_PAUSE
             except ProtocolViolation as error:
                 self._fatal = error
                 raise
