@@ -160,12 +160,12 @@ class Creation:
 
     def _format_file(self, path: str, durable: bool) -> None:
         from cowhand.block import graph
-        from cowhand.block.opening import Opening
+        from cowhand.block.opening import FileName, Opening
 
         node = Opening(self._registry, backing=False).open(
             {
                 "driver": self.protocol.name,
-                "filename": path,
+                "filename": FileName(path),
                 "read-only": False,
                 "discard": "unmap",
                 "cache.no-flush": not durable,
@@ -184,7 +184,7 @@ class Creation:
     def _with_data_file(self, creator: type[Creator], node: BlockNode, options: dict[str, Any], durable: bool) -> None:
         """Format *node* with the data file that *options* name; it is made if need be, and emptied by the format once nothing was refused."""
         from cowhand.block import graph
-        from cowhand.block.opening import Opening
+        from cowhand.block.opening import FileName, Opening
 
         name = options["data_file"]
         protocol = protocol_of(name, self._registry)
@@ -195,7 +195,7 @@ class Creation:
             cls.create(name, 0)
         try:
             data = Opening(self._registry, backing=False).open(
-                {"driver": protocol.name, "filename": name, "read-only": False, "cache.no-flush": not durable}
+                {"driver": protocol.name, "filename": FileName(name), "read-only": False, "cache.no-flush": not durable}
             )
             try:
                 creator.create(node, self.size, {**options, "data_file_node": data})

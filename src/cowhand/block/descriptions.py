@@ -35,6 +35,8 @@ def parse_json_name(name: str) -> dict[str, Any]:
             "Could not parse the JSON options: JSON parse error, nested too deep", path=where
         ) from None
     except ValueError as error:
+        if not text.strip():
+            raise InvalidArgument("Could not parse the JSON options: Expecting a JSON value", path=where) from None
         rest = text[getattr(error, "pos", 0) :].strip()
         reason = str(error) if rest else "premature EOI"
         raise InvalidArgument(f"Could not parse the JSON options: JSON parse error, {reason}", path=where) from None

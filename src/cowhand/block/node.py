@@ -139,6 +139,8 @@ class BlockNode(ABC):
     supports_backing: ClassVar[bool] = False
     #: Names of the driver's own options that :meth:`prepare_reopen` can change; the common ones always can.
     changeable: ClassVar[frozenset[str]] = frozenset()
+    #: Whether the option "filename" is a path of the host, whatever it looks like.
+    named_by_path: ClassVar[bool] = False
     #: Whether the node itself looks for zeroes in what is written, where its options ask for that.
     detects_zeroes: bool = False
     #: Requests may wait here of the node's own accord, see :meth:`hurry`.

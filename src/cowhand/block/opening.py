@@ -23,6 +23,7 @@ from cowhand.core.errors import (
     ImageInUse,
     InvalidArgument,
     PolicyRefused,
+    ReadOnly,
     UnsupportedFeature,
 )
 
@@ -70,6 +71,17 @@ def location(node: BlockNode) -> str:
         node = primary.node
         primary = node.primary
     return node.filename
+
+
+#: QEMU's rule for the names of nodes.
+_NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
+_LONGEST_NAME = 31
+
+
+class FileName(str):
+    """A name as users write it, which may begin with a protocol. The option "filename" of a description is a plain string: a path as it is."""
+
+    __slots__ = ()
 
 
 class _Path(NamedTuple):
@@ -182,7 +194,7 @@ class Opening:
             from cowhand.block.descriptions import parse_json_name
 
             return parse_json_name(name)
-        return {"filename": name}
+        return {"filename": FileName(name)}
 
     # -- for drivers
 
@@ -243,6 +255,10 @@ class Opening:
         if role in (Role.PRIMARY, Role.DATA, Role.FILTERED) and "discard" not in given:
             given["discard"] = "unmap"
         opened = self.node(given, node.options, role=role)
+        if role is Role.PRIMARY and node.writable and not opened.writable:
+            raise ReadOnly(
+                f"'{node.driver}' is to be written, but its '{name}' is read-only", qemu="Block node is read-only", path=opened.filename,
+            )  # fmt: skip
         return graph.attach(node, name, opened, role)
 
     def backing(self, node: BlockNode, description: Mapping[str, Any] | str | BlockNode) -> None:
@@ -327,8 +343,7 @@ class Opening:
         filename = given.get("filename")
         if filename is None:
             raise InvalidArgument("A block device must be specified by a driver or a file name")
-        filename = str(filename)
-        if has_protocol(filename):
+        if isinstance(filename, FileName) and has_protocol(filename):
             prefix = filename.split(":", 1)[0]
             entry = self.registry.by_prefix(prefix)
             if entry is None:
@@ -395,8 +410,13 @@ class Opening:
             if entry.prefixes:
                 given = {**nest(cls.parse_filename(str(given.pop("filename")))), **given}
             elif "image" not in given:
-                given["file"] = self.describe(str(given.pop("filename")))
-        elif entry.kind == "protocol" and filename is not None and has_protocol(str(filename)):
+                given["file"] = {"filename": given.pop("filename")}
+        elif (
+            entry.kind == "protocol"
+            and filename is not None
+            and (isinstance(filename, FileName) or not cls.named_by_path)
+            and has_protocol(str(filename))
+        ):
             prefix = str(filename).split(":", 1)[0]
             if prefix in entry.prefixes:
                 given = {**given, **cls.parse_filename(str(filename))}
@@ -418,6 +438,7 @@ class Opening:
         try:
             options = parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind)
             check_zero_detection(options)
+            self._check_name(options.node_name)
             node = cls.open(self, options, given)
         finally:
             self.probing = before
@@ -433,6 +454,17 @@ class Opening:
             )
             raise InvalidArgument(words, qemu=qemu)
         return node
+
+    def _check_name(self, name: str | None) -> None:
+        """Raise InvalidArgument unless *name* is one for a node, and new."""
+        if name is None:
+            return
+        if len(name) > _LONGEST_NAME:
+            raise InvalidArgument("Node name too long")
+        if not _NODE_NAME.match(name):
+            raise InvalidArgument(f"Invalid node-name: '{name}'")
+        if any(node.name == name and not node.closed for node in self.opened):
+            raise InvalidArgument(f"Duplicate nodes with node-name='{name}'")
 
     def _ask_policy(self, entry: DriverEntry, filename: Any, asker: _Asker) -> None:
         """Raise PolicyRefused unless a node of driver *entry*, and the file of that name, may be opened on an image's word."""

@@ -37,6 +37,7 @@ class FileOptions(NodeOptions):
     aio_max_batch: int = option(0, kind="int", help="accepted", strong=False)
     locking: str = option("auto", choices=("auto", "on", "off"), help="image locks", strong=False)
     drop_cache: bool = option(True, kind="bool", help="accepted; for migration", strong=False)
+    pr_manager: str | None = option(help="refused: there is no manager of persistent reservations", strong=False)
     x_check_cache_dropped: bool = option(False, kind="bool", help="accepted; for migration tests", strong=False)
 
 
@@ -79,6 +80,7 @@ class FileNode(DescriptorNode):
     options_class: ClassVar[type[NodeOptions]] = FileOptions
     options: FileOptions
     is_device: ClassVar[bool] = False
+    named_by_path: ClassVar[bool] = True
 
     def __init__(self, options: FileOptions) -> None:
         super().__init__(options, options.filename or "")
@@ -91,6 +93,8 @@ class FileNode(DescriptorNode):
             raise InvalidArgument(f"The '{cls.driver}' block driver requires a file name")
         if options.aio == "native" and not options.cache_direct:
             raise InvalidArgument("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+        if options.pr_manager is not None:
+            raise InvalidArgument(f"No persistent reservation manager with id '{options.pr_manager}'")
         node = cls(options)
         try:
             node._open()
@@ -157,6 +161,12 @@ class FileNode(DescriptorNode):
         flags = os.O_RDWR if writable else os.O_RDONLY
         flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         fd = -1
+        if self.path.startswith("/dev/fdset/"):
+            raise NotSupported(
+                "sets of descriptors belong to a monitor, and there is none here",
+                qemu=f"Could not dup FD for {self.path} flags {(flags & os.O_ACCMODE) | (_DIRECT if self.direct else 0):x}: "
+                "Function not implemented", path=self.path,
+            )  # fmt: skip
         try:
             mode = os.stat(self.path).st_mode
             if not writable or not stat.S_ISDIR(mode):  # the system says best that a folder cannot be written

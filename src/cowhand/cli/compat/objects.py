@@ -15,7 +15,15 @@ TYPES = {
     "throttle-group": (),
 }
 #: Types of QEMU's that its image tools do not have either.
-_ELSEWHERE = ("iothread", "memory-backend-file", "memory-backend-memfd", "memory-backend-ram", "rng-builtin", "rng-egd", "rng-random")
+_ELSEWHERE = (
+    "iothread",
+    "memory-backend-file",
+    "memory-backend-memfd",
+    "memory-backend-ram",
+    "rng-builtin",
+    "rng-egd",
+    "rng-random",
+)
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from cowhand.block.opening import FileName
 from cowhand.cli.compat.images import CACHE_MODES, describe, open_disk, refuse_unsharing
 from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
@@ -113,7 +114,7 @@ def _what(name: str | None, how: How) -> str | Mapping[str, Any]:
             raise Failure("Can't specify 'file' and 'filename' options at the same time")
         if isinstance(told, Mapping):
             return {**told, **given}
-        given["file.filename" if any(key.startswith("file.") for key in given) else "filename"] = told
+        given["file.filename" if any(key.startswith("file.") for key in given) else "filename"] = FileName(told)
     elif "driver" not in given and not any(key.startswith("file") for key in given):
         raise Failure("Must specify either driver or file")
     return given
@@ -136,7 +137,7 @@ def _open(what: str | Mapping[str, Any], how: How) -> Disk:
         size, driver = base.size, base.format
     from cowhand.block.create import create
 
-    below: dict[str, Any] = dict(what) if isinstance(what, Mapping) else {"filename": what}
+    below: dict[str, Any] = dict(what) if isinstance(what, Mapping) else {"filename": FileName(what)}
     below.setdefault("driver", driver)
     with _temporary_name() as overlay:
         create(overlay, "qcow2", size)
