@@ -94,11 +94,12 @@ def _serving(words: Sequence[Argument], path: Path) -> Iterator[Process]:
 
 
 def _listens(path: Path) -> bool:
-    # Looked at, not connected to: a server may count its clients.
+    # Looked at, not connected to: a server may count its clients. Bound is not listening yet: linux/net.h, __SO_ACCEPTCON.
     try:
-        return str(path) in Path("/proc/net/unix").read_text()
+        lines = Path("/proc/net/unix").read_text().splitlines()
     except OSError:
         return path.exists()
+    return any(words[-1] == str(path) and int(words[3], 16) & 0x10000 for words in map(str.split, lines[1:]))
 
 
 class Hung(Exception):

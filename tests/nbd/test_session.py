@@ -219,6 +219,36 @@ class TestOldServers:
             disk.flush()
         assert flags == [1]
 
+    def test_a_flush_during_a_write_does_not_cover_it(self, path: Path) -> None:
+        commands: list[int] = []
+        writing, flushed = threading.Event(), threading.Event()
+
+        def script(peer: Peer) -> None:
+            peer.agree(structured=False)
+            before = peer.request()
+            peer.receive(before.length)
+            peer.send(encode_simple(before.cookie))
+            write = peer.request()
+            peer.receive(write.length)
+            writing.set()
+            flush = peer.request()
+            peer.send(encode_simple(flush.cookie))
+            assert flushed.wait(30)
+            peer.send(encode_simple(write.cookie))
+            commands.extend([before.command, write.command, flush.command, *serve_bytes(peer)])
+
+        with Scripted(path, script) as server, Disk(open_node(server.uri), writable=True) as disk:
+            disk.write(512, b"y" * 512)
+            slow = threading.Thread(target=disk.write, args=(0, b"x" * 512))
+            slow.start()
+            assert writing.wait(30)
+            disk.flush()
+            flushed.set()
+            slow.join()
+            disk.flush()
+            disk.flush()
+        assert commands == [CMD_WRITE, CMD_WRITE, CMD_FLUSH, CMD_FLUSH, CMD_DISC]
+
     def test_errors_of_the_server(self, path: Path) -> None:
         def script(peer: Peer) -> None:
             peer.agree(structured=False)

@@ -85,7 +85,8 @@ class NbdNode(BlockNode):
         self._export = Export(0, 0)
         self._longest = MAX_PAYLOAD
         self._failure: int | None = None  #: errno of the flush that failed
-        # Numbers of changes: each takes the next one before it is sent; the last that a flush which has ended came after.
+        # Numbers of changes: each takes the next one when it has ended (a flush that began before does not cover it); the last number
+        # that a flush which has ended came after.
         self._changes = itertools.count(1)
         self._changed = self._flushed = 0
         self._session = Session(
@@ -194,6 +195,14 @@ class NbdNode(BlockNode):
             if order.pending.failure is not None:
                 raise self._error(order.pending)
 
+    def _change(self, orders: Sequence[Order]) -> None:
+        """Do *orders*, some of which change the disk."""
+        try:
+            self._run(orders)
+        finally:
+            if orders:
+                self._changed = next(self._changes)
+
     def _error(self, pending: Pending) -> CowhandError:
         assert pending.failure is not None
         number, said = pending.failure
@@ -233,7 +242,6 @@ class NbdNode(BlockNode):
 
     def _check_change(self, offset: int, length: int) -> None:
         self._check_sound()
-        self._changed = next(self._changes)
         if offset + length > self.size:
             raise NoSpace("an export cannot grow", qemu="No space left on device", path=self.filename, offset=offset)
 
@@ -250,7 +258,7 @@ class NbdNode(BlockNode):
     def write(self, offset: int, buffers: Sequence[Buffer], fua: bool = False) -> None:
         orders: list[Order] = []
         self._writes(orders, offset, buffers, self._fua(fua))
-        self._run(orders)
+        self._change(orders)
         self._after(fua)
 
     def _fua(self, wanted: bool) -> int:
@@ -282,7 +290,7 @@ class NbdNode(BlockNode):
         orders: list[Order] = []
         self._zeroes(orders, offset, length, flags)
         try:
-            self._run(orders)
+            self._change(orders)
         except NotSupported:
             if not fallback:
                 raise
@@ -300,7 +308,7 @@ class NbdNode(BlockNode):
     def discard(self, offset: int, length: int) -> None:
         orders: list[Order] = []
         self._discards(orders, offset, length)
-        self._run(orders)
+        self._change(orders)
 
     def flush(self) -> None:
         changed = self._changed
@@ -317,8 +325,9 @@ class NbdNode(BlockNode):
     def submit(self, batch: Sequence[Request]) -> None:
         orders: list[Order] = []
         failure: CowhandError | None = None
-        flushes = False
+        flushes = changes = False
         for kind, offset, what in batch:
+            changes |= kind not in (READ, FLUSH)
             try:
                 if kind == READ:
                     self._reads(orders, offset, what)
@@ -332,7 +341,10 @@ class NbdNode(BlockNode):
                     self._zeroes(orders, offset, what, 0 if kind == ZERO_UNMAP else CMD_FLAG_NO_HOLE)
             except CowhandError as error:
                 failure = failure or error
-        self._run(orders)
+        if changes:
+            self._change(orders)
+        else:
+            self._run(orders)
         if flushes:
             self.flush()
         if failure is not None:
