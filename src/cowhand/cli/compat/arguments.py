@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from cowhand.cli.compat import program
 from cowhand.cli.compat.program import Failure, UsageFailure
 
 
@@ -46,11 +47,20 @@ class Grammar:
 
     *short* is getopt's string ("hf:q"), *long* maps long names to the key that they yield: a letter of *short*, which then says whether an
     argument follows, or a word of its own, with "=" at its end when it takes one. Without *long* a word "--x" is a bundle of letters.
+    *later* are long names that newer versions added: an abbreviation means one of them only where it means none of *long*.
     """
 
-    def __init__(self, short: str, long: Mapping[str, str] | None = None, *, permute: bool = True) -> None:
+    def __init__(
+        self,
+        short: str,
+        long: Mapping[str, str] | None = None,
+        *,
+        permute: bool = True,
+        later: Mapping[str, str] | None = None,
+    ) -> None:
         self.short = {letter: short[i + 1 : i + 2] == ":" for i, letter in enumerate(short) if letter != ":"}
         self.long = long
+        self.later = {name: key for name, key in (later or {}).items() if len(key) > 1 or key in self.short}
         self.permute = permute and "POSIXLY_CORRECT" not in os.environ
 
     def scan(self, words: Sequence[str]) -> Scanner:
@@ -103,6 +113,9 @@ class Scanner:
         given, equals, value = word[2:].partition("=")
         names = self._grammar.long or {}
         found = [given] if given in names else [full for full in names if full.startswith(given)]
+        if not found or (found != [given] and given in self._grammar.later):
+            names = self._grammar.later
+            found = [given] if given in names else [full for full in names if full.startswith(given)]
         if len({names[full] for full in found}) > 1:
             raise self._error("ambiguous", f"--{given}", word, found)
         if not found:
@@ -136,6 +149,10 @@ def options(grammar: Grammar, words: Sequence[str], positional: list[str]) -> It
     try:
         yield from scanner
     except OptionError as error:
+        if program.since("10.1"):
+            program.plain(error.in_libc_words(program.asked()))
+            program.plain(f"Try '{program.asked()} --help' for more information")
+            raise Failure from error
         if error.kind == "missing":
             raise UsageFailure(f"missing argument for option '{error.element}'") from error
         raise UsageFailure(f"unrecognized option '{error.element}'") from error
@@ -152,5 +169,7 @@ def one_image(positional: Sequence[str]) -> str:
 def output_format(text: str) -> bool:
     """Return whether ``--output``'s argument asks for JSON."""
     if text not in ("human", "json"):
+        if program.since("10.1"):
+            raise UsageFailure(f"--output expects 'human' or 'json', not '{text}'")
         raise Failure("--output must be used with human or json as argument.")
     return text == "json"

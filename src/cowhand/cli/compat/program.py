@@ -9,10 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-#: The version whose text and JSON are printed.
-COMPAT_VERSION = "7.2.22"
+#: Versions whose text and JSON can be printed, and the release that is named for each.
+PROFILES = {"7.2": "7.2.22", "8.2": "8.2.10", "10.1": "10.1.5", "10.2": "10.2.2"}
+DEFAULT_PROFILE = "7.2"
+#: Names the version, where the command line does not.
+COMPAT_VARIABLE = "COWHAND_COMPAT"
 
 _name = "cowhand"
+_profile = DEFAULT_PROFILE
+_command = ""
 
 
 class Failure(Exception):
@@ -33,7 +38,35 @@ class UsageFailure(Failure):
     """A failure that points to the help."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, hint=f"Try '{name()} --help' for more information")
+        super().__init__(message, hint=f"Try '{asked()} --help' for more information")
+
+
+def use_profile(version: str) -> None:
+    """Print as *version* of QEMU does. Raises Failure for one that is not known."""
+    global _profile
+    if version not in PROFILES:
+        raise Failure(f"Unknown version '{version}' to be compatible with (one of {', '.join(PROFILES)})")
+    _profile = version
+
+
+def since(version: str) -> bool:
+    """Tell whether text and JSON are those of *version* or a later one."""
+    return _number(_profile) >= _number(version)
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def enter(command: str) -> None:
+    """Remember that *command* of the tool is running."""
+    global _command
+    _command = command
+
+
+def asked() -> str:
+    """Return what a hint tells the user to ask for help: the tool, since 10.1 with its command."""
+    return f"{_name} {_command}" if _command and since("10.1") else _name
 
 
 def name() -> str:
@@ -70,14 +103,13 @@ def version_lines() -> str:
     """Return what ``--version`` prints: scripts look for the number."""
     from cowhand.__about__ import __version__
 
-    return (
-        f"{_name} version {COMPAT_VERSION} (cowhand {__version__})\nCopyright (c) the cowhand developers; MIT licence"
-    )
+    return f"{_name} version {PROFILES[_profile]} (cowhand {__version__})\nCopyright (c) the cowhand developers; MIT licence"
 
 
 def start(argument: str, fallback: str) -> None:
     """Take the tool's name from ``argv[0]`` and prepare the standard streams; *fallback* is for ``python -m``."""
-    global _name
+    global _name, _profile, _command
+    _profile, _command = DEFAULT_PROFILE, ""
     _name = os.path.basename(argument) or fallback
     if _name.startswith("__"):
         _name = fallback
@@ -106,6 +138,7 @@ def run(tool: Callable[[Sequence[str]], int], arguments: Sequence[str], fallback
 
     try:
         try:
+            use_profile(os.environ.get(COMPAT_VARIABLE) or DEFAULT_PROFILE)
             status = tool(arguments)
         except Failure as failure:
             status = failure.status

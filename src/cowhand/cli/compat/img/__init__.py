@@ -26,7 +26,7 @@ COMMANDS = (
     "snapshot",
     "resize",
 )
-_STANDARD = Grammar("hVT:", {"help": "h", "version": "V", "trace": "T"}, permute=False)
+_STANDARD = Grammar("hVT:", {"help": "h", "version": "V", "trace": "T", "compat": "compat="}, permute=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +42,9 @@ def _run(arguments: Sequence[str]) -> int:
             return 0
         if key == "h":
             return show_help()
+        if key == "compat":
+            program.use_profile(value)
+            continue
         from cowhand.cli.compat import tracing
 
         tracing.accept(value)
@@ -50,6 +53,7 @@ def _run(arguments: Sequence[str]) -> int:
     name = rest[0]
     if name not in COMMANDS:
         raise UsageFailure(f"Command not found: {name}")
+    program.enter(name)
     status: int = importlib.import_module(f"cowhand.cli.compat.img.{name}").run(rest)
     return status
 

@@ -37,6 +37,8 @@ def run(words: Sequence[str]) -> int:
                 format = value
             case "r":
                 if value not in ("leaks", "all"):
+                    if program.since("10.1"):
+                        raise UsageFailure(f"--repair (-r) expects 'leaks' or 'all', not '{value}'")
                     raise UsageFailure(f"Unknown option value for -r (expecting 'leaks' or 'all'): {value}")
                 repair = value
             case "T":

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import Grammar, options
 from cowhand.cli.compat.img import show_help
+from cowhand.cli.compat.img.longnames import LATER_LETTERS, LONG_NAMES
 from cowhand.cli.compat.objects import Objects
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
@@ -25,19 +27,30 @@ class Command:
 
     def __init__(self, words: Sequence[str], short: str, long: Mapping[str, str] | None = None) -> None:
         self._words = words
-        self._grammar = Grammar(short, {"help": "h", "object": "object=", **(long or {})})
+        self._name = words[0]
+        self._letters: Mapping[str, str] = {}
+        if program.since("10.1"):
+            self._letters = LATER_LETTERS.get(self._name, {})
+            short += "".join(f"{letter}:" for letter in self._letters)
+        self._long = {"help": "h", "object": "object=", **(long or {})}
+        self._grammar = Grammar(short, self._long, later=LONG_NAMES.get(self._name))
         self.positional: list[str] = []
         self.objects = Objects()
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for key, value in options(self._grammar, self._words, self.positional):
             if key == "h":
-                show_help()
+                if program.since("10.1"):
+                    from cowhand.cli.compat.img.help import text_of
+
+                    print(text_of(self._name, self._grammar.short, self._long))
+                else:
+                    show_help()
                 raise Failure(status=0)
             if key == "object":
                 self.objects.add(value)
             else:
-                yield key, value
+                yield self._letters.get(key, key), value
 
 
 @contextmanager

@@ -8,6 +8,8 @@ _COMMANDS = """\
   amend [--object objectdef] [--image-opts] [-p] [-q] [-f fmt] [-t cache] [--force] -o options filename
   bench [-c count] [-d depth] [-f fmt] [--flush-interval=flush_interval] [-i aio] [-n] [--no-drain] [-o offset] [--pattern=pattern] \
 [-q] [-s buffer_size] [-S step_size] [-t cache] [-w] [-U] filename
+  bitmap (--merge SOURCE | --add | --remove | --clear | --enable | --disable)... [-b source_file [-F source_fmt]] [-g granularity] \
+[--object objectdef] [--image-opts | -f fmt] filename bitmap
   check [--object objectdef] [--image-opts] [-q] [-f fmt] [--output=ofmt] [-r [leaks | all]] [-T src_cache] [-U] filename
   commit [--object objectdef] [--image-opts] [-q] [-f fmt] [-t cache] [-b base] [-r rate_limit] [-d] [-p] filename
   compare [--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s] [-U] filename1 filename2
@@ -16,7 +18,7 @@ _COMMANDS = """\
 [-S sparse_size] [-r rate_limit] [-m num_coroutines] [-W] [--salvage] filename [filename2 [...]] output_filename
   create [--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] filename [size]
   dd [--image-opts] [-U] [-f fmt] [-O output_fmt] [bs=block_size] [count=blocks] [skip=blocks] if=input of=output
-  info [--object objectdef] [--image-opts] [-f fmt] [--output=ofmt] [--backing-chain] [-U] filename
+  info [--object objectdef] [--image-opts] [-f fmt] [--output=ofmt] [--backing-chain] [--limits] [-U] filename
   map [--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset] [--max-length=len] [--output=ofmt] [-U] filename
   measure [--output=ofmt] [-O output_fmt] [-o options] [--size N | [--object objectdef] [--image-opts] [-f fmt] \
 [-l snapshot_param] filename]
@@ -50,6 +52,15 @@ Command parameters:
   -u  (create) does not look at the backing file
   -U  opens an image although another process is writing it
   bs=, count=, skip=  (dd) block size (512), blocks to the end from the input's beginning, blocks to leave out there"""
+
+
+def text_of(command: str, short: dict[str, bool], long: dict[str, str]) -> str:
+    """Return the help of one command, which knows the options *short* and *long*."""
+    from cowhand.cli.compat.img.longnames import command_help
+
+    lines = (line.strip() for line in _COMMANDS.splitlines())
+    syntax = next((line for line in lines if line.split(" ", 1)[0] == command), command)
+    return command_help(program.name(), command, syntax, short, long)
 
 
 def text() -> str:

@@ -19,9 +19,17 @@ def run(words: Sequence[str]) -> int:
     command = Command(
         words,
         "hf:U",
-        {"format": "f", "output": "output=", "backing-chain": "chain", "image-opts": "image-opts", "force-share": "U"},
+        {
+            "format": "f",
+            "output": "output=",
+            "backing-chain": "chain",
+            "limits": "limits",
+            "image-opts": "image-opts",
+            "force-share": "U",
+        },
     )
     output = None
+    limits = False
     for key, value in command:
         match key:
             case "U":
@@ -32,12 +40,14 @@ def run(words: Sequence[str]) -> int:
                 output = value
             case "chain":
                 chain = True
+            case "limits":
+                limits = True
             case "image-opts":
                 image_opts = True
     name = one_image(command.positional)
     if output is not None:
         json = output_format(output)
-    documents = _collect(name, format, chain=chain, image_opts=image_opts, force_share=force_share)
+    documents = _collect(name, format, chain=chain, limits=limits, image_opts=image_opts, force_share=force_share)
     if json:
         from cowhand.cli.compat.jsontext import render
 
@@ -52,7 +62,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _collect(
-    name: str | None, format: str | None, *, chain: bool, image_opts: bool, force_share: bool
+    name: str | None, format: str | None, *, chain: bool, limits: bool, image_opts: bool, force_share: bool
 ) -> list[dict[str, Any]]:
     """Return the documents of the image and, with *chain*, of all that lie under it; nothing is printed before all are known."""
     documents: list[dict[str, Any]] = []
@@ -62,7 +72,7 @@ def _collect(
             raise Failure(f"Backing file '{name}' creates an infinite loop.")
         seen.add(name)
         with open_image(name, format=format, image_opts=image_opts, force_share=force_share, backing=False) as disk:
-            documents.append(image_info(disk.root))
+            documents.append(image_info(disk.root, limits=limits))
         if not chain:
             break
         name = documents[-1].get("full-backing-filename")

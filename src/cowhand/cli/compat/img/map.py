@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.status import layered, skip_filters
+from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image, output_format
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.records import SECTOR, whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import size_argument
-from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, Extent, ExtentBatch, merged
+from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, OFFSET, ZERO, Extent, ExtentBatch, merged
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -64,7 +65,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _rows(disk: Disk, start: int, length: int | None) -> Iterator[Extent]:
-    return merged(_batches(disk, start, length), _SHOWN)
+    return merged(_batches(disk, start, length), _SHOWN | (COMPRESSED if program.since("8.2") else 0))
 
 
 def _batches(disk: Disk, start: int, length: int | None) -> Iterator[ExtentBatch]:
@@ -125,5 +126,7 @@ def _entry(row: Extent) -> str:
         f"{name}: {'true' if known & flag else 'false'}"
         for name, flag in (('"present"', ALLOCATED), ('"zero"', ZERO), ('"data"', DATA))
     ]
+    if program.since("8.2"):
+        words.append(f'"compressed": {"true" if known & COMPRESSED else "false"}')
     offset = f', "offset": {row.host}' if known & OFFSET else ""
     return f'{{ "start": {row.start}, "length": {row.length}, "depth": {row.depth}, {", ".join(words)}{offset}}}'

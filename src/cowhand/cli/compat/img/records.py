@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cowhand.cli.compat import program
 from cowhand.cli.compat.jsontext import ordered
 from cowhand.cli.compat.sizes import human
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 #: The value of a snapshot's instruction count where none was recorded.
 _NO_ICOUNT = (1 << 64) - 1
 _DIRTY = 1
+#: Drivers of files, of which there is something to tell on some file systems.
+_FILES = ("file", "host_device")
 #: QEMU knows of whole ones alone.
 SECTOR = 512
 
@@ -24,8 +27,8 @@ def whole_sectors(size: int) -> int:
     return -(-size // SECTOR) * SECTOR
 
 
-def image_info(node: BlockNode) -> dict[str, Any]:
-    """Return the ImageInfo document of *node* alone."""
+def image_info(node: BlockNode, *, limits: bool = False) -> dict[str, Any]:
+    """Return the ImageInfo document of *node* alone; since 8.2 with its children, and with the *limits* of requests where they are asked for."""
     out: dict[str, Any] = {"filename": node.filename, "format": node.driver, "virtual-size": whole_sectors(node.size)}
     allocated = node.allocated_size()
     if allocated is not None:
@@ -46,7 +49,34 @@ def image_info(node: BlockNode) -> dict[str, Any]:
     specific = node.format_specific()
     if specific:
         out["format-specific"] = {"type": node.driver, "data": dict(specific)}
+    if limits:
+        out["limits"] = _limits(node)
+    if program.since("8.2"):
+        out["children"] = [
+            {"name": name, "info": _child_info(child.node, limits)}
+            for name, child in node.children.items()
+            if name != "backing"
+        ]
     return out
+
+
+def _child_info(node: BlockNode, limits: bool) -> dict[str, Any]:
+    out = image_info(node, limits=limits)
+    if node.driver in _FILES:
+        out["format-specific"] = {"type": "file", "data": {}}
+    return out
+
+
+def _limits(node: BlockNode) -> dict[str, Any]:
+    """Return the BlockLimitsInfo document of *node*; what has no limit is left out."""
+    known = node.limits
+    out = {
+        "request-alignment": known.request_alignment,
+        "discard-alignment": known.discard_alignment,
+        "write-zeroes-alignment": known.zero_alignment,
+        "opt-transfer": known.preferred_io,
+    }
+    return {name: value for name, value in out.items() if name == "request-alignment" or value > 1}
 
 
 def _informed(node: BlockNode) -> Any:
@@ -122,12 +152,38 @@ def as_text(info: Mapping[str, Any]) -> Iterator[str]:
         yield "backing file: " + _backing_words(info)
         if "backing-filename-format" in info:
             yield f"backing file format: {info['backing-filename-format']}"
+    if "limits" in info:
+        yield "Block limits:"
+        yield from tree(info["limits"], 1)
     if "snapshots" in info:
         yield "Snapshot list:"
         yield from snapshot_table(info["snapshots"])
     if "format-specific" in info:
         yield "Format specific information:"
         yield from tree(info["format-specific"]["data"], 1)
+    yield from _children(info, "")
+
+
+def _children(info: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Yield the blocks that tell of the nodes below, each with its way from the top."""
+    for child in info.get("children", ()):
+        below, place = child["info"], f"{path}/{child['name']}"
+        size, bare = below["virtual-size"], not below["children"]
+        yield f"Child node '{place}':"
+        yield f"    filename: {below['filename']}"
+        yield f"    {'protocol type' if bare else 'file format'}: {below['format']}"
+        yield f"    {'file length' if bare else 'virtual size'}: {human(size)} ({size} bytes)"
+        yield f"    disk size: {human(below['actual-size']) if 'actual-size' in below else 'unavailable'}"
+        if "cluster-size" in below:
+            yield f"    cluster_size: {below['cluster-size']}"
+        if "limits" in below:
+            yield "    Block limits:"
+            yield from tree(below["limits"], 2)
+        specific = below.get("format-specific", {}).get("data")
+        if specific:
+            yield "    Format specific information:"
+            yield from tree(specific, 2)
+        yield from _children(below, place)
 
 
 def _backing_words(info: Mapping[str, Any]) -> str:

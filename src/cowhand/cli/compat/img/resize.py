@@ -23,6 +23,8 @@ def preallocation_mode(text: str) -> str:
 
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
+    if program.since("10.1") and words[-1] in ("-h", "--help"):
+        words = [*words, ""]
     if len(words) < 3:
         raise UsageFailure("Not enough arguments")
     size = words[-1]  # taken before the options, since it may begin with a dash

@@ -22,20 +22,28 @@ if TYPE_CHECKING:
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     action = name = ""
+    format = None
     image_opts = force_share = False
-    command = Command(words, "la:c:d:hqU", {"image-opts": "image-opts", "force-share": "U"})
+    short = "la:c:d:hqU" + ("f:" if program.since("10.1") else "")
+    command = Command(words, short, {"image-opts": "image-opts", "force-share": "U"})
     for key, value in command:
         match key:
             case "l" | "a" | "c" | "d":
                 if action:
                     raise UsageFailure("Cannot mix '-l', '-a', '-c', '-d'")
                 action, name = key, value
+            case "f":
+                format = value
             case "U":
                 force_share = True
             case "image-opts":
                 image_opts = True
     image = one_image(command.positional)
-    with open_image(image, image_opts=image_opts, writable=action != "l", force_share=force_share) as disk:
+    if not action and program.since("10.1"):
+        action = "l"
+    with open_image(
+        image, format=format, image_opts=image_opts, writable=action != "l", force_share=force_share
+    ) as disk:
         match action:
             case "l":
                 _list(disk)
