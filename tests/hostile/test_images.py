@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import cases, chains, faults, layout, lies, pool, walk
+from tests.hostile import cases, chains, encryption, faults, layout, lies, pool, walk
 
 MUTATIONS = int(os.environ.get("COWHAND_MUTATIONS", "1500"))
 _FIRST = int(os.environ.get("COWHAND_SEED", "0")) * 1_000_000
@@ -65,6 +65,10 @@ def test_images_that_end_early(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["compressed", "snapshots", "extensions", "names", "features"])
 def test_lies(kind: str, tmp_path: Path) -> None:
     pool.check(lies.lie_names(kind), tmp_path)
+
+
+def test_encryption_headers_that_lie(tmp_path: Path) -> None:
+    pool.check(encryption.names(), tmp_path)
 
 
 def test_loops_and_long_chains(tmp_path: Path) -> None:
