@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import cowhand
+from cowhand.block.create import create
 from cowhand.block.policy import DEFAULT, UNTRUSTED
 from cowhand.copy.convert import convert
 from cowhand.core.errors import InvalidArgument, PolicyRefused
 from tests.compat.sides import play
 from tests.nbd.servers import Process, nbdkit, qemu_nbd, require_nbdkit
-from tests.tools.qemu import assert_identical, qemu_img, qemu_io, require_qemu, require_qemu_nbd
+from tests.tools.qemu import assert_clean, assert_identical, qemu_img, qemu_io, require_qemu, require_qemu_nbd
 
 pytestmark = [pytest.mark.interop, require_qemu, require_qemu_nbd]
 
@@ -188,6 +189,19 @@ class TestPolicy:
             with pytest.raises(TimeoutError):
                 listener.accept()
 
+    def test_an_image_cannot_name_a_descriptor(self, tmp_path: Path) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for server in (
+                f'"server":{{"type":"fd","str":"{ours.fileno()}"}}',
+                f'"server.type":"fd","server.str":"{ours.fileno()}"',
+            ):
+                path = tmp_path / "hostile.qcow2"
+                name = f'json:{{"driver":"nbd",{server}}}'
+                qemu_img("create", "-u", "-f", "qcow2", "-b", name, "-F", "raw", path, "1M")
+                with pytest.raises(PolicyRefused):
+                    cowhand.open(path)
+
     def test_names_relative_to_an_export_mean_nothing(self, server: Process) -> None:
         qemu_img("create", "-u", "-f", "qcow2", "-b", "base.raw", "-F", "raw", server.uri, "512k")
         with pytest.raises(InvalidArgument, match="base directory"):
@@ -207,6 +221,27 @@ class TestConversions:
                 result = qemu_img("check", server.uri)
                 assert "No errors" in result.stdout
                 assert_identical(source, "qcow2", server.uri, "qcow2")  # type: ignore[arg-type]
+
+    @require_nbdkit
+    def test_an_image_of_small_clusters_on_large_blocks(self, tmp_path: Path) -> None:
+        """Metadata and data that are smaller than what the server takes."""
+        (tmp_path / "disk").write_bytes(bytes(16 << 20))
+        words = (
+            "blocksize-minimum=4096",
+            "blocksize-preferred=4096",
+            "blocksize-maximum=64K",
+            "blocksize-error-policy=error",
+        )
+        with nbdkit(tmp_path, "--filter=blocksize-policy", "file", tmp_path / "disk", *words) as server:
+            create(server.uri, "qcow2", "4M", {"cluster_size": "512"})
+            with cowhand.open(server.uri, format="qcow2", writable=True) as disk:
+                disk.write(513, b"x" * 1000)
+                disk.write(1 << 20, b"y" * 70000)
+                disk.discard(1 << 20, 512)
+                disk.flush()
+                assert disk.read(512, 1002) == b"\0" + b"x" * 1000 + b"\0"
+                assert disk.read((1 << 20) + 512, 69489) == b"y" * 69488 + b"\0"
+        assert_clean(tmp_path / "disk")
 
     @require_nbdkit
     def test_a_copy_of_random_sparse_data(self, tmp_path: Path) -> None:

@@ -198,6 +198,11 @@ class Opening:
 
     # -- for drivers
 
+    @property
+    def implied(self) -> bool:
+        """Whether what is being opened was named by an image, and not by the user."""
+        return self._asker is not None
+
     def track(self, node: BlockNode) -> None:
         """Close *node*, with its children, if this opening fails; a driver calls it before it opens children."""
         if node not in self.opened:

@@ -32,6 +32,7 @@ from cowhand.core.errors import (
     NoSpace,
     NotSupported,
     Poisoned,
+    PolicyRefused,
     from_os_error,
 )
 from cowhand.core.extents import ALLOCATED, DATA, MAX_ROWS, OFFSET, ZERO, ExtentBatch
@@ -108,6 +109,8 @@ class NbdNode(BlockNode):
         server = given.pop("server", None)
         if server is not None:
             options = with_server(options, server)
+        if options.server_type == "fd" and opening is not None and opening.implied:
+            raise PolicyRefused("an image cannot name descriptors of this process")
         node = cls(options)
         node._connect()
         return node

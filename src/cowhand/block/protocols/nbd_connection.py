@@ -112,10 +112,14 @@ class Connection:
                 self._send(group, caller)
                 position += len(group)
                 self._wait(caller, WINDOW // 2 if position < len(orders) else 0)
+                if position < len(orders):
+                    self._hand_over()  # sending may take long
         except BaseException as error:
             if caller.sent > caller.finished:
                 self._leave(error)
             raise
+        finally:
+            self._hand_over()  # an interrupt may come between the last reply and the handing over
 
     def _leave(self, error: BaseException) -> None:
         """Make sure that nothing more is received into the buffers of a caller that goes before its replies have come."""
@@ -208,10 +212,9 @@ class Connection:
                         self._receive()
                 finally:
                     self._lead.release()
-        self._hand_over()
 
     def _hand_over(self) -> None:
-        """Wake somebody to lead, where nobody does. Called by everybody who stops waiting, since he may have been woken for that."""
+        """Wake somebody to lead, where nobody does. Called by everybody who stops waiting or leading: he may have been woken for that."""
         if self._followers and not self._lead.locked():
             for follower in list(self._followers.values())[:1]:
                 follower.wake()

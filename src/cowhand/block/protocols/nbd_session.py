@@ -101,6 +101,8 @@ class Session:
     # -- choosing
 
     def _choose(self, orders: Sequence[Order]) -> Connection:
+        if self._fatal is not None:
+            raise self._refuse(self._fatal)
         alive = [connection for connection in self._connections if connection.failure is None]
         if not alive:
             return self._reconnect()
@@ -110,6 +112,12 @@ class Session:
         if best.load and not self._enough and sum([order.pending.length for order in orders]) >= WORTH_ANOTHER:
             self._add()
         return best
+
+    def _refuse(self, fatal: CowhandError) -> ProtocolViolation:
+        """Return an error like the one after which this server is not asked any more: each request raises its own."""
+        return ProtocolViolation(
+            fatal.message, qemu=fatal.qemu_message, errno=fatal.number, path=fatal.path, hint=fatal.hint
+        )
 
     def _in_delay(self) -> bool:
         delay = self._settings.reconnect_delay
@@ -139,10 +147,6 @@ class Session:
                 self._drop(connection)
             if self._closed.is_set():
                 raise Closed("the disk is closed")
-            if self._fatal is not None:
-                raise ProtocolViolation(
-                    self._fatal.message, qemu=self._fatal.qemu_message, errno=self._fatal.number, path=self._fatal.path
-                )
             now = clock.monotonic()
             failed = self._failed_at
             if not self._in_delay() and failed is not None and now < failed + LONGEST_PAUSE:

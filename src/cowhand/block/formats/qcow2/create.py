@@ -15,7 +15,7 @@ from cowhand.core.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
-    from cowhand.block.node import BlockNode
+    from cowhand.block.node import BlockNode, Child
 
 #: In the order in which QEMU prints them.
 CREATE_OPTIONS = (
@@ -154,7 +154,7 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
             if not options.get("keep_data_file") and node.data_child.node.capabilities.resizable:
                 node.data_child.node.resize(0, shrink=True)
         make_empty(file)
-        _write_empty(file, header)
+        _write_empty(node.file, header)
         _grow(node, size, header, preallocation)
         if encryption is not None:
             encrypting.make(node, encryption)
@@ -167,7 +167,7 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
                 graph.release(child)
 
 
-def _write_empty(file: BlockNode, header: Header) -> None:
+def _write_empty(file: Child, header: Header) -> None:
     """Write header, refcount table and first refcount block of an image without a disk: three clusters."""
     cluster = header.cluster_size
     wanted = header.size, header.backing_name, header.backing_format
