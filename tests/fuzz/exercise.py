@@ -7,7 +7,7 @@ what the image names is not opened, and no file of the machine is touched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from cowhand.block.check import check_node
@@ -19,6 +19,7 @@ from cowhand.core.errors import CowhandError
 from cowhand.crypto import secrets
 from cowhand.drivers import REGISTRY
 from tests.fuzz.budget import budget
+from tests.fuzz.mutation import regions_of
 
 #: Of a large disk, so many pieces are read, and so many batches of the map.
 _PIECE = 32 << 10
@@ -141,8 +142,14 @@ def _repair(data: bytes, driver: str, repair: str) -> None:
             return
         with medium.open(driver, for_repair=True) as disk:
             again = check_node(disk.root)
-        if again.failure is None and again.corruptions > result.corruptions:
+        if again.failure is None and again.corruptions > result.corruptions and not _tangled(data):
             raise Finding(f"repair said {result!r}, and then there is {again!r}")
+
+
+def _tangled(data: bytes) -> bool:
+    """Tell whether tables of the image lie over one another: then to mend the one, or only to close the image, is to change the other."""
+    regions = sorted(set(regions_of(data)), key=lambda region: (region.begin, region.end))
+    return any(before.end > after.begin for before, after in pairwise(regions))
 
 
 def write_and_read(data: bytes, driver: str) -> None:

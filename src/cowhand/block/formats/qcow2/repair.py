@@ -226,6 +226,9 @@ class _Rebuilding:
                 if wanted > self.table_clusters:
                     self.table_clusters, grown = wanted, True
             index += 1
+            if piece is None:
+                # Nothing was counted near it: on to where something may be.
+                index = max(index, self.tally.next_known(end) // self.per_block)
         return grown
 
     def place(self) -> int:

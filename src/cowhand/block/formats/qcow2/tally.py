@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 SEGMENT_BITS = 19
+#: Clusters that are counted together from which numpy is worth its import.
+_LONG_RUN = 1 << 14
 #: Clusters that are looked at together when what is counted is sought.
 _STRETCH = 1 << 13
 _CODES: dict[int, Literal["B", "H", "I", "Q"]] = {0: "B", 1: "B", 2: "B", 3: "B", 4: "H", 5: "I", 6: "Q"}
@@ -104,6 +106,14 @@ class Tally:
                 parts.append(bytes(segment[begin * self.width : (begin + step) * self.width]))
         return b"".join(parts) if known else None
 
+    def next_known(self, cluster: int) -> int:
+        """Return *cluster*, or the beginning of the next stretch in which something may be counted; without any, the end of its own."""
+        number = cluster >> self.bits
+        if number in self.segments:
+            return cluster
+        later = min((other for other in self.segments if other > number), default=number + 1)
+        return later << self.bits
+
     def is_all(self, first: int, count: int, value: int) -> bool:
         """Tell whether *count* clusters from *first* on all have the count *value*."""
         piece = self.piece(first, count)
@@ -160,7 +170,8 @@ class Tally:
         if value <= self.maximum and segment[start:end] == head * count:
             segment[start:end] = value.to_bytes(width, sys.byteorder) * count
             return
-        if self.numpy is not None:
+        if self.numpy is not None or count >= _LONG_RUN:
+            self.use_numpy()
             values = self._array(number)[begin : begin + count]
             if int(values.max()) + times <= self.maximum:
                 values += values.dtype.type(times)
