@@ -47,4 +47,16 @@ def compact(
         from cowhand.block.formats.qcow2.compact import Compactor
 
         with graph.quiesce(root):
-            return Compactor(root, progress, cancel).run(dry_run=dry_run)
+            if dry_run:
+                _rehearse(root)
+            return Compactor(root, progress, cancel).run(rehearsal=dry_run)
+
+
+def _rehearse(root: Any) -> None:
+    """Have *root*, which was opened for reading, write to a rehearsal of its file."""
+    from cowhand.block.rehearsal import RehearsalNode
+
+    below = root.file.node
+    edge = root.file
+    graph.insert_above(below, [edge], RehearsalNode(below))
+    root.writable = True

@@ -1,7 +1,7 @@
 """Make an image's file shorter in place: what lies at its end moves into the gaps before it.
 
-What the guest sees and the snapshots stay as they are. It may be interrupted at any time, and goes on when it is called again. Compressed
-clusters, bitmaps and the image's fixed tables do not move: the file is not cut before the last of them.
+What the guest sees, the snapshots and the bitmaps stay as they are. It may be interrupted at any time, and goes on when it is called again.
+Compressed clusters are packed anew, and the image's tables move too. Of an image with a data file only the tables move.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 What is moved in one round has both places counted from before the first byte is copied until the last reference is switched, and each phase is
 stable before the next begins: so a crash leaves leaked clusters and nothing else, and another run, which first gives those back, goes on.
-Data clusters and L2 tables move, those of snapshots too. Compressed clusters, L1 tables, reference counts, the snapshot table, bitmaps and an
-encryption header stay where they are, and the file does not become shorter than they allow.
+Data clusters and L2 tables move, those of snapshots too, and compressed clusters, which are packed anew (``compactpacked``); before and after them
+all other metadata (``compactmetadata``), until nothing can move any more. Only an encryption header stays where it is.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2 import compactmetadata, layout as L
 from cowhand.block.formats.qcow2.check import Examination
+from cowhand.block.formats.qcow2.compactpacked import Packed, Packer
 from cowhand.block.formats.qcow2.repair import forget
+from cowhand.block.formats.qcow2.shrink import drop_refblocks
 from cowhand.block.formats.qcow2.snapshots import read_l1
 from cowhand.block.formats.qcow2.tally import encoded, native
 from cowhand.core.errors import Cancelled, ImageCorrupt, UnsupportedFeature
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 #: Bytes that are moved before references are switched.
 ROUND_BYTES = 4 << 30
 _PIECE = 2 << 20
+_STRETCH = 1 << 19
+#: Rounds of looking and moving; two or three are the rule.
+_MOST_ROUNDS = 64
 #: Clusters of a file that is compacted: a byte of memory is needed for each.
 MAX_CLUSTERS = 1 << 28
 
@@ -41,9 +46,9 @@ class Compaction(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    end: int  #: clusters that the file will have
     sources: Any
     targets: Any
+    packed: Packed | None  #: compressed clusters that get another place
 
 
 class Compactor:
@@ -67,36 +72,78 @@ class Compactor:
         self._progress = progress or Progress()
         self._cancel = cancel or CancelToken()
         self._round = max(1, round_bytes // self.size)
+        self._rehearsal = False
         self._tables: set[int] = set()  #: clusters that hold L2 tables when the plan is made
 
-    def run(self, *, dry_run: bool = False) -> Compaction:
-        """Compact, or with *dry_run* only say what would be moved. Raises ImageCorrupt for an image that is not sound, Cancelled, IOFailed."""
-        node = self.node
-        before = node.file.node.size
-        leaked = self._examine(dry_run)
+    def run(self, *, rehearsal: bool = False) -> Compaction:
+        """Compact. With *rehearsal* the node writes to a rehearsal of its file: then data is not copied, and nothing is cut.
+
+        Raises ImageCorrupt for an image that is not sound, Cancelled, IOFailed.
+        """
+        before = self.node.file.node.size
+        self._rehearsal = rehearsal
+        moved = leaked = 0
         try:
-            plan = self._plan()
-            moved = len(plan.sources) * self.size
-            if dry_run:
-                return Compaction(before, min(before, plan.end * self.size), moved, leaked)
-            if moved and node.encryption is not None:
-                node.encryption.unlock()  # asks for the secret before anything is changed
-            self._progress.total = moved
-            for begin in range(0, len(plan.sources), self._round):
-                self._cancel.check()
-                self._move(plan.sources[begin : begin + self._round], plan.targets[begin : begin + self._round])
-            self._cut(plan.end * self.size)
+            for _ in range(_MOST_ROUNDS):
+                leaked += self._examine()
+                step = self._metadata() or self._data()
+                moved += step
+                if not step and not self._drop_blocks():
+                    break
+            size = min(before, self._end() * self.size)
+            if not rehearsal:
+                self._cut(size)
+                size = self.node.file.node.size
             self._progress.finish()
-            return Compaction(before, node.file.node.size, moved, leaked)
+            return Compaction(before, size, moved, leaked)
         finally:
-            forget(node)
+            forget(self.node)
+
+    def _metadata(self) -> int:
+        """Move metadata; return the bytes moved."""
+        forget(self.node)
+        self._cancel.check()
+        moved = compactmetadata.move_down(self.node, int(self.numpy.count_nonzero(self._used())))
+        forget(self.node)
+        self._progress.total = (self._progress.total or 0) + moved
+        self._progress.advance(moved)
+        return moved
+
+    def _drop_blocks(self) -> int:
+        """Free the refcount blocks behind the end that count nothing any more; return how many there were."""
+        forget(self.node)
+        with self.node.exclusive():
+            self.node.rebuild_metadata_map()
+        dropped = drop_refblocks(self.node, -(-self._end() // self.node.refcounts.per_block))
+        compactmetadata.settle(self.node)
+        return dropped
+
+    def _data(self) -> int:
+        """Move what the tables name; return the bytes moved."""
+        plan = self._plan()
+        moved = len(plan.sources) * self.size + (plan.packed.nbytes if plan.packed is not None else 0)
+        if moved and self.node.encryption is not None and not self._rehearsal:
+            self.node.encryption.unlock()  # asks for the secret before anything is changed
+        self._progress.total = (self._progress.total or 0) + moved
+        for begin in range(0, len(plan.sources), self._round):
+            self._cancel.check()
+            self._move(plan.sources[begin : begin + self._round], plan.targets[begin : begin + self._round])
+        if plan.packed is not None:
+            self._cancel.check()
+            self._move_packed(plan.packed)
+        return moved
+
+    def _end(self) -> int:
+        """Return behind which cluster nothing is in use."""
+        end: int = int(self.numpy.flatnonzero(self._used())[-1]) + 1
+        return end
 
     # -- looking
 
-    def _examine(self, dry_run: bool) -> int:
+    def _examine(self) -> int:
         """Check the image and give lost clusters back; keep the counts of all clusters. Returns how many were lost."""
         exam, result = self._checked(None)
-        if result.leaks and not dry_run:
+        if result.leaks:
             exam, result = self._checked("leaks")
         if exam.walk.clusters > MAX_CLUSTERS:
             raise UnsupportedFeature(
@@ -153,39 +200,39 @@ class Compactor:
             hosts[:] = 0
         return hosts.astype("i8")
 
-    def _plan(self) -> _Plan:
-        """Find the shortest file into which everything goes that may move."""
+    def _used(self) -> Any:
+        """Return, for each cluster, whether it is in use."""
         numpy = self.numpy
         used = numpy.zeros(self.clusters, dtype="?")
-        taken = numpy.zeros(self.clusters, dtype="?")  # used, or not to be taken
-        per_block = self.node.refcounts.per_block
-        table = numpy.frombuffer(bytes(self.node.refcounts.table), ">u8")
-        for begin in range(0, self.clusters, per_block):
-            end = min(self.clusters, begin + per_block)
+        for begin in range(0, self.clusters, _STRETCH):
+            end = min(self.clusters, begin + _STRETCH)
             piece = self.tally.piece(begin, end - begin)
             if piece is not None:
                 used[begin:end] = numpy.frombuffer(piece, dtype=self.tally.code) != 0
-            index = begin // per_block
+        return used
+
+    def _plan(self) -> _Plan:
+        """Find what moves: from the end of the file into the lowest free clusters, until both meet."""
+        numpy = self.numpy
+        free = ~self._used()
+        per_block = self.node.refcounts.per_block
+        table = numpy.frombuffer(bytes(self.node.refcounts.table), ">u8")
+        for index in range(-(-self.clusters // per_block)):
             # Where no block counts, a cluster could not be taken without making one.
-            taken[begin:end] = used[begin:end] if index < len(table) and table[index] else True
+            if index >= len(table) or not table[index]:
+                free[index * per_block : (index + 1) * per_block] = False
         movable = numpy.zeros(self.clusters, dtype="?")
+        self._tables.clear()
+        packer = Packer(self.node.header.cluster_bits, self.tally)
         for host, words in self._l2_tables():
             self._tables.add(host >> self.bits)
             movable[host >> self.bits] = True
             movable[self._hosts(words)] = True
+            if not self.external:
+                packer.add(words[:: self.stride], int(self.tally.gather(numpy.array([host >> self.bits]))[0]))
         movable[0] = False
-        fixed = numpy.flatnonzero(used & ~movable)
-        low, high = int(fixed[-1]) + 1, int(numpy.flatnonzero(used)[-1]) + 1
-        while low < high:
-            middle = (low + high) // 2
-            room = middle - int(numpy.count_nonzero(taken[:middle]))
-            if room >= int(numpy.count_nonzero(movable[middle:])):
-                high = middle
-            else:
-                low = middle + 1
-        sources = numpy.flatnonzero(movable[low:]) + low
-        targets = numpy.flatnonzero(~taken[:low])[: len(sources)]
-        return _Plan(low, sources, targets)
+        sources, targets = packer.plan(numpy.flatnonzero(free), numpy.flatnonzero(movable))
+        return _Plan(numpy.sort(sources), numpy.sort(targets), packer.packed())
 
     # -- moving
 
@@ -211,6 +258,40 @@ class Compactor:
         self._set_counts(sources, numpy.zeros_like(counts))
         node.flush_file()
 
+    def _move_packed(self, packed: Packed) -> None:
+        """Give compressed clusters their new places, in the same phases."""
+        numpy, node = self.numpy, self.node
+        targets = numpy.array(sorted(packed.gained), dtype="i8")
+        gained = numpy.array([packed.gained[cluster] for cluster in targets.tolist()], dtype=self.tally.code)
+        self._set_counts(targets, gained)
+        node.flush_file()
+        try:
+            for source, target, length in () if self._rehearsal else packed.pieces:
+                self._cancel.check()
+                buffer = bytearray(length)
+                node.file.read_into(source, buffer)
+                node.write_metadata(target, buffer)
+                self._progress.advance(length)
+        except Cancelled:
+            self._set_counts(targets, numpy.zeros_like(gained))  # nothing refers to them yet
+            node.flush_file()
+            raise
+        node.flush_file()
+        old, new = packed.entries(numpy)
+        for host, words in self._l2_tables():
+            changed = words.copy()
+            column = changed[:: self.stride]
+            at = numpy.flatnonzero(column & numpy.uint64(L.ENTRY_COMPRESSED))
+            places = numpy.minimum(numpy.searchsorted(old, column[at]), len(old) - 1)
+            found = old[places] == column[at]
+            column[at[found]] = new[places[found]]
+            self._write_words(host, words, changed)
+        node.flush_file()
+        sources = numpy.array(sorted(packed.lost), dtype="i8")
+        lost = numpy.array([packed.lost[cluster] for cluster in sources.tolist()], dtype=self.tally.code)
+        self._set_counts(sources, self.tally.gather(sources) - lost)
+        node.flush_file()
+
     def _set_counts(self, clusters: Any, counts: Any) -> None:
         """Write the reference counts of *clusters*, rising; blocks are written whole."""
         numpy, node, per_block = self.numpy, self.node, self.node.refcounts.per_block
@@ -233,6 +314,10 @@ class Compactor:
         for begin, stop in pairwise(edges):
             for first in range(begin, stop, limit):
                 self._cancel.check()
+                if self._rehearsal and not self._tables.intersection(
+                    range(sources[first], sources[first] + min(limit, stop - first))
+                ):
+                    continue
                 buffer = bytearray(min(limit, stop - first) * self.size)
                 file.read_into(int(sources[first]) * self.size, buffer)
                 self._reencrypt(int(sources[first]), int(targets[first]), buffer)
@@ -271,8 +356,15 @@ class Compactor:
         """Put the clusters *places* (0: no change) into *words*, write the sectors that change to *offset* on, and return the whole."""
         numpy = self.numpy
         at = numpy.flatnonzero(places)
-        words[at] = (words[at] & ~mask) | (places[at] << numpy.uint64(self.bits))
-        data: bytes = words.astype(">u8").tobytes()
+        changed = words.copy()
+        changed[at] = (words[at] & ~mask) | (places[at] << numpy.uint64(self.bits))
+        return self._write_words(offset, words, changed)
+
+    def _write_words(self, offset: int, words: Any, changed: Any) -> bytes:
+        """Write the sectors in which *changed* differs from *words* to *offset* on; return the whole."""
+        numpy = self.numpy
+        data: bytes = changed.astype(">u8").tobytes()
+        at = numpy.flatnonzero(words != changed)
         if len(at):
             sectors = numpy.unique(at // 64)
             runs = numpy.split(sectors, numpy.flatnonzero(numpy.diff(sectors) != 1) + 1)

@@ -127,6 +127,7 @@ class _Change:
                     self.places[number] = self.node.allocator.take(1)
                     grown = True
                 self.old.cache.trim()
+        self._tell(whole, whole)
         return grown or len(self.old.table) // 8 > whole
 
     def _take_table(self) -> bool:

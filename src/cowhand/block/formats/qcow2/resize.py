@@ -36,10 +36,10 @@ def grow_l1(node: Qcow2Node, entries: int, *, exact: bool) -> None:
         )
     with node.exclusive():
         if entries > node.header.l1_size:
-            _replace_l1(node, entries)
+            replace_l1(node, entries)
 
 
-def _replace_l1(node: Qcow2Node, entries: int) -> None:
+def replace_l1(node: Qcow2Node, entries: int) -> None:
     size = node.cluster_size
     old = node.mapping.l1
     # What the old table's entries name must be on disk before a new table names it.

@@ -28,7 +28,7 @@ def shrink_to(node: Qcow2Node, size: int) -> None:
         _step("Failed to discard cropped clusters", lambda: node.change(begin, end - begin, Kind.EMPTY))
     _step("Failed to reduce the number of L2 tables", lambda: _drop_tables(node, size))
     _settle(node)
-    _step("Failed to discard unused refblocks", lambda: _drop_refblocks(node))
+    _step("Failed to discard unused refblocks", lambda: _drop_blocks(node))
     node.flush()
     set_size(node, size)
     _cut_tail(node)
@@ -39,6 +39,10 @@ def _step(text: str, action: Callable[[], None]) -> None:
         action()
     except CowhandError as error:
         raise error.within(qemu=text) from None
+
+
+def _drop_blocks(node: Qcow2Node) -> None:
+    drop_refblocks(node)
 
 
 def _settle(node: Qcow2Node) -> None:
@@ -63,12 +67,12 @@ def _drop_tables(node: Qcow2Node, size: int) -> None:
             node.changed = True
 
 
-def _drop_refblocks(node: Qcow2Node) -> None:
-    """Free refcount blocks that count nothing but themselves."""
+def drop_refblocks(node: Qcow2Node, first: int = 0) -> int:
+    """Free refcount blocks, from number *first* on, that count nothing but themselves; return how many."""
     refcounts = node.refcounts
     unused: list[tuple[int, int]] = []
     with node.exclusive():
-        for index in range(len(refcounts.table) // 8):
+        for index in range(first, len(refcounts.table) // 8):
             offset = L.U64.unpack_from(refcounts.table, index * 8)[0] & L.REFCOUNT_TABLE_OFFSET_MASK
             if not offset:
                 continue
@@ -90,6 +94,7 @@ def _drop_refblocks(node: Qcow2Node) -> None:
                 text = f"Refblock at {cluster * node.cluster_size:#x} is not covered by the refcount structures"
                 raise node.mark_corrupt(text, offset=node.header.refcount_table_offset + index * 8)
             refcounts.change(cluster, 1, -1)
+    return len(unused)
 
 
 def _counts_nothing(node: Qcow2Node, index: int, offset: int) -> bool:
