@@ -174,7 +174,7 @@ class Story:
         generations = [0] * 3
         for number in range(source.JOURNAL_BLOCKS):
             block = data[number * source.BLOCK : (number + 1) * source.BLOCK]
-            expected = generation_of(number)
+            expected = generation_of(number) if number in self.places else 0
             if block != source.journal_block(number, expected):
                 raise StepFailed(f"block {number} of the restored journal is not of generation {expected}")
             generations[expected] += 1
@@ -231,6 +231,7 @@ def main() -> int:
         ):  # fmt: skip
             act()
     except StepFailed as error:
+        sys.stdout.flush()
         print(f"\nthe demonstration failed:\n{error}", file=sys.stderr)
         return 1
     if len(sys.argv) == 3 and sys.argv[1] == "--pictures":

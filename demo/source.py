@@ -68,7 +68,21 @@ def make_disk(tree: Path, disk: Path) -> str:
         file.truncate(DISK_SIZE)
     mkfs = find_tool("mkfs.ext4")
     if mkfs is not None:
-        command = [mkfs, "-q", "-F", "-L", "cowhand-demo", "-E", "root_owner=0:0", "-d", str(tree), str(disk)]
+        # Blocks of 4 KiB, so that no block of the journal is torn between two places.
+        command = [
+            mkfs,
+            "-q",
+            "-F",
+            "-b",
+            str(BLOCK),
+            "-L",
+            "cowhand-demo",
+            "-E",
+            "root_owner=0:0",
+            "-d",
+            str(tree),
+            str(disk),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return "an ext4 file system"
