@@ -9,7 +9,7 @@ from typing import Any
 
 from cowhand.block.format import FormatNode
 from cowhand.block.node import BlockNode, Edge
-from cowhand.core.errors import InvalidArgument, IOFailed
+from cowhand.core.errors import InvalidArgument, IOFailed, NotSupported
 from cowhand.core.extents import DATA
 
 
@@ -24,6 +24,8 @@ def write_compressed(node: FormatNode, edge: Edge, offset: int, data: memoryview
     A unit that compressing does not make smaller is stored as it is. Raises InvalidArgument for parts of units, IOFailed where data is already.
     """
     codec: Any = getattr(node, "codec")  # noqa: B009 - the interface of formats does not have it
+    if getattr(node, "external", False):
+        raise NotSupported("an image keeps nothing compressed in a data file of its own", path=node.filename)
     unit = node.allocation_unit
     end = offset + len(data)
     if offset % unit or (end % unit and end != node.size):

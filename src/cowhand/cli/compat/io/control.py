@@ -122,7 +122,8 @@ def truncate(session: Session, words: Sequence[str]) -> bool:
         preallocation = value
     if not positional:
         raise UsageComplaint
-    size = number(positional[0])
+    # QEMU names the first word in its complaint, which is the option where there is one.
+    size = number(positional[0], shown=next((word for word in words[1:] if word.startswith("-m")), words[1]))
     try:
         the_disk(session).resize(size, preallocation=preallocation, shrink=True)
     except CowhandError as error:

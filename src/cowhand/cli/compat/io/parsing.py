@@ -35,14 +35,15 @@ def options(words: Sequence[str], short: str, positional: list[str]) -> list[tup
     return found
 
 
-def number(text: str) -> int:
-    """Return the size or offset that *text* names."""
+def number(text: str, *, shown: str | None = None) -> int:
+    """Return the size or offset that *text* names; a complaint tells of *shown* instead, where that is given."""
+    shown = text if shown is None else shown
     try:
         return parse_size(text)
     except SizeSyntax:
-        raise Complaint(f"Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}") from None
+        raise Complaint(f"Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {shown}") from None
     except SizeRange:
-        raise Complaint(f"Parsing error: argument too large -- {text}") from None
+        raise Complaint(f"Parsing error: argument too large -- {shown}") from None
 
 
 def c_integer(text: str) -> int | None:
