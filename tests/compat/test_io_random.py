@@ -79,8 +79,8 @@ def command(chance: random.Random) -> str:
         f"-P {chance.choice((0, 0, 1, 7, 255, 255, 0x5A, '0xa5', '010', 256, 'x'))}" if chance.random() < 0.6 else ""
     )
     name = chance.choice(
-        ("read", "read", "readv", "write", "write", "write", "writev", "zero", "zero", "discard", "aio_write", "aio_read")
-        + ("alloc", "map", "length", "flush", "aio_flush", "odd", "reopen", "truncate")
+        ("read", "read", "readv", "write", "write", "write", "writev", "zero", "zero", "discard", "aio_write", "aio_read",
+         "alloc", "map", "length", "flush", "aio_flush", "odd", "reopen", "truncate")
     )  # fmt: skip
     match name:
         case "read":
