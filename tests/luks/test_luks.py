@@ -100,7 +100,7 @@ def test_the_wrong_passphrase_and_none(tmp_path: Path, monkeypatch: pytest.Monke
     image = make(tmp_path / "x.luks")
     with pytest.raises(AccessDenied, match="none of the key slots"):
         cowhand.open(description(image, "s1"))
-    with pytest.raises(InvalidArgument, match="'key-secret' is required"):
+    with pytest.raises(InvalidArgument, match="key-secret names no secret"):
         cowhand.open(image)
     given = {"mine": "passphrase"}
     with cowhand.open({"filename": "x.luks", "key-secret": "mine"}, secrets=given) as disk:
@@ -169,3 +169,15 @@ def test_a_file_that_ends_early(length: int, tmp_path: Path) -> None:
     with pytest.raises(CowhandError) as caught:
         Opening(REGISTRY).open(description(image))
     assert caught.value.path is not None
+
+
+def test_a_failure_leaves_no_empty_file_behind(tmp_path: Path) -> None:
+    stub, kept = tmp_path / "stub", tmp_path / "kept"
+    stub.touch()
+    kept.write_bytes(b"somebody's")
+    with secrets.given({"bad": b"\xff\xfe"}):
+        for path in (stub, kept, tmp_path / "new"):
+            with pytest.raises(InvalidArgument, match="UTF-8"):
+                create(path, "luks", _SIZE, {"key-secret": "bad"}, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert kept.read_bytes() == b"somebody's"

@@ -81,10 +81,16 @@ class Creation:
     def run(self, *, overwrite: bool = False) -> None:
         """Make the image. Raises ImageExists when something has that name and *overwrite* is not set; then nothing was changed.
 
-        A new file appears under its name when it is complete. An existing one is emptied and formatted in place if nobody uses it.
+        A new file appears under its name when it is complete. An existing one is emptied and formatted in place if nobody uses it; where that
+        fails it is removed if it is empty, so that nothing is left that could be taken for an image.
         """
-        self.check_places(overwrite=overwrite)
         path = local_path(self.filename)
+        try:
+            self.check_places(overwrite=overwrite)
+        except CowhandError:
+            if overwrite and path is not None and _is_empty(path):
+                os.unlink(path)
+            raise
         if path is None:
             self.write(self.filename, fresh=False)
             return
@@ -145,7 +151,7 @@ class Creation:
         try:
             self._format_file(path, durable)
         except BaseException:
-            if made and local_path(path) is not None:
+            if local_path(path) is not None and (made or _is_empty(path)):
                 os.unlink(path)
             raise
 
@@ -299,6 +305,14 @@ def local_path(filename: str) -> str | None:
     if filename.startswith("file:"):
         return filename[5:]
     return None if has_protocol(filename) or filename.startswith("json:") else filename
+
+
+def _is_empty(path: str) -> bool:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and not status.st_size
 
 
 def protocol_of(filename: str, registry: Registry) -> DriverEntry:

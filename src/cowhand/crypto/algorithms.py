@@ -9,10 +9,12 @@ from cowhand.core.errors import InvalidArgument, UnsupportedFeature
 
 
 class Ecb(Protocol):
-    """A block cipher with its key, a block at a time; used by one thread."""
+    """A block cipher with its key, a block at a time; used by one thread. A buffer has room for 15 bytes more than the data."""
 
     def encrypt(self, data: bytes | memoryview) -> bytes: ...
     def decrypt(self, data: bytes | memoryview) -> bytes: ...
+    def encrypt_into(self, data: bytes | memoryview, buffer: bytearray) -> object: ...
+    def decrypt_into(self, data: bytes | memoryview, buffer: bytearray) -> object: ...
 
 
 class Algorithm(NamedTuple):
@@ -96,8 +98,9 @@ class _LibraryEcb:
         from cryptography.hazmat.primitives.ciphers import Cipher, modes
 
         cipher = Cipher(algorithm, modes.ECB())
-        self.encrypt = cipher.encryptor().update
-        self.decrypt = cipher.decryptor().update
+        forward, backward = cipher.encryptor(), cipher.decryptor()
+        self.encrypt, self.encrypt_into = forward.update, forward.update_into
+        self.decrypt, self.decrypt_into = backward.update, backward.update_into
 
 
 def ecb(algorithm: Algorithm, key: bytes) -> Ecb:

@@ -43,6 +43,12 @@ class NativeEcb:
     def decrypt(self, data: Buffer) -> bytes:
         return self._run(self._backward, data)
 
+    def encrypt_into(self, data: Buffer, buffer: bytearray) -> None:
+        buffer[: len(data)] = self._run(self._forward, data)
+
+    def decrypt_into(self, data: Buffer, buffer: bytearray) -> None:
+        buffer[: len(data)] = self._run(self._backward, data)
+
     def _run(self, function: Any, data: Buffer) -> bytes:
         source = bytes(data)
         target = ctypes.create_string_buffer(len(source))

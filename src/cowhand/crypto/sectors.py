@@ -58,8 +58,11 @@ class SectorCipher:
             raise AssertionError(f"{len(source)} bytes are no whole sectors")
         for begin in range(0, len(source), _RUN * SECTOR):
             piece = source[begin : begin + _RUN * SECTOR]
-            done = self._run(sector + begin // SECTOR, piece, encrypting)
-            target[begin : begin + len(piece)] = done
+            into = target[begin : begin + len(piece)]
+            if self.mode == "xts":
+                self._run_xts(sector + begin // SECTOR, piece, into, encrypting)
+            else:
+                into[:] = self._run(sector + begin // SECTOR, piece, encrypting)
 
     def _ciphers(self) -> tuple[Ecb, Ecb | None, Ecb | None]:
         """Return this thread's block ciphers: for data, for XTS's tweaks, for ESSIV."""
@@ -71,20 +74,33 @@ class SectorCipher:
             found = self._local.ciphers = ecb(self.algorithm, self._key[:size]), tweak, essiv
         return found
 
-    def _run(self, sector: int, piece: memoryview, encrypting: bool) -> Any:
+    def _run_xts(self, sector: int, piece: memoryview, into: memoryview, encrypting: bool) -> None:
+        """Do a run in XTS mode from *piece* to *into*, which may be the same."""
         import numpy as np
 
         count = len(piece) // SECTOR
         data, tweak, essiv = self._ciphers()
+        assert tweak is not None
+        work: _XtsWork | None = getattr(self._local, "work", None) if count == _RUN else None
+        if work is None:
+            work = _XtsWork(count)
+            if count == _RUN:
+                self._local.work = work
+        vectors = _vectors(sector, count, 16, self.ivgen, essiv)
+        tweaks = work.tweaks(np.frombuffer(tweak.encrypt(vectors.tobytes()), "<u8").reshape(count, 2))
+        np.bitwise_xor(np.frombuffer(piece, "<u8"), tweaks, out=work.mixed)
+        (data.encrypt_into if encrypting else data.decrypt_into)(work.mixed.data.cast("B"), work.done)
+        np.bitwise_xor(work.done_words, tweaks, out=np.frombuffer(into, "<u8"))
+
+    def _run(self, sector: int, piece: memoryview, encrypting: bool) -> Any:
+        import numpy as np
+
+        count = len(piece) // SECTOR
+        data, _, essiv = self._ciphers()
         block = data.encrypt if encrypting else data.decrypt
         if self.mode == "ecb":
             return block(bytes(piece))
         vectors = _vectors(sector, count, self.algorithm.block_bytes, self.ivgen, essiv)
-        if tweak is not None:
-            start = np.frombuffer(tweak.encrypt(vectors.tobytes()), "<u8").reshape(count, 2)
-            tweaks = _xts_tweaks(start)
-            mixed = np.frombuffer(piece, "<u8") ^ tweaks
-            return (np.frombuffer(block(mixed.data.cast("B")), "<u8") ^ tweaks).data.cast("B")
         blocks = np.frombuffer(piece, np.uint8).reshape(count, -1, self.algorithm.block_bytes)
         if self.mode == "ctr":
             stream = data.encrypt(_counters(vectors, blocks.shape[1]).tobytes())
@@ -118,24 +134,49 @@ def _vectors(sector: int, count: int, size: int, ivgen: str, essiv: Ecb | None) 
     return out.view(np.uint8)
 
 
-def _xts_tweaks(start: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the tweaks of all blocks of all sectors, whose first ones *start* has as rows of (low, high)."""
-    import numpy as np
+class _XtsWork:
+    """Arrays for a run of *count* sectors in XTS mode, made once for many: new ones cost more than what is done in them."""
 
-    blocks = SECTOR // 16
-    out = np.empty((len(start), blocks, 2), "<u8")
-    out[:, 0] = start
-    have = 1
-    while have < blocks:
-        shift, back = np.uint64(have), np.uint64(64 - have)
-        low, high = out[:, :have, 0], out[:, :have, 1]
-        carry = high >> back
-        # x^128 = x^7 + x^2 + x + 1
-        folded = carry ^ (carry << np.uint64(1)) ^ (carry << np.uint64(2)) ^ (carry << np.uint64(7))
-        out[:, have : 2 * have, 0] = (low << shift) ^ folded
-        out[:, have : 2 * have, 1] = (high << shift) | (low >> back)
-        have *= 2
-    return out.ravel()
+    def __init__(self, count: int) -> None:
+        import numpy as np
+
+        blocks = SECTOR // 16
+        # Words of all sectors side by side, block by block: then each step is one operation on adjoining memory.
+        self._low, self._high = np.empty((2, blocks, count), "<u8")
+        self._carry, self._shifted = np.empty((2, blocks // 2, count), "<u8")
+        self._pairs = np.empty((blocks, count, 2), "<u8")
+        self._tweaks = np.empty((count, blocks * 2), "<u8")
+        self.mixed = np.empty(count * blocks * 2, "<u8")
+        #: The library demands room for an unfinished block.
+        self.done = bytearray(count * SECTOR + 15)
+        self.done_words = np.frombuffer(self.done, "<u8", count * blocks * 2)
+
+    def tweaks(self, start: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return the tweaks of all blocks of all sectors, whose first ones *start* has as rows of (low, high). Valid until the next call."""
+        import numpy as np
+
+        lows, highs = self._low, self._high
+        lows[0], highs[0] = start[:, 0], start[:, 1]
+        have = 1
+        while have < len(lows):
+            shift, back = np.uint64(have), np.uint64(64 - have)
+            low, high, carry, shifted = lows[:have], highs[:have], self._carry[:have], self._shifted[:have]
+            next_low, next_high = lows[have : 2 * have], highs[have : 2 * have]
+            np.right_shift(high, back, out=carry)
+            np.left_shift(low, shift, out=next_low)
+            # x^128 = x^7 + x^2 + x + 1
+            np.bitwise_xor(next_low, carry, out=next_low)
+            for power in (1, 2, 7):
+                np.left_shift(carry, np.uint64(power), out=shifted)
+                np.bitwise_xor(next_low, shifted, out=next_low)
+            np.left_shift(high, shift, out=next_high)
+            np.right_shift(low, back, out=shifted)
+            np.bitwise_or(next_high, shifted, out=next_high)
+            have *= 2
+        self._pairs[:, :, 0], self._pairs[:, :, 1] = lows, highs
+        # From blocks of sectors to sectors of blocks: 16 bytes at a time, which numpy has as complex numbers.
+        self._tweaks.view(np.complex128)[:] = self._pairs.reshape(len(lows), -1).view(np.complex128).T
+        return self._tweaks.reshape(-1)
 
 
 def _counters(vectors: NDArray[np.uint8], blocks: int) -> NDArray[np.uint8]:

@@ -87,15 +87,24 @@ class LuksNode(BlockNode):
     # -- making and opening
 
     @classmethod
+    def check_creation(cls, size: int, options: Mapping[str, Any]) -> None:
+        """Raise for *options* that :meth:`create` would refuse."""
+        from cowhand.crypto import secrets, volume as volumes
+
+        choice = volumes.Choice.of(options)
+        secrets.candidates(options.get("key-secret"), "key-secret")
+        if size > MAX_SIZE - volumes.header_bytes(choice):
+            raise InvalidArgument("The requested file size is too large")
+
+    @classmethod
     def create(cls, file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
         """Make the open, writable protocol node *file* a LUKS image of *size* bytes, whose content is what its zeroes decrypt to."""
         from cowhand.crypto import secrets, volume as volumes
 
+        cls.check_creation(size, options)
         choice = volumes.Choice.of(options)
         passphrase = secrets.candidates(options.get("key-secret"), "key-secret")[-1]
         begin = volumes.header_bytes(choice)
-        if size > MAX_SIZE - begin:
-            raise InvalidArgument("The requested file size is too large")
         node = cls(LuksOptions(read_only=False))
         node.file = graph.attach(node, "file", file, Role.PRIMARY)
         try:

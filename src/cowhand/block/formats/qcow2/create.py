@@ -15,6 +15,7 @@ from cowhand.core.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.encrypting import EncryptionPlan
     from cowhand.block.node import BlockNode, Child
 
 #: In the order in which QEMU prints them.
@@ -117,27 +118,26 @@ def plan_header(size: int, options: Mapping[str, Any]) -> Header:
     return header
 
 
-def check_options(size: int, options: Mapping[str, Any]) -> Header:
-    """Return the header of a new image; raises InvalidArgument, NotSupported for what :func:`create` would not make."""
-    header = plan_header(size, options)
-    preallocation = options.get("preallocation", "off")
-    if preallocation not in ("off", "metadata", "falloc", "full"):
-        message = f"Parameter 'preallocation' does not accept value '{preallocation}'"
-        raise InvalidArgument(message, hint="preallocation is off, metadata, falloc or full.")
-    if header.backing_name is not None and preallocation != "off" and not header.incompatible & L.INCOMPAT_EXTENDED_L2:
-        raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is on")
-    return header
-
-
-def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
-    """Make the open, writable protocol node *file* a qcow2 image of *size* bytes; *options* are CREATE_OPTIONS by name, converted."""
+def plan(size: int, options: Mapping[str, Any]) -> tuple[Header, EncryptionPlan | None, str]:
+    """Return the header, how to encrypt, and the preallocation of a new image. Raises what creating it would, without a look at any file."""
     encryption = None
     if any(value for name, value in options.items() if name.startswith("encrypt")):
         from cowhand.block.formats.qcow2 import encrypting
 
         encryption = encrypting.plan(options)
-    header = check_options(size, options)
-    preallocation = options.get("preallocation", "off")
+    header = plan_header(size, options)
+    preallocation = options.get("preallocation") or "off"
+    if preallocation not in ("off", "metadata", "falloc", "full"):
+        message = f"Parameter 'preallocation' does not accept value '{preallocation}'"
+        raise InvalidArgument(message, hint="preallocation is off, metadata, falloc or full.")
+    if header.backing_name is not None and preallocation != "off" and not header.incompatible & L.INCOMPAT_EXTENDED_L2:
+        raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is on")
+    return header, encryption, preallocation
+
+
+def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
+    """Make the open, writable protocol node *file* a qcow2 image of *size* bytes; *options* are CREATE_OPTIONS by name, converted."""
+    header, encryption, preallocation = plan(size, options)
     from cowhand.block import graph
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.formats.qcow2.options import Qcow2Options
@@ -157,6 +157,8 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
         _write_empty(node.file, header)
         _grow(node, size, header, preallocation)
         if encryption is not None:
+            from cowhand.block.formats.qcow2 import encrypting
+
             encrypting.make(node, encryption)
     finally:
         try:

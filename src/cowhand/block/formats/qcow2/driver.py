@@ -10,7 +10,7 @@ from cowhand.block.createoptions import CreateOption
 from cowhand.block.format import FormatNode
 from cowhand.block.formats.qcow2 import header as headers, layout as L, overlap
 from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT, Allocator
-from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create
+from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create, plan
 from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.metadata import MetadataNode
 from cowhand.block.formats.qcow2.options import Qcow2Options, check_options
@@ -80,9 +80,7 @@ class Qcow2Node(MetadataNode):
     @classmethod
     def check_creation(cls, size: int, options: Mapping_[str, Any]) -> None:
         """Raise what is wrong with *options*, as far as that can be known without a file."""
-        from cowhand.block.formats.qcow2.create import check_options
-
-        check_options(size, options)
+        plan(size, options)
 
     @classmethod
     def measure(
