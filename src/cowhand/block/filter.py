@@ -89,6 +89,12 @@ class PassingFilter(FilterNode):
     def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.below.node.write_vmstate(offset, buffers)
 
+    @property
+    def snapshots(self) -> Any:
+        """The records of the image's own snapshots, where it is one that has some (AttributeError otherwise)."""
+        node: Any = self.below.node
+        return node.snapshots
+
     def list_snapshots(self) -> list[SnapshotInfo]:
         return self.below.node.list_snapshots()
 
