@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from collections.abc import Sequence
 
 from cowhand.cli.compat.img.command import Command, failing_as
@@ -62,8 +64,24 @@ def run(words: Sequence[str]) -> int:
         try:
             creation.run(overwrite=True)
         except CowhandError as error:
+            if format != "raw":
+                _remove_stub(filename)
             if error.errno != errno.EFBIG:
                 raise
             advice = " (try using a larger cluster size)" if "cluster_size" in creation.options else ""
             raise Failure(f"The image size is too large for file format '{format}'{advice}") from error
     return 0
+
+
+def _remove_stub(filename: str) -> None:
+    """Remove the empty file that was to become an image and did not. QEMU removes what has content, too; here that is left as it was."""
+    from cowhand.block.create import local_path
+
+    path = local_path(filename)
+    try:
+        if path is not None:
+            found = os.lstat(path)
+            if stat.S_ISREG(found.st_mode) and not found.st_size:
+                os.unlink(path)
+    except OSError:
+        pass  # the error that led here is the one to tell
