@@ -356,7 +356,7 @@ def test_options_open_it_and_the_printed_name_opens_it_again(image: Path) -> Non
     }
     with opened(given) as node:
         printed = node.filename
-        assert json.loads(printed[5:])["align"] == 4096
+        assert json.loads(printed[5:])["align"] == "4k"
     with opened(printed) as again:
         assert again.limits.request_alignment == 4096
         assert again.limits.maximum_io == 65536

@@ -198,7 +198,7 @@ COMMANDS: dict[str, Command] = {
         [
             [f"if={name}" for name in _NAMES],
             [f"of={name}" for name in _NEW],
-            [*(f"bs={size}" for size in _SIZES), "bs=4k", "bs=64k"],
+            [*(f"bs={size}" for size in _SIZES if size not in ("1", "1000")), "bs=4k", "bs=64k"],
             [*(f"count={size}" for size in _SIZES), *(f"skip={size}" for size in _SIZES), "foo=1", "seek=1"],
         ],
         opts=True,

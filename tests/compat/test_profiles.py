@@ -99,7 +99,7 @@ def test_every_command_has_a_help_of_its_own_since_10_1(folder: Path, command: s
 
 def test_long_names_do_what_the_letters_do(folder: Path) -> None:
     run(folder, "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "x.qcow2")
-    run(folder, "create", "--quiet", "--format", "qcow2", "--backing=a.qcow2", "--backing-f", "qcow2", "y.qcow2")
+    run(folder, "create", "--quiet", "--format", "qcow2", "--backing=a.qcow2", "--backing-format", "qcow2", "y.qcow2")
     assert (folder / "x.qcow2").read_bytes() == (folder / "y.qcow2").read_bytes()
     short = run(folder, "convert", "-O", "qcow2", "-c", "-m", "2", "a.qcow2", "c.qcow2")
     long = run(folder, "convert", "--target-format", "qcow2", "--compress", "--parallel=2", "a.qcow2", "d.qcow2")
@@ -122,6 +122,8 @@ def test_letters_that_changed_are_new_ones_only_where_asked_for(folder: Path) ->
 def test_an_abbreviation_still_means_what_it_meant(folder: Path) -> None:
     assert run(folder, "info", "--outp=json", "a.qcow2").status == 0
     assert run(folder, "map", "--start=0", "--max=64k", "a.qcow2").status == 0
+    assert run(folder, "dd", "--outp=raw", "if=a.qcow2", "of=n").status == 1
+    assert run(folder, "dd", "--outp=raw", "if=a.qcow2", "of=n", compat="10.1").status == 0
     assert "unrecognized option '--o=json'" in run(folder, "info", "--o=json", "a.qcow2").err
 
 

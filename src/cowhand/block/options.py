@@ -51,6 +51,7 @@ class Declared:
     """An immutable record whose fields are declared with :func:`option`. Fields that were not given are found at the class."""
 
     declared_options: ClassVar[dict[str, Option]] = {}
+    __slots__ = ("__dict__", "_written")  #: apart from the fields, which are all that ``vars`` shows
 
     def __init_subclass__(cls) -> None:
         own = {name: value._replace(field=name) for name, value in vars(cls).items() if isinstance(value, Option)}
@@ -64,6 +65,11 @@ class Declared:
             if name not in fields:
                 raise TypeError(f"{type(self).__name__} has no field '{name}'")
             object.__setattr__(self, name, value)
+
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """What the user wrote, by QEMU's names: the name of an image repeats it letter by letter."""
+        return getattr(self, "_written", {})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable")
@@ -161,7 +167,9 @@ def parse(cls: type[_T], given: Mapping[str, Any], *, driver: str, kind: str = "
         if found is None:
             raise InvalidArgument(f"Block {kind} '{driver}' does not support the option '{name}'")
         values[found.field] = _convert(name, value, found.kind, found.choices)
-    return cls(**{k: v for k, v in values.items() if v is not None})
+    options = cls(**{k: v for k, v in values.items() if v is not None})
+    object.__setattr__(options, "_written", flatten(given))
+    return options
 
 
 def check_zero_detection(options: NodeOptions) -> None:
@@ -178,7 +186,7 @@ def strong_options(options: NodeOptions) -> dict[str, Any]:
     for name, found in declared(type(options)).items():
         value = getattr(options, found.field)
         if found.strong and value != found.default:
-            out[name] = value
+            out[name] = options.written.get(name, value)
     return out
 
 

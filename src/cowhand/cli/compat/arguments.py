@@ -47,7 +47,7 @@ class Grammar:
 
     *short* is getopt's string ("hf:q"), *long* maps long names to the key that they yield: a letter of *short*, which then says whether an
     argument follows, or a word of its own, with "=" at its end when it takes one. Without *long* a word "--x" is a bundle of letters.
-    *later* are long names that newer versions added: an abbreviation means one of them only where it means none of *long*.
+    *later* are long names that newer versions added: they may be abbreviated where such a version is asked for, and it means none of *long*.
     """
 
     def __init__(
@@ -115,7 +115,9 @@ class Scanner:
         found = [given] if given in names else [full for full in names if full.startswith(given)]
         if not found or (found != [given] and given in self._grammar.later):
             names = self._grammar.later
-            found = [given] if given in names else [full for full in names if full.startswith(given)]
+            found = [full for full in names if full == given or (program.since("10.1") and full.startswith(given))]
+            if given in names:
+                found = [given]
         if len({names[full] for full in found}) > 1:
             raise self._error("ambiguous", f"--{given}", word, found)
         if not found:

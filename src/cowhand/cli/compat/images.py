@@ -77,12 +77,16 @@ def open_disk(
 ) -> Disk:
     """Open *what*, warning of a guessed raw image that is to be written. Raises CowhandError, Failure."""
     import cowhand
+    from cowhand.block.opening import has_protocol
     from cowhand.block.policy import AS_QEMU
 
     if isinstance(what, Mapping):
         what = _without_filename(what)
     refuse_read_only(what, writable)
     if force_share and writable:
+        if isinstance(what, str) and has_protocol(what):
+            # Whether there is such a thing comes first.
+            cowhand.open(what, format=format, backing=False, force_share=True).close()
         raise Failure("force-share=on can only be used with read-only images")
     settings = dict(options or {})
     if writable and cache != "unsafe":

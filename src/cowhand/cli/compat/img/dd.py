@@ -85,8 +85,8 @@ def run(words: Sequence[str]) -> int:
                 overwrite=True,
                 warn=warnings.append,
             )
-    for text in warnings:
-        program.error(text)
+    if warnings:
+        program.error(f"{operands.names['if']}: cannot skip to specified offset")
     return 0
 
 
