@@ -11,7 +11,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.node import BlockNode
 from cowhand.block.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.core.errors import ReadOnly
+from cowhand.core.errors import InvalidArgument, ReadOnly
 from cowhand.core.extents import ALLOCATED, DATA, ZERO
 from cowhand.drivers import REGISTRY
 from cowhand.testing.filters import FilterContract
@@ -97,3 +97,9 @@ def test_no_copy_undoes_a_write() -> None:
 def test_an_image_that_is_only_read_is_refused() -> None:
     with pytest.raises(ReadOnly):
         over(qcow2_node(qcow2_file(MIB), writable=False))
+
+
+def test_a_bottom_that_is_not_in_the_chain_is_refused_when_it_is_opened() -> None:
+    inner = MemoryNode(content=bytes(4096))
+    with pytest.raises(InvalidArgument, match="Bottom node 'nobody' not found"):
+        Opening(REGISTRY).open({"driver": "copy-on-read", "bottom": "nobody", "file": inner, "read-only": False})

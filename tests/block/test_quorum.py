@@ -169,3 +169,12 @@ def test_an_error_on_one_side_is_a_difference() -> None:
         disk.write(0, b"x" * 512)
     with pytest.raises(CowhandError):
         disk.close()
+
+
+def test_the_same_file_may_be_there_twice(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * 4096)
+    file = {"driver": "raw", "file": {"driver": "file", "filename": str(path)}}
+    wanted = {"driver": "quorum", "vote-threshold": 2, "children": [file, file], "read-only": True}
+    with Disk(Opening(REGISTRY).open(wanted)) as disk:
+        assert disk.read(0, 2) == b"xx"

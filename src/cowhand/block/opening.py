@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from cowhand.block import graph
@@ -123,6 +124,7 @@ class Opening:
         self.writable_layer = 0  #: which layer below the top is opened for writing, too: 1 is the backing file, 0 none
         self.probing = True  #: whether a filter that is being opened stands where formats are looked for
         self._waiting: list[_Waiting] = []
+        self._checks: list[Callable[[], object]] = []
         self._path: _Path | None = None  #: the files above the node that is being opened
         self._asker: _Asker | None = None  #: whose word is being followed, None for the user's
         self._layer = 0  #: how many layers lie above the node that is being opened
@@ -158,6 +160,8 @@ class Opening:
         try:
             node = self.node(description, NodeOptions())
             self._open_waiting()
+            for check in self._checks:
+                check()
         except BaseException:
             self.abandon()
             raise
@@ -197,6 +201,19 @@ class Opening:
         return {"filename": FileName(name)}
 
     # -- for drivers
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Open, inside the ``with`` block, what stands beside what comes after it: both may be the same file without being a loop."""
+        before = self._path
+        try:
+            yield
+        finally:
+            self._path = before
+
+    def afterwards(self, check: Callable[[], object]) -> None:
+        """Have *check* called when the whole graph is there, backing files too. It may raise."""
+        self._checks.append(check)
 
     @property
     def implied(self) -> bool:

@@ -58,7 +58,8 @@ class BlkVerifyNode(FilterNode):
                 raise InvalidArgument(f'A block device must be specified for "{name}"')
             # The format of the image under test is looked for wherever this filter stands; the raw copy's is not.
             before, opening.probing = opening.probing, True
-            child = opening.child(node, name, description, role)
+            with opening.aside():
+                child = opening.child(node, name, description, role)
             opening.probing = before
             child.role = Role.FILTERED if name == "raw" else Role.DATA
         node.start()

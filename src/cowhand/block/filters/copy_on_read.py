@@ -47,7 +47,13 @@ class CopyOnReadNode(PassingFilter):
         node = super().open(opening, options, given)
         if not node.writable:
             raise node.refuse_read_only()
+        assert isinstance(node, CopyOnReadNode)
+        opening.afterwards(node.check_bottom)
         return node
+
+    def check_bottom(self) -> None:
+        """Raise InvalidArgument where the bottom node is not in the chain."""
+        self._depth(skip_filters(self.below.node))
 
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
         return perm | (WRITE_UNCHANGED if perm & CONSISTENT_READ else 0), shared

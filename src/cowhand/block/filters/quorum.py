@@ -58,7 +58,8 @@ class QuorumNode(BlockNode):
         node._check(len(descriptions))
         for number, description in enumerate(descriptions):
             before, opening.probing = opening.probing, True
-            child = opening.child(node, f"children.{number}", description, Role.FILTERED)
+            with opening.aside():
+                child = opening.child(node, f"children.{number}", description, Role.FILTERED)
             opening.probing = before
             child.role = Role.DATA
         node.start()
