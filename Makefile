@@ -10,7 +10,7 @@ COWHAND_REQUIRE ?= qemu-img qemu-io nbdkit nbdinfo mkfs.ext4
 endif
 export COWHAND_REQUIRE
 
-.PHONY: help setup setup-run setup-system demo test lint format bench conformance conformance-baseline docs fuzz clean
+.PHONY: help setup setup-run setup-system demo test lint format bench conformance conformance-baseline docs fuzz soak clean
 
 help:
 	@echo "setup         a virtual environment in $(VENV) with the development tools"
@@ -22,6 +22,7 @@ help:
 	@echo "conformance   QEMU's own iotests on cowhand's tools; writes docs/conformance.md"
 	@echo "docs          the pages of commands and drivers, and the man pages, from what the code declares"
 	@echo "fuzz          coverage-guided fuzzing of images; FUZZ_SECONDS=60 for each target"
+	@echo "soak          random images with all options, judged by QEMU's check and compare; SOAK_SECONDS=600"
 	@echo "clean         removes what the above have made"
 
 setup: $(VENV)/.stamp-dev
@@ -73,6 +74,12 @@ FUZZ_SECONDS ?= 60
 fuzz: setup
 	tools/venv.sh $(VENV) -e '.[dev,fuzz]'
 	$(BIN)/python -m tests.fuzz run --seconds $(FUZZ_SECONDS) $(FUZZ)
+
+# SOAK="--seed 22 --images 1" repeats one image.
+SOAK_SECONDS ?= 600
+
+soak: setup
+	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) $(SOAK)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache htmlcov .coverage .coverage.*
