@@ -54,6 +54,7 @@ qemu-img info 'json:{"driver": "nbd", "host": -1}'
 qemu-img info 'json:{"driver": "nbd", "path": 42}'
 qemu-img info 'json:{"driver": "nbd"}'
 qemu-img create -f raw nbd+unix://?socket=s 1G
+qemu-img create -f qcow2 -o preallocation=metadata nbd+unix://?socket=s 2M
 qemu-img create -f qcow2 nbd+unix://?socket=s 1M
 qemu-img info nbd+unix://?socket=s
 qemu-img check nbd+unix://?socket=s

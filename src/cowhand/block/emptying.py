@@ -24,14 +24,20 @@ def make_empty(file: BlockNode, size: int = 0, *, preallocation: str = "off") ->
         if size:
             file.resize(size, preallocation=preallocation)
         return
-    if size > file.size or preallocation != "off":
-        try:
-            file.resize(max(size, file.size), preallocation=preallocation)
-        except NotSupported as error:
-            # QEMU has words of its own for an image that may be longer than was asked, but not shorter.
-            error.qemu_message = error.qemu_message.replace("Cannot resize", "Cannot grow")
-            raise
+    check_room(file, size, preallocation=preallocation)
     block = file.limits.request_alignment
     length = min(-(-SECTOR // block) * block, file.size - file.size % block)
     if length:
         file.write(0, (ZEROES[:length],))
+
+
+def check_room(file: BlockNode, size: int, *, preallocation: str = "off") -> None:
+    """Raise what *file* says of growing, when it keeps its size and is shorter than *size* bytes."""
+    if file.capabilities.resizable or (size <= file.size and preallocation == "off"):
+        return
+    try:
+        file.resize(max(size, file.size), preallocation=preallocation)
+    except NotSupported as error:
+        # QEMU has words of its own for a file that may be longer than is needed, but not shorter.
+        error.qemu_message = error.qemu_message.replace("Cannot resize", "Cannot grow")
+        raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cowhand.block.emptying import check_room
 from cowhand.block.node import Zeroing
 from cowhand.block.reserving import Kind, Reservation
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
+from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -50,6 +52,10 @@ def _prepare(node: Qcow2Node, reservation: Reservation, mode: str) -> None:
     if node.external:
         return  # what a data file holds becomes the disk's content
     file, end = node.file, reservation.host + reservation.length
+    try:
+        check_room(file.node, end)
+    except CowhandError as error:
+        raise error.within(qemu="Could not resize image") from None
     if not reservation.fresh:
         # It held something before.
         if file.node.capabilities.zeroes is not Zeroing.NONE:
