@@ -47,7 +47,7 @@ def maker(kind: str) -> Callable[[Maker], Maker]:
 
 def build(name: str, folder: Path) -> Subject:
     """Make the image of that name in *folder*."""
-    for module in ("chains", "encryption", "faults", "large", "lies"):
+    for module in ("bitmaps", "chains", "encryption", "faults", "large", "lies"):
         importlib.import_module(f"tests.hostile.{module}")  # they register their makers
     kind, _, rest = name.partition("/")
     return _makers[kind](rest, folder)

@@ -24,7 +24,12 @@ class Worker:
     """One worker process; use as a context manager."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), "PYTHONFAULTHANDLER": "1"}
+        environment = {
+            **os.environ,
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": f"{_ROOT / 'src'}{os.pathsep}{_ROOT}",
+            "PYTHONFAULTHANDLER": "1",
+        }
         self._errors = folder / "worker.stderr"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(

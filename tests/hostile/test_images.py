@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import cases, chains, encryption, faults, layout, lies, pool, walk
+from tests.hostile import bitmaps, cases, chains, encryption, faults, layout, lies, pool, walk
 
 MUTATIONS = int(os.environ.get("COWHAND_MUTATIONS", "1500"))
 _FIRST = int(os.environ.get("COWHAND_SEED", "0")) * 1_000_000
@@ -69,6 +69,10 @@ def test_lies(kind: str, tmp_path: Path) -> None:
 
 def test_encryption_headers_that_lie(tmp_path: Path) -> None:
     pool.check(encryption.names(), tmp_path)
+
+
+def test_bitmaps(tmp_path: Path) -> None:
+    pool.check(bitmaps.bitmap_names(), tmp_path)
 
 
 def test_loops_and_long_chains(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import cowhand
-from cowhand.block.check import check as check_image
+from cowhand.block.bitmaps import add_bitmap, clear_bitmap, dirty_extents, list_bitmaps, remove_bitmap
+from cowhand.block.check import check as check_image, check_node
 from cowhand.block.disk import Disk
+from cowhand.block.formats.qcow2.usage import usage
 from cowhand.block.node import BlockNode
 from cowhand.block.opening import Opening
 from cowhand.block.policy import DEFAULT, UNTRUSTED
@@ -79,9 +81,36 @@ def look(path: Path, outcome: Outcome) -> None:
         outcome.attempt("map", lambda: _map(disk))
         outcome.attempt("read", lambda: _read(disk))
         outcome.attempt("specific", lambda: dict(disk.root.format_specific()))
+        if _has_bitmaps(disk):
+            outcome.attempt("bitmaps", lambda: _read_bitmaps(disk))
+            outcome.attempt("usage", lambda: _usage(disk))
         snapshots = outcome.attempt("list snapshots", lambda: list_snapshots(disk)) or []
         for number, snapshot in enumerate(snapshots[:2]):
             outcome.attempt(f"read snapshot {number}", partial(_read_snapshot, disk, snapshot.id))
+
+
+def _has_bitmaps(disk: Disk) -> bool:
+    directory = getattr(disk.root, "bitmap_directory", None)
+    return directory is not None and (directory.present or directory.outdated)
+
+
+def _read_bitmaps(disk: Disk) -> None:
+    """Read the first bitmaps, and the last; what one cannot be read for is an answer."""
+    known = list_bitmaps(disk)
+    for bitmap in [*known[:4], *known[-1:]]:
+        try:
+            for _, (offset, length) in zip(range(1000), dirty_extents(disk, bitmap.name), strict=False):
+                if not 0 <= offset < offset + length <= disk.size:
+                    raise Finding(f"bitmap: {length} bytes at {offset} are dirty, of {disk.size}")
+        except CowhandError:
+            continue
+
+
+def _usage(disk: Disk) -> None:
+    root: Any = disk.root
+    parts = usage(root)
+    if sum(parts.values()) != root.file.node.size or min(parts.values()) < 0:
+        raise Finding(f"usage: {parts} are not the file's {root.file.node.size} bytes")
 
 
 def look_untrusted(path: Path, outcome: Outcome) -> None:
@@ -138,6 +167,26 @@ def check(path: Path, outcome: Outcome) -> None:
     result = outcome.attempt("check", lambda: check_image(path, format="qcow2"))
     if result is not None and result.failure is not None:
         outcome.steps["check"] = result.failure.code
+    if result is not None and any("bitmap directory" in line for line in result.messages):
+        outcome.attempt("repair", lambda: _repair(path))
+
+
+def _repair(path: Path) -> None:
+    """Repair a copy of the image, whose bitmaps are broken: if that is said to have succeeded, they are sound afterwards."""
+    keeper = Disk(MemoryNode(content=path.read_bytes()))
+    try:
+        opening = Opening(REGISTRY, policy=UNTRUSTED, backing=False)
+        opening.for_repair = True
+        root: Any = opening.open({"driver": "qcow2", "file": keeper.root, "read-only": False})
+        with Disk(root, writable=True):
+            result = check_node(root, repair="all")
+        if result.clean:
+            with _open(keeper.root, None, writable=False) as again:
+                reopened: Any = again.root
+                if reopened.bitmap_directory.broken:
+                    raise Finding("repair: the bitmap directory is broken still")
+    finally:
+        keeper.close()
 
 
 # -- changing
@@ -224,6 +273,13 @@ def _changes(disk: Disk) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "snapshot", lambda: create_snapshot(disk, "new")
     yield "write after the snapshot", write(2 * unit, unit)
     yield "flush after the snapshot", disk.flush
+    if _has_bitmaps(disk):
+        yield "add a bitmap", lambda: add_bitmap(disk, "new")
+        for step in (clear_bitmap, remove_bitmap):
+            for bitmap in list_bitmaps(disk)[:1]:
+                yield step.__name__, partial(step, disk, bitmap.name)
+        yield "write after the bitmap", write(3 * unit, unit)
+        yield "flush after the bitmap", disk.flush
     yield "apply a snapshot", lambda: _with_first(disk, apply_snapshot)
     yield "write after applying", write(3 * unit, 2 * unit)
     yield "delete a snapshot", lambda: _with_first(disk, delete_snapshot)

@@ -170,19 +170,24 @@ class BitmapSet:
         """Whether any bitmap follows writes."""
         return bool(self._active)
 
-    def add(self, bitmap: DirtyBitmap) -> None:
-        """Add *bitmap*. Raises InvalidArgument where its name is taken."""
+    def add(self, bitmap: DirtyBitmap, *, refresh: bool = True) -> None:
+        """Add *bitmap*; without *refresh* the caller calls that after the last of many. Raises InvalidArgument where its name is taken."""
         if bitmap.name in self._named:
             raise InvalidArgument(
                 f"Bitmap already exists: {bitmap.name}", hint="Choose another name, or remove that one."
             )
         self._named[bitmap.name] = bitmap
-        self.refresh()
+        if refresh:
+            self.refresh()
 
     def remove(self, name: str) -> None:
         """Forget the bitmap *name*."""
-        del self._named[name]
+        self.forget(name)
         self.refresh()
+
+    def forget(self, name: str) -> None:
+        """The same for one of many: the caller calls :meth:`refresh` after the last."""
+        del self._named[name]
 
     def refresh(self) -> None:
         """Learn anew which bitmaps follow writes; called when the state of one has changed."""

@@ -7,6 +7,7 @@ lies, and dropped by a repair. Rooms: ``bitmapdata`` tables and content, ``bitma
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.formats.qcow2 import layout as L
@@ -14,6 +15,7 @@ from cowhand.core import diagnostics
 from cowhand.core.errors import BitmapUnusable, CowhandError, InvalidFormat
 
 if TYPE_CHECKING:
+    from cowhand.bitmaps.bitmap import Bitmap
     from cowhand.bitmaps.named import DirtyBitmap
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
@@ -25,6 +27,8 @@ MAX_DIRECTORY_BYTES = L.MAX_BITMAPS * (L.BITMAP_DIRECTORY_ENTRY.size + MAX_NAME)
 GRANULARITY_BITS = range(9, 32)  #: QEMU; the specification says 0 to 63
 MAX_TABLE_ENTRIES = 0x8000000  #: QEMU
 MAX_BITMAP_BYTES = 0x20000000  #: QEMU, of the clusters that one bitmap's table can name
+#: Ours: of one image, those that follow its writes. Each costs time at every write, and memory.
+MAX_RECORDING = 4096
 MAX_EXTRA_BYTES = 4096  #: ours; no extra data is specified yet
 
 _OUTDATED_V2 = (
@@ -103,6 +107,7 @@ class Directory:
         self.unusable: list[StoredBitmap] = []  #: entries that are broken
         self.outdated = False  #: there is one, but the image was written without it
         self.offset = self.size = 0
+        self.crowded = False  #: more bitmaps follow writes than are kept up to date
         self.removed: list[StoredBitmap] = []  #: taken away in memory, and not freed yet
         self.changed = False  #: entries were added or taken away in memory
 
@@ -314,21 +319,25 @@ def load(node: Qcow2Node, *, as_qemu: bool = False) -> None:
     node.dirty_bitmaps = known = BitmapSet()
     for entry in directory:
         if entry.reason is None:
-            known.add(make_live(node, entry))
+            known.add(make_live(node, entry), refresh=False)
+    recording = sum(entry.flags & (AUTO | IN_USE) == AUTO for entry in directory)
+    if recording > MAX_RECORDING:
+        directory.crowded = True
+        diagnostics.report(
+            f"warning: '{node.filename}': {recording} bitmaps follow writes, more than {MAX_RECORDING}: they are out of date after the next write",
+            as_tool=True,
+        )  # fmt: skip
     # A broken directory is not kept up to date: what it tells of the bitmaps is marked as out of date by the first write.
-    if known.active and node.writable and not directory.broken:
-        node.hooks = (*node.hooks, known.mark)
+    elif node.writable and not directory.broken:
+        known.refresh()
+        if known.active:
+            node.hooks = (*node.hooks, known.mark)
 
 
 def make_live(node: Qcow2Node, entry: StoredBitmap) -> DirtyBitmap:
     """Return the bitmap in memory of *entry*."""
     from cowhand.bitmaps.bitmap import Bitmap
     from cowhand.bitmaps.named import DirtyBitmap
-
-    def source(bits: Bitmap) -> None:
-        from cowhand.block.formats.qcow2.bitmapdata import read_content
-
-        read_content(node, entry, bits)
 
     entry.live = DirtyBitmap(
         entry.text,
@@ -337,9 +346,15 @@ def make_live(node: Qcow2Node, entry: StoredBitmap) -> DirtyBitmap:
         persistent=True,
         inconsistent=entry.in_use,
         read_only=not node.writable or node.bitmap_directory.broken,
-        source=source,
+        source=partial(_read, node, entry),
     )
     return entry.live
+
+
+def _read(node: Qcow2Node, entry: StoredBitmap, bits: Bitmap) -> None:
+    from cowhand.block.formats.qcow2.bitmapdata import read_content
+
+    read_content(node, entry, bits)
 
 
 def list_bitmaps(node: Qcow2Node) -> list[dict[str, Any]]:

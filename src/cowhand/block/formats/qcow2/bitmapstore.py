@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _FLAGS_IN_ENTRY = 12
 _OFFSET_AUTOCLEAR = 88
+#: Flags in the directory that are written one by one.
+_FEW_FLAGS = 64
 
 
 def begin(node: Qcow2Node) -> None:
@@ -50,9 +52,9 @@ def begin(node: Qcow2Node) -> None:
         node.flush_file()
         return
     claim(node, [entry for entry in directory if entry.flags & AUTO])
-    if directory.broken or any(entry.reason for entry in directory):
+    if directory.broken or directory.crowded:
         for entry in directory:
-            if entry.live is not None and entry.in_use and directory.broken:
+            if entry.live is not None and entry.in_use:
                 entry.live.inconsistent = True
 
 
@@ -68,14 +70,20 @@ def hold(node: Qcow2Node) -> None:
 
 def claim(node: Qcow2Node, entries: Iterable[StoredBitmap]) -> None:
     """Mark *entries* as in use, stably. A flag lies in one sector, so each entry is right in every state that the medium may have."""
-    entries = list(entries)
-    offset = node.bitmap_directory.offset
-    changed = False
-    for entry in entries:
-        if entry.at >= 0 and not entry.in_use:
-            node.write_metadata(offset + entry.at + _FLAGS_IN_ENTRY, L.U32.pack(entry.flags | IN_USE))
-            changed = True
-    if changed:
+    entries = [entry for entry in entries if not entry.in_use]
+    stored = [entry for entry in entries if entry.at >= 0]
+    directory = node.bitmap_directory
+    if len(stored) > _FEW_FLAGS:
+        # The directory as it is, but for these bits. Sectors are written whole, so each flag is the old or the new one.
+        data = bytearray(directory.size)
+        node.file.read_into(directory.offset, data)
+        for entry in stored:
+            L.U32.pack_into(data, entry.at + _FLAGS_IN_ENTRY, entry.flags | IN_USE)
+        node.write_metadata(directory.offset, data)
+    else:
+        for entry in stored:
+            node.write_metadata(directory.offset + entry.at + _FLAGS_IN_ENTRY, L.U32.pack(entry.flags | IN_USE))
+    if stored:
         node.flush_file()
     for entry in entries:
         entry.flags |= IN_USE
@@ -89,7 +97,7 @@ def store(node: Qcow2Node) -> None:
     if not directory.changed and not any(_pending(entry) for entry in directory):
         return
     for entry in directory:
-        if _pending(entry) and entry.live is not None:
+        if _pending(entry) and not _unchanged(entry) and entry.live is not None:
             _ = entry.live.bits  # read what is not in memory yet, while no lock is held
     node.flush()
     with node.operation, node.exclusive():
@@ -99,6 +107,11 @@ def store(node: Qcow2Node) -> None:
 def _pending(entry: StoredBitmap) -> bool:
     """Tell whether what is stored of *entry* is older than what is in memory."""
     return entry.live is not None and not entry.live.inconsistent and (entry.in_use or entry.at < 0)
+
+
+def _unchanged(entry: StoredBitmap) -> bool:
+    """Tell whether what is stored of *entry* is its content still: nothing was read of it, and nothing recorded."""
+    return entry.at >= 0 and entry.live is not None and entry.live.partial and not entry.live.recent
 
 
 def _store(node: Qcow2Node) -> None:
@@ -120,7 +133,7 @@ def _store(node: Qcow2Node) -> None:
                 node.allocator.untake(first, count)
             node.changed = True
         raise
-    replaced += [old for old, new in zip(directory.entries, fresh, strict=True) if old is not new and old.table]
+    replaced += [old for old, new in zip(directory.entries, fresh, strict=True) if old.table not in (0, new.table)]
     size = node.cluster_size
     if directory.readable and directory.size:
         _free(node, directory.offset // size, -(-directory.size // size))
@@ -148,8 +161,14 @@ def _put(node: Qcow2Node, data: bytes, taken: list[tuple[int, int]]) -> int:
 
 
 def _stored_anew(node: Qcow2Node, entry: StoredBitmap, taken: list[tuple[int, int]]) -> StoredBitmap:
-    """Write all of *entry*'s bitmap to new clusters; return the entry that names them."""
+    """Write all of *entry*'s bitmap to new clusters, if it has changed; return the entry that names it."""
     assert entry.live is not None
+    new = StoredBitmap(entry.name, entry.granularity_bits)
+    new.flags = entry.flags & ~(IN_USE | AUTO) | (AUTO if entry.live.enabled else 0)
+    new.extra, new.live, new.at = entry.extra, entry.live, entry.at
+    if _unchanged(entry):
+        new.table, new.entries = entry.table, entry.entries
+        return new
     bits, size = entry.live.bits, node.cluster_size
     words = []
     full = b"\xff" * size
@@ -159,10 +178,7 @@ def _stored_anew(node: Qcow2Node, entry: StoredBitmap, taken: list[tuple[int, in
             words.append(bitmapdata.ALL_ONES)
         else:
             words.append(_put(node, data, taken) if any(data) else 0)
-    new = StoredBitmap(entry.name, entry.granularity_bits)
     new.table, new.entries = _put(node, bitmapdata.encode_table(words), taken), len(words)
-    new.flags = entry.flags & ~(IN_USE | AUTO) | (AUTO if entry.live.enabled else 0)
-    new.extra, new.live = entry.extra, entry.live
     return new
 
 
@@ -183,8 +199,17 @@ def _free_bitmap(node: Qcow2Node, entry: StoredBitmap) -> None:
         return
     for word in words:
         if word & L.BITMAP_TABLE_OFFSET_MASK:
-            _free(node, (word & L.BITMAP_TABLE_OFFSET_MASK) // size, 1)
-    _free(node, entry.table // size, -(-entry.entries * L.ENTRY_SIZE // size))
+            _free_own(node, (word & L.BITMAP_TABLE_OFFSET_MASK) // size, 1)
+    _free_own(node, entry.table // size, -(-entry.entries * L.ENTRY_SIZE // size))
+
+
+def _free_own(node: Qcow2Node, first: int, clusters: int) -> None:
+    """Free what a bitmap occupies, but for what is metadata of the image: a damaged or hostile bitmap may name it."""
+    hit = node.metadata.hit(first, first + clusters - 1)
+    if hit is None:
+        _free(node, first, clusters)
+    else:
+        diagnostics.report(f"a bitmap names metadata at {hit * node.cluster_size:#x}, which is not freed")
 
 
 # -- bitmaps come, change and go
@@ -275,10 +300,15 @@ def remove_all(node: Qcow2Node) -> None:
     directory = node.bitmap_directory
     if not directory.entries:
         return
-    for entry in list(directory):
+    directory.check_sound()
+    node.check_writable()
+    for entry in directory:
         if node.dirty_bitmaps is not None and node.dirty_bitmaps.get(entry.text) is not None:
-            node.dirty_bitmaps.remove(entry.text)
-        remove(node, entry.text)
+            node.dirty_bitmaps.forget(entry.text)
+    if node.dirty_bitmaps is not None:
+        node.dirty_bitmaps.refresh()
+    directory.removed += [entry for entry in directory if entry.table]
+    directory.entries, directory.changed = [], True
     with node.exclusive():
         _store(node)
 
@@ -305,7 +335,10 @@ def mend(node: Qcow2Node, lost: Set[bytes]) -> None:
             known.remove(entry.text)
         else:
             entry.live.read_only = not node.writable
-    if known is not None and known.active and known.mark not in node.hooks:
+    if known is None or directory.crowded:
+        return
+    known.refresh()
+    if known.active and known.mark not in node.hooks:
         node.hooks = (*node.hooks, known.mark)  # who asked for the check binds the edges anew
 
 
