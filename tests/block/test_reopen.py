@@ -293,3 +293,60 @@ def test_bitmaps_follow_through_a_reopen(image: Path) -> None:
     with cowhand.open(image) as disk:
         (bitmap,) = list_bitmaps(disk)
         assert [bitmap.bits.is_dirty(offset) for offset in (0, MIB, 2 * MIB, 3 * MIB)] == [True, False, True, True]
+
+
+def test_the_way_around_a_raw_image_ends_where_it_gets_a_window(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(MIB))
+    with cowhand.open(path, writable=True, format="raw") as disk:
+        assert disk.root.lane_fd >= 0
+        reopen(disk, {"offset": "512k", "size": 4096})
+        assert (disk.size, disk.root.lane_fd) == (4096, -1)
+        disk.write(0, b"a" * 512)
+        with pytest.raises(InvalidArgument):
+            reopen(disk, {"offset": "2M"})
+        assert disk.size == 4096
+        reopen(disk, {"offset": 0, "size": MIB})
+        assert disk.root.lane_fd >= 0
+        assert disk.read(512 << 10, 512) == b"a" * 512
+    with cowhand.open(path, writable=True) as disk:  # a guess: its first sector is guarded
+        reopen(disk, {"cache.direct": True})
+        reopen(disk, {"cache.direct": False})
+        assert disk.root.lane_fd == -1
+
+
+def test_a_disk_that_may_not_resize_does_not_get_to_by_a_reopen(image: Path) -> None:
+    with cowhand.open(image, writable=True, resizable=False) as disk:
+        before = disk.edge.perm
+        reopen(disk, writable=False)
+        reopen(disk, writable=True)
+        assert disk.edge.perm == before
+
+
+def test_a_disk_that_only_reads_a_writable_node_does_not_get_to_write(image: Path) -> None:
+    with cowhand.open(image, writable=True) as disk, Disk(disk.root) as reader:
+        reopen(reader, {"lazy-refcounts": True})
+        assert reader.read_only
+        with pytest.raises(ReadOnly):
+            reader.write(0, b"x")
+
+
+def test_users_of_a_backing_file_are_held_back_too(tmp_path: Path, image: Path) -> None:
+    top = tmp_path / "top.qcow2"
+    create(str(top), "qcow2", None, backing=str(image), backing_format="qcow2")
+    with cowhand.open(top, writable=True) as disk:
+        backing = disk.root.backing
+        assert backing is not None
+        stop = False
+        with Disk(backing.node) as below:
+
+            def read() -> None:
+                while not stop:
+                    assert below.read(100, 1000) == bytes(1000)
+
+            workers = [Worker(read) for _ in range(2)]
+            for number in range(10):
+                reopen(disk, {"cache.direct": number % 2 == 0})
+            stop = True
+            for worker in workers:
+                worker.done()

@@ -145,6 +145,7 @@ class Disk:
         self.name = name or f"disk{next(_disk_numbers)}"
         self.read_only = not writable
         self.write_through = write_through
+        self.resizable = resizable is not False
         self.in_flight: dict[int, tuple[str, int, int, int]] = {}
         self.statistics = [
             0
@@ -157,7 +158,7 @@ class Disk:
             raise ReadOnly(f"'{root.filename}' was opened for reading only", path=root.filename)
         perm = CONSISTENT_READ
         if writable:
-            perm |= WRITE | (RESIZE if resizable is not False else 0)
+            perm |= WRITE | (RESIZE if self.resizable else 0)
         graph.attach_disk(self.edge, root, perm, shared)
         self.root_changed()
 

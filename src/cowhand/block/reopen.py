@@ -22,6 +22,7 @@ from cowhand.block.node import (
     Edge,
     Reopening,
     Role,
+    walk,
 )
 from cowhand.block.options import NodeOptions, check_zero_detection, declared, flatten, parse
 from cowhand.core.errors import InvalidArgument, ReadOnly
@@ -45,30 +46,42 @@ def reopen(
     *writable* opens for writing, or for reading only; the disk follows. *write_through* is the disk's. Without either they stay. Raises
     InvalidArgument for what cannot be changed, ReadOnly where somebody needs to write, and what opening raises; then nothing has changed.
     """
-    with disk.still() as root:
+    while True:
+        root = disk.edge.node
         top = root if node is None else node
-        before = disk.edge.perm, disk.edge.shared, disk.read_only
-        try:
-            if writable is False:
-                _set_access(disk, False)
-            _reopen(
-                top,
-                options or {},
-                writable,
-                lambda: _set_access(disk, root.writable if writable is None else writable),
-            )
-        except BaseException:
-            disk.read_only = before[2]
-            graph.set_permissions(disk.edge, before[0], before[1])
-            raise
-        if write_through is not None:
-            disk.write_through = write_through
-        for other in graph.disks_above((top,)):
-            other.root_changed()
+        # Everybody who reaches any of the nodes, a disk over a backing file too, is held back.
+        with graph.quiesce(root, *walk((top,))):
+            if disk.edge.node is root:  # and nobody replaced it before the gates were ours
+                _reopen_still(disk, root, top, options or {}, writable)
+                if write_through is not None:
+                    disk.write_through = write_through
+                return
+
+
+def _reopen_still(
+    disk: Disk, root: BlockNode, top: BlockNode, options: Mapping[str, Any], writable: bool | None
+) -> None:
+    before = disk.edge.perm, disk.edge.shared, disk.read_only
+    asked = "read-only" in options
+    try:
+        if writable is False:
+            _set_access(disk, False)
+        _reopen(
+            top,
+            options,
+            writable,
+            lambda: _set_access(disk, root.writable and (bool(writable) or asked or not before[2])),
+        )
+    except BaseException:
+        disk.read_only = before[2]
+        graph.set_permissions(disk.edge, before[0], before[1])
+        raise
+    for other in graph.disks_above((top,)):
+        other.root_changed()
 
 
 def _set_access(disk: Disk, writable: bool) -> None:
-    perm = CONSISTENT_READ | (WRITE | RESIZE if writable else 0)
+    perm = CONSISTENT_READ | (WRITE if writable else 0) | (RESIZE if writable and disk.resizable else 0)
     if perm != disk.edge.perm:
         graph.set_permissions(disk.edge, perm, disk.edge.shared)
     disk.read_only = not writable

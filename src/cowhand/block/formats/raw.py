@@ -132,13 +132,14 @@ class RawNode(BlockNode):
         self.capabilities = lower.capabilities._replace(
             writable=self.writable, resizable=lower.capabilities.resizable and size is None and not offset
         )
-        if not offset:
-            self.lane_fd = lower.lane_fd if self.file.lane is not None else -1
+        self.lane_fd = lower.lane_fd if self.file.lane is not None and not offset else -1
 
     changeable: ClassVar[frozenset[str]] = frozenset(("offset", "size"))
 
     def refit(self) -> None:
         self.start()
+        if self.probed and self.writable:
+            self.lane_fd = -1
 
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
         # Without a format's metadata there is nothing to protect but what the users themselves protect.

@@ -114,6 +114,8 @@ class FileNode(DescriptorNode):
     def refit(self) -> None:
         self.direct = self.options.cache_direct
         self._measure()
+        if self.failure is not None:
+            self.lane_fd = -1
 
     @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
