@@ -116,9 +116,9 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
     grow_l1(node, -(-size // (1 << node.mapping.table_shift)), exact=True)
     if size == old:
         return
-    _hide_backing(node, old, size)
     if node.raw_data and preallocation == "off":
         preallocation = "metadata"
+    begin, longer = _hide_tail(node, old, size)
     if node.external and preallocation == "off":
         from cowhand.block.formats.qcow2 import datafile
 
@@ -126,29 +126,47 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
     if preallocation != "off":
         from cowhand.block.formats.qcow2.preallocate import preallocate
 
-        preallocate(node, old, size, preallocation)
+        preallocate(node, old, size, preallocation, transparent=not longer)
+    # As in QEMU all that is new says so then, also behind the backing file's end; what has its place keeps it.
+    if longer and preallocation in ("off", "metadata"):
+        _zero(node, begin, size)
     node.flush()
     set_size(node, size)
 
 
-def _hide_backing(node: Qcow2Node, old: int, new: int) -> None:
-    """Make ``[old, new)`` read as zeroes: what a longer backing file would show, and what an earlier, longer life left in the last cluster."""
-    unit = node.cluster_size
+def _hide_tail(node: Qcow2Node, old: int, new: int) -> tuple[int, bool]:
+    """Make the rest of the last cluster read as zeroes: what a longer backing file would show, and what an earlier, longer life left there.
+
+    Returns where the next cluster begins, and whether the backing file is longer than the disk was.
+    """
     backing = node.backing
     longer = backing is not None and backing.node.size > old
-    begin = -(-old // unit) * unit
-    if old < begin:
-        flags = node.map(old, 1)[1]
-        if (longer and not flags & (DATA | ZERO)) or (flags & DATA and not _zero_behind(node, old, begin)):
-            node.write(old, (bytes(min(begin, new) - old),))
-    end = min(new, backing.node.size) if longer and backing is not None else begin
-    if begin < end:
-        try:
-            node.change(begin, -(-(end - begin) // unit) * unit, Kind.ZERO)
-        except NotSupported:
-            step = 1 << 20
-            for position in range(begin, end, step):
-                node.write(position, (bytes(min(step, end - position)),))
+    begin = -(-old // node.cluster_size) * node.cluster_size
+    position = old
+    while position < begin:
+        # Subclusters may differ.
+        length, flags, _, _ = node.map(position, begin - position)
+        if (longer and not flags & (DATA | ZERO)) or (
+            flags & DATA and not _zero_behind(node, position, position + length)
+        ):
+            node.write(position, (bytes(max(0, min(begin, new) - position)),))
+            break
+        position += length
+    return begin, longer
+
+
+def _zero(node: Qcow2Node, begin: int, end: int) -> None:
+    unit = node.cluster_size
+    if begin >= end:
+        return
+    try:
+        node.change(begin, -(-(end - begin) // unit) * unit, Kind.ZERO)
+    except NotSupported:
+        # Version 2 cannot say it, and has to hide what the backing file would show.
+        step = 1 << 20
+        end = min(end, node.backing.node.size) if node.backing is not None else begin
+        for position in range(begin, end, step):
+            node.write(position, (bytes(min(step, end - position)),))
 
 
 def _zero_behind(node: Qcow2Node, begin: int, end: int) -> bool:
