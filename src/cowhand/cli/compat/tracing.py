@@ -16,13 +16,26 @@ def accept(text: str) -> None:
             _enable(pair.value)
         elif pair.name == "events":
             _enable_listed(pair.value)
-        elif pair.name != "file":
+        elif pair.name == "file":
+            _open_log(pair.value)
+        else:
             raise Failure(f"Invalid parameter '{pair.name}'")
 
 
 def _enable(pattern: str) -> None:
+    if pattern in ("help", "?"):
+        raise Failure(status=0)  # the list of events has no entries
     if not pattern.startswith("-") and "*" not in pattern and "?" not in pattern:
         program.warning(f"trace event '{pattern}' does not exist")
+
+
+def _open_log(path: str) -> None:
+    """Make the file that events would go to, as QEMU does: who names one that cannot be made hears of it."""
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise Failure(f"Error opening logfile {path}: {os.strerror(error.errno or 0)}") from None
 
 
 def _enable_listed(path: str) -> None:

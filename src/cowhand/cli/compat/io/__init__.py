@@ -100,6 +100,7 @@ Disk exerciser
   -r, --read-only      export read-only
   -s, --snapshot       use snapshot file
   -n, --nocache        disable host cache, short for -t none
+  -C, --copy-on-read   enable copy-on-read
   -m, --misalign       accepted; memory needs no alignment
   -k, --native-aio     accepted with -n, short for -i native
   -i, --aio=MODE       accepted: threads, native or io_uring
