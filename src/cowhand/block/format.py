@@ -225,15 +225,18 @@ class FormatNode(ReservingNode):
                 return done
         while True:
             count, flags, child, host = self.map(offset, length)
-            if flags & STORED_MASK == IN_PLACE_RUN and child is not None:
+            reservation = None
+            in_place = flags & STORED_MASK == IN_PLACE_RUN and child is not None
+            if not in_place or (count < length and self._goes_on(offset, count, length, host)):
+                reservation = self.claim(offset, length, Kind.DATA, continues=skip > 0)
+            if reservation is not None:
+                break
+            if in_place and child is not None:
                 if self.event_sink is not None:
                     self.event_sink("write_aio")
                 self.overwrite(child, host, offset, _slice(views, skip, count))
                 self.changed = True
                 return count
-            reservation = self.claim(offset, length, Kind.DATA, continues=skip > 0)
-            if reservation is not None:
-                break
         count = min(length, reservation.end - offset)
         try:
             self.put(reservation, offset, _slice(views, skip, count), count)
@@ -242,6 +245,13 @@ class FormatNode(ReservingNode):
             raise
         self.finish(reservation)
         return count
+
+    def _goes_on(self, offset: int, count: int, length: int, host: int) -> bool:
+        """Tell whether what follows *count* bytes that are written in place has its own place right behind, but reads as zeroes."""
+        if offset % self.allocation_unit:
+            return False
+        flags, place = self.map(offset + count, length - count)[1:4:2]
+        return flags & (ZERO | OFFSET) == ZERO | OFFSET and place == host + count
 
     def _write_detected(self, offset: int, views: Sequence[memoryview], skip: int, length: int) -> int:
         unit = self.allocation_unit

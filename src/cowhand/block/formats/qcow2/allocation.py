@@ -227,6 +227,9 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
     run = 1
     while run < count and L.U64.unpack_from(data, (first + run) * 8)[0] == entry + run * size:
         run += 1
+    mixed = 0 if offset % size else _mixed_run(data, first, min(count, length >> bits), size)
+    if mixed > run:
+        run, action = mixed, 1
     node.check_overlap(host, run * size)
     if action == 0:
         return None
@@ -235,6 +238,23 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
     # What lies there is older than the zeroes that are seen now: it must not show again.
     change = EntryChange(table, first, entries.tobytes(), barrier=True)
     return Reservation(begin, run << bits, Kind.DATA, node.data_child, host, state=change)
+
+
+def _mixed_run(data: bytes | bytearray, first: int, count: int, size: int) -> int:
+    """Return how many of *count* entries from *first* on lie one behind the other, some holding data and some zeroes; 0 if all are of a kind.
+
+    All of them are written as a whole, so that one write does for what needs no new entry and for what does.
+    """
+    entry = L.U64.unpack_from(data, first * 8)[0]
+    kinds = 0
+    run = 0
+    while run < count:
+        this = L.U64.unpack_from(data, (first + run) * 8)[0]
+        if this & ~L.ENTRY_ZERO != (entry & ~L.ENTRY_ZERO) + run * size:
+            break
+        kinds |= 2 if this & L.ENTRY_ZERO else 1
+        run += 1
+    return run if kinds == 3 else 0
 
 
 def _reserve_new(
