@@ -20,6 +20,10 @@ def write_what_is_left(node: Qcow2Node) -> None:
     if isinstance(node.poison, ImageCorrupt):
         return  # it was said when it was found, and nothing may be written
     failure = _store_bitmaps(node)
+    if node.poison is not None and node.poison.facts.get("told"):
+        if failure is not None:
+            raise failure
+        return  # what reached the file is whole, and the user was told what did not
     steps = [("L2 table", node.flush), ("refcount block", lambda: _close_counts(node))]
     if node.unprotected:
         # All writing was refused, so that no table was changed; counts that were taken back are all there is.

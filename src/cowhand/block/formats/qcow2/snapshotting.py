@@ -8,6 +8,7 @@ Making and deleting change counts and COPIED bits of many clusters, which cannot
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -173,6 +174,7 @@ def complete_table(node: Qcow2Node) -> None:
 
 def _free(node: Qcow2Node, first: int, clusters: int) -> None:
     """Free a table that nothing refers to any more, on disk and in memory. On a damaged image it leaks."""
+    node.fire("cluster_free")
     try:
         node.refcounts.change(first, clusters, -1)
     except CowhandError as error:
@@ -301,17 +303,33 @@ def _delete(node: Qcow2Node, snapshot: Snapshot) -> list[tuple[int, int]]:
         node.distrust_counts()
         _switch_table(node, snapshots, place[0], data)
         undo.steps.clear()
-    change = counting.plan(node, tally, -1)
-    counting.put(node, change)
-    size = node.cluster_size
-    if snapshot.l1_size:
-        _free(node, snapshot.l1_offset // size, -(-snapshot.l1_size * L.ENTRY_SIZE // size))
-    # Before anything can fail: what was just freed may be taken by the next write.
-    node.rebuild_metadata_map()
-    # What is not shared any more can be written in place again.
-    fit_flags(node, counting.counts_now(node, tally), keep=True)
-    _end(node)
+    with _freeing(node):
+        change = counting.plan(node, tally, -1)
+        counting.put(node, change)
+        size = node.cluster_size
+        if snapshot.l1_size:
+            _free(node, snapshot.l1_offset // size, -(-snapshot.l1_size * L.ENTRY_SIZE // size))
+        # Before anything can fail: what was just freed may be taken by the next write.
+        node.rebuild_metadata_map()
+        # What is not shared any more can be written in place again.
+        fit_flags(node, counting.counts_now(node, tally), keep=True)
+        _end(node)
     return change.freed
+
+
+@contextmanager
+def _freeing(node: Qcow2Node) -> Iterator[None]:
+    """Tell of an error while a deleted snapshot's clusters are freed: the snapshot is gone already, and on disk they stay counted."""
+    try:
+        yield
+    except CowhandError as error:
+        reason = os.strerror(error.number)
+        diagnostics.report(f"qcow2_free_clusters failed: {reason}")
+        # Counts in memory are lower than on disk, and bits may be both: nobody goes on from here.
+        error.facts["told"] = True
+        node.set_poison(error)
+        error.qemu_message = f"Failed to free the cluster and L1 table: {reason}"
+        raise
 
 
 def _discard(node: Qcow2Node, freed: list[tuple[int, int]]) -> None:
