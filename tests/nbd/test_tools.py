@@ -111,6 +111,40 @@ def test_both_tools_say_the_same(tmp_path: Path) -> None:
     assert not differences, "\n" + "\n".join(differences)
 
 
+#: On an export that ends inside a sector.
+ODD = """
+qemu-img info -f raw nbd+unix://?socket=s
+qemu-img map -f raw --output json nbd+unix://?socket=s
+qemu-img map -f raw nbd+unix://?socket=s
+qemu-img convert -f raw -O raw nbd+unix://?socket=s copy.raw
+qemu-img compare -f raw -F raw copy.raw nbd+unix://?socket=s
+qemu-img measure -f raw -O qcow2 nbd+unix://?socket=s
+qemu-img dd -f raw -O raw bs=1000 skip=1234 if=nbd+unix://?socket=s of=tail.raw
+qemu-io -f raw -c length -c 'read 1234000 567' -c 'read -P 0 1234567 377' -c 'read 1234000 1000' nbd+unix://?socket=s
+qemu-io -f raw -c 'write -P 1 1234000 567' -c 'read -P 1 1234000 567' -c 'write 1234567 1' nbd+unix://?socket=s
+qemu-io -f raw -c 'write 1234000 944' -c 'write -z 1230000 4567' -c 'discard 1230000 4567' -c 'alloc 1234560' nbd+unix://?socket=s
+"""
+
+
+@require_nbdkit
+def test_both_tools_say_the_same_of_an_odd_size(tmp_path: Path) -> None:
+    """The last sector is incomplete, and cannot be made whole."""
+    content = bytes(range(1, 251)) * 5000
+    differences = []
+    outcomes = []
+    for real in (True, False):
+        folder = tmp_path / ("real" if real else "own")
+        folder.mkdir()
+        (folder / "disk").write_bytes(content[:1234567])
+        with nbdkit(folder, "file", folder / "disk") as server:
+            (folder / "s").symlink_to(server.socket)
+            outcomes.append([play(line, folder, real=real) for line in ODD.strip().splitlines()])
+    for line, expected, found in zip(ODD.strip().splitlines(), *outcomes, strict=True):
+        if expected != found:
+            differences.append(f"$ {line}\n  QEMU: {expected}\n  here: {found}")
+    assert not differences, "\n" + "\n".join(differences)
+
+
 BITMAPS = """
 qemu-img map --output json --image-opts driver=nbd,path=s
 qemu-img map --output json --image-opts driver=nbd,path=s,x-dirty-bitmap=qemu:dirty-bitmap:b

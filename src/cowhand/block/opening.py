@@ -67,11 +67,16 @@ def combine(base: str, name: str) -> str:
 
 def location(node: BlockNode) -> str:
     """Return the name that names in *node*'s header are relative to: that of the file at the bottom, whatever lies between."""
+    return bottom(node).filename
+
+
+def bottom(node: BlockNode) -> BlockNode:
+    """Return the node that keeps *node*'s own bytes, whatever lies between: the end of the way by primary children."""
     primary = node.primary
     while primary is not None:
         node = primary.node
         primary = node.primary
-    return node.filename
+    return node
 
 
 #: QEMU's rule for the names of nodes.

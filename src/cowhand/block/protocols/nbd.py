@@ -67,8 +67,10 @@ if TYPE_CHECKING:
     from cowhand.block.options import NodeOptions
 
 SECTOR = 512
-#: Bytes of one request that carries none (zeroes, trims, block status): below 2^32, and not so long that a server seems dead.
+#: Bytes of one request that carries none (zeroes, trims): not so many that a server that works seems dead.
 LONG_REQUEST = 1 << 30
+#: Bytes that block status is asked of at once: the most that 32 bits and every block size allow. An export may be huge and empty.
+STATUS_REQUEST = (1 << 32) - (1 << 16)
 
 
 class NbdNode(BlockNode):
@@ -362,7 +364,7 @@ class NbdNode(BlockNode):
             return batch
         block = self.limits.request_alignment
         begin = offset - offset % block
-        end = min(-(-(offset + length) // block) * block, self.size, begin + LONG_REQUEST)
+        end = min(-(-(offset + length) // block) * block, self.size, begin + STATUS_REQUEST)
         if begin >= end:
             batch.add(offset, length, ZERO | ALLOCATED)  # beyond the end reads give zeroes
             return batch

@@ -126,7 +126,8 @@ def plan(size: int, options: Mapping[str, Any]) -> tuple[Header, EncryptionPlan 
 
         encryption = encrypting.plan(options)
     header = plan_header(size, options)
-    preallocation = options.get("preallocation") or "off"
+    given = options.get("preallocation")
+    preallocation = "off" if given is None else given
     if preallocation not in ("off", "metadata", "falloc", "full"):
         message = f"Parameter 'preallocation' does not accept value '{preallocation}'"
         raise InvalidArgument(message, hint="preallocation is off, metadata, falloc or full.")

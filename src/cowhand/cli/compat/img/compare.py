@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cowhand.cli.compat.images import cache_mode, open_image
 from cowhand.cli.compat.img.command import Command, ProgressLine
+from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError
 
@@ -62,17 +63,19 @@ def run(words: Sequence[str]) -> int:
                     )
                 )
             line.show(0.0)
+            # QEMU compares whole sectors.
+            mismatch = whole_sectors(disks[0].size) != whole_sectors(disks[1].size)
             result = compare(disks[0], disks[1], strict=strict, progress=line.progress())
         except CowhandError as error:
             beyond = error.facts.get("disk_offset", 0) >= min(disk.size for disk in disks)
-            if beyond and not quiet and disks[0].size != disks[1].size:
+            if beyond and not quiet and whole_sectors(disks[0].size) != whole_sectors(disks[1].size):
                 print("Warning: Image size mismatch!")
             raise _failure(error, command.positional) from error
         finally:
             for disk in disks:
                 disk.close()
         if not quiet:
-            if result.size_mismatch and not strict:
+            if result.size_mismatch and mismatch and not strict:
                 print("Warning: Image size mismatch!")
             print(result.message)
     return 0 if result.identical else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from cowhand.block.opening import bottom
 from cowhand.block.status import layered, skip_filters
 from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image, output_format
@@ -83,6 +84,8 @@ def _batches(disk: Disk, start: int, length: int | None) -> Iterator[ExtentBatch
         tail = ExtentBatch()
         joined = last is not None and last.flags & OFFSET and disk.root.limits.request_alignment >= SECTOR
         flags, host = ZERO | ALLOCATED | OFFSET, begin
+        if bottom(disk.root).driver == "nbd":
+            flags &= ~OFFSET  # an export ends with its last byte, a file is padded
         if last is not None and joined:
             flags, host = last.flags, last.host + last.length
         tail.add(begin, rest - begin, flags, host, last.node if last is not None else None)

@@ -11,7 +11,7 @@ from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.parsing import MAX_REQUEST, Complaint, UsageComplaint, number
 from cowhand.cli.compat.io.report import Timer, dump, failed, statistics, verify
 from cowhand.cli.compat.program import Failure
-from cowhand.core.errors import CowhandError, NotSupported
+from cowhand.core.errors import CowhandError, NoSpace, NotSupported
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -92,12 +92,16 @@ def unread(count: int) -> bytearray:
 
 
 def room(disk: Disk, offset: int, count: int) -> int:
-    """Return how many of *count* bytes at *offset* can be written. A last, incomplete sector is made whole first where the disk can be resized."""
+    """Return how many of *count* bytes at *offset* can be written. A last, incomplete sector is made whole first.
+
+    Raises NoSpace where the disk cannot be resized: what lies behind its last byte is not there.
+    """
     end = offset + count
     if not offset <= disk.size < end <= whole_sectors(disk.size):
         return count
-    if disk.root.capabilities.resizable:
-        disk.resize(whole_sectors(disk.size))
+    if not disk.root.capabilities.resizable:
+        raise NoSpace("the disk ends inside this request", qemu="No space left on device", offset=offset)
+    disk.resize(whole_sectors(disk.size))
     return min(count, disk.size - offset)
 
 
