@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bulk_rows
+import encrypted_rows
 import random_rows
 import report
 import table_rows
@@ -47,6 +48,7 @@ def arguments() -> argparse.Namespace:
 
 def all_cases(args: argparse.Namespace, inputs: Inputs) -> Iterator[Case]:
     yield from bulk_rows.cases(inputs)
+    yield from encrypted_rows.cases(inputs)
     yield from table_rows.cases(inputs)
     size = 256 * MIB if args.quick else 1024 * MIB
     yield from random_rows.cases(inputs, size, 20_000 if args.quick else 100_000)
