@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
 
 from cowhand.core.errors import UnsupportedFeature
-from cowhand.crypto.algorithms import digest, digest_size
+from cowhand.crypto.algorithms import digest_size
 
 _TRIAL_SECONDS = 0.05
 
@@ -34,9 +37,15 @@ def iterations_for(name: str, length: int, milliseconds: int) -> int:
 
 
 def _diffuse(name: str, data: bytes) -> bytes:
-    size = digest_size(name)
+    size, make = _hash(name)
     parts = (data[at : at + size] for at in range(0, len(data), size))
-    return b"".join(digest(name, index.to_bytes(4, "big") + part)[: len(part)] for index, part in enumerate(parts))
+    return b"".join(make(index.to_bytes(4, "big") + part).digest()[: len(part)] for index, part in enumerate(parts))
+
+
+@lru_cache(maxsize=8)
+def _hash(name: str) -> tuple[int, Callable[[bytes], Any]]:
+    """Return the size of the hash *name* and what makes it: four thousand of them open one key slot."""
+    return digest_size(name), getattr(hashlib, name, None) or partial(hashlib.new, name)
 
 
 def _xor(left: bytes, right: bytes) -> bytes:
