@@ -116,3 +116,11 @@ def test_refusals(path: Path, words: tuple[str, ...], message: str) -> None:
     action, *names = words
     assert message in cowhand("bitmap", action, path, *names, status=1).stderr
     assert path.read_bytes() == before
+
+
+def test_a_name_that_steers_a_terminal_is_shown_and_warned_of(path: Path) -> None:
+    cowhand("bitmap", "add", path, "a\x1b[31mb")
+    shown = cowhand("bitmap", "list", path).stdout
+    assert "\x1b" not in shown and "a\\x1b[31mb" in shown
+    judged = cowhand("inspect", "--untrusted", "--output", "json", path, status=8)
+    assert "control-characters" in judged.stdout

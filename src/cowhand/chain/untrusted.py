@@ -256,6 +256,11 @@ def _judge_tables(path: str, length: int, reasons: list[Reason]) -> None:
                     Reason("control-characters", f"the name of snapshot {snapshot.id!r} has control characters")
                 )
                 break
+        for bitmap in node.bitmap_directory.entries[:1000]:
+            if not bitmap.text.isprintable():
+                where = node.bitmap_directory.offset + bitmap.at
+                reasons.append(Reason("control-characters", "the name of a dirty bitmap has control characters", where))
+                break
 
 
 def _bomb(node: Qcow2Node, clusters: int, length: int, reasons: list[Reason]) -> None:

@@ -145,7 +145,7 @@ def run(tool: Callable[[Sequence[str]], int], arguments: Sequence[str], fallback
             if failure.message is not None:
                 error(failure.message, failure.hint)
         except CowhandError as problem:
-            error(problem.qemu())
+            error(problem.qemu(), problem.facts.get("advice") or "")
             status = 1
         sys.stdout.flush()
     except BrokenPipeError:

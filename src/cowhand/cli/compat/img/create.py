@@ -46,6 +46,7 @@ def run(words: Sequence[str]) -> int:
     if len(positional) > 2:
         raise UsageFailure(f"Unexpected argument: {positional[2]}")
     from cowhand.block.create import format_of, prepare
+    from cowhand.block.policy import AS_QEMU
     from cowhand.drivers import REGISTRY
 
     with failing_as(f"{filename}: "):
@@ -58,6 +59,7 @@ def run(words: Sequence[str]) -> int:
             backing=backing,
             backing_format=backing_format,
             open_backing=not unsafe,
+            policy=AS_QEMU,
         )
         if not quiet:
             print(creation.line(), flush=True)
