@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import socket
 import struct
@@ -508,3 +509,47 @@ def test_threads_and_batches_of_all_kinds_over_one_connection(tmp_path: Path) ->
                 assert disk.read(base, 8 << 20) == data * 8
 
         in_threads([partial(work, part) for part in range(4)])
+
+
+@require_nbdkit
+def test_writers_go_on_when_a_server_is_killed_and_started_again(tmp_path: Path) -> None:
+    """Three times, on several connections; what was acknowledged is there."""
+    (tmp_path / "disk").write_bytes(bytes(16 << 20))
+    stop, started, ended = threading.Event(), threading.Event(), threading.Event()
+    written: dict[int, bytes] = {}
+
+    def serve() -> None:
+        for number in range(4):
+            with nbdkit(tmp_path, "file", tmp_path / "disk"):  # killed when the block is left
+                started.set()
+                time.sleep(0.3)
+                if number == 3:
+                    stop.set()
+                    ended.wait(30)
+
+    def work(disk: Disk, part: int) -> None:
+        rng = random.Random(part)
+        while not stop.is_set():
+            offset = (part << 22) + rng.randrange(64) * 65536
+            data = rng.randbytes(16) * rng.choice((32, 4096))
+            disk.write(offset, data)
+            written[offset] = data
+            assert disk.read(offset, len(data)) == data
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        assert started.wait(30)
+        with Disk(
+            open_node(f"nbd+unix:///?socket={tmp_path / 'nbdkit.sock'}", reconnect_delay=20), writable=True
+        ) as disk:
+            in_threads([partial(work, disk, part) for part in range(4)])
+            assert len(written) > 10
+            for offset, data in written.items():
+                assert disk.read(offset, len(data)) == data
+    finally:
+        stop.set()
+        ended.set()
+        server.join()
+    content = (tmp_path / "disk").read_bytes()
+    assert all(content[offset : offset + len(data)] == data for offset, data in written.items())

@@ -55,7 +55,8 @@ class Session:
         self._closed = threading.Event()
         self._dial: Dial | None = None
         self._extra: threading.Thread | None = None
-        self._enough = settings.connections <= 1
+        self._several = False  #: whether the server lets one client have several
+        self._enough = True
         self._fatal: CowhandError | None = None
         self._lost_at: float | None = None
         self._failed_at: float | None = None
@@ -66,8 +67,9 @@ class Session:
         deadline = clock.monotonic() + self._settings.open_timeout
         connection = self._connect_until(deadline)
         self.export = connection.export
-        if not connection.export.flags & FLAG_CAN_MULTI_CONN or self._settings.server.kind == "fd":
-            self._enough = True
+        allowed = bool(connection.export.flags & FLAG_CAN_MULTI_CONN) and self._settings.server.kind != "fd"
+        self._several = allowed and self._settings.connections > 1
+        self._enough = not self._several
         return self.export
 
     def run(self, orders: Sequence[Order]) -> None:
@@ -134,6 +136,9 @@ class Session:
             if not self._connections:
                 self._lost_at = clock.monotonic()
                 self._failed_at = None
+                if self._extra is None or not self._extra.is_alive():
+                    self._extra = None
+                    self._enough = not self._several  # the next server may take more
         connection.close()
 
     # -- connecting
