@@ -24,6 +24,9 @@ def write_what_is_left(node: Qcow2Node) -> None:
         if failure is not None:
             raise failure
         return  # what reached the file is whole, and the user was told what did not
+    if node.external and not node.data_missing:
+        # Tables that name what is not stable stay back.
+        node.data_child.flush()
     steps = [("L2 table", node.flush), ("refcount block", lambda: _close_counts(node))]
     if node.unprotected:
         # All writing was refused, so that no table was changed; counts that were taken back are all there is.

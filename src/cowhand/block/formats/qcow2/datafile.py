@@ -215,7 +215,7 @@ def _follow(node: Qcow2Node, offset: int, length: int, kind: Kind, state: Any) -
         else:
             for at in range(offset, offset + length, ZEROES_SIZE):
                 child.write(at, (ZEROES[: min(ZEROES_SIZE, offset + length - at)],))
-    elif isinstance(state, EntryChange) and state.discard and child.node.capabilities.discard:
+    elif kind != Kind.ZERO and isinstance(state, EntryChange) and state.discard and child.node.capabilities.discard:
         child.discard(offset, length)
 
 

@@ -62,7 +62,7 @@ class ExtendedMapping(Mapping):
     def sound(self, entry: int, bitmap: int, guest: int) -> bool:
         """Tell whether an entry, for the cluster at *guest*, can be followed."""
         if entry & L.ENTRY_COMPRESSED:
-            return not bitmap and not self.node.external
+            return not self.node.external  # a bitmap that says something is for a check to complain about, as in QEMU
         host = entry & L.L2_OFFSET_MASK
         if not host and not (self.node.external and entry & L.COPIED):
             return not bitmap & ALL_DATA
@@ -137,7 +137,7 @@ class ExtendedMapping(Mapping):
         assert table is not None
         return self.bad_entry(_unpack(table.data, at)[0], table, at)
 
-    def bad_entry(self, entry: int, table: Table, at: int) -> CowhandError:
+    def bad_entry(self, entry: int, table: Table, at: int, *, writing: bool = False) -> CowhandError:
         node, index = self.node, at // 16
         if node.data_missing:
             from cowhand.block.formats.qcow2.datafile import missing
@@ -146,7 +146,7 @@ class ExtendedMapping(Mapping):
         if entry & self._bad and not entry & L.ENTRY_COMPRESSED:
             text = f"Cluster allocation offset {entry & L.L2_OFFSET_MASK:#x} unaligned (L2 offset: {table.host:#x}, L2 index: {L.c_hex(index)})"
         else:
-            text = f"Invalid cluster entry found  (L2 offset: {table.host:#x}, L2 index: {L.c_hex(index)})"
+            text = f"Invalid cluster entry found{' ' if writing else '  '}(L2 offset: {table.host:#x}, L2 index: {L.c_hex(index)})"
         return node.mark_corrupt(text, offset=table.host + at)
 
     # -- many entries at once
@@ -186,7 +186,7 @@ class ExtendedMapping(Mapping):
             begin = position
             position += 1
             if entry & L.ENTRY_COMPRESSED:
-                while position < count and places[position] & L.ENTRY_COMPRESSED and not bitmaps[position]:
+                while position < count and places[position] & L.ENTRY_COMPRESSED:
                     position += 1
                 self._row(out, guest, base + position * size, COMPRESSED_CLUSTER, NO_HOST, node, offset, stop)
             elif bitmap in (0, ALL_DATA, ALL_ZERO):
@@ -276,7 +276,7 @@ def reserve_data(node: Qcow2Node, table: Table, first: int, count: int, offset: 
     end = min(offset + length, begin + count * size)
     entry, bitmap = mapping.pair(table, first)
     if not mapping.sound(entry, bitmap, begin):
-        raise mapping.bad_entry(entry, table, first * 16)
+        raise mapping.bad_entry(entry, table, first * 16, writing=True)
     low = (offset - begin) >> sub
     if mapping.placed(entry) and entry & L.COPIED:
         if not node.external:
