@@ -113,9 +113,14 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
 
             datafile.shrink(node, size)
         return
+    had = node.header.l1_size
     grow_l1(node, -(-size // (1 << node.mapping.table_shift)), exact=True)
     if size == old:
         return
+    if had and had != node.header.l1_size:
+        # The old table's place is free at once, as in QEMU: no request is in flight.
+        node.flush()
+        node.release_quarantine(everything=True)
     if node.raw_data and preallocation == "off":
         preallocation = "metadata"
     begin, longer = _hide_tail(node, old, size)
