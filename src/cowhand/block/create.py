@@ -127,7 +127,8 @@ class Creation:
         if self.format.name == "host_device" != self.protocol.name:
             raise self._no_device()
         check = getattr(self._creator(), "check_creation", None)
-        if check is not None:
+        own = local_path(self.filename)
+        if check is not None and (own is None or os.path.isdir(os.path.dirname(own) or ".")):
             check(self.size, self.options)  # before an existing image is emptied
         name = self.options.get("data_file")
         path = local_path(name) if name else None

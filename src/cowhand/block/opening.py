@@ -155,7 +155,7 @@ class Opening:
         description = dict(what) if isinstance(what, Mapping) else self.describe(os.fspath(what))
         description.update(options or {})
         if format is not None:
-            if description.get("driver") not in (None, format):
+            if self._is_file(description, format, named=not isinstance(what, Mapping)):
                 description = {"driver": format, "file": description}
                 for name in declared(NodeOptions):
                     if name in description["file"]:
@@ -332,11 +332,22 @@ class Opening:
         finally:
             self._asker = before
 
+    def _is_file(self, description: Mapping[str, Any], format: str, *, named: bool) -> bool:
+        """Tell whether what is *described* lies under the *format* that was asked for.
+
+        In a ``json:`` name (*named*) a driver that is a format gives way to the one that is told beside, as in QEMU.
+        """
+        driver = description.get("driver")
+        if driver in (None, format):
+            return False
+        entry = self.registry.find(driver) if named and isinstance(driver, str) else None
+        return entry is None or entry.kind != "format"
+
     def _implied(self, owner: str, reference: str, path: str, format: str | None, what: str) -> dict[str, Any]:
         self.policy.check_implicit(reference, owner=owner, what=what)
         description = self.describe(path)
         if format is not None:
-            if description.get("driver") not in (None, format):
+            if self._is_file(description, format, named=True):
                 description = {"driver": format, "file": description}
             else:
                 description["driver"] = format

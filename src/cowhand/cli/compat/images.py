@@ -60,8 +60,11 @@ def _parse_json(name: str, has_format: bool) -> Mapping[str, Any]:
     from cowhand.block.descriptions import parse_json_name
 
     given = parse_json_name(name)
-    if not has_format and "driver" not in given and not any(key == "file" or key.startswith("file.") for key in given):
+    has_file = any(key == "file" or key.startswith("file.") for key in given)
+    if not has_format and "driver" not in given and not has_file:
         raise Failure("Must specify either driver or file")
+    if has_format and has_file:
+        given.pop("driver", None)  # the format that is told beside stands
     return given
 
 
