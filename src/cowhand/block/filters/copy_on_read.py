@@ -16,13 +16,15 @@ from cowhand.block.rangelocks import RangeLocks
 from cowhand.block.status import layered, skip_filters
 from cowhand.core.buffers import Buffer, is_zero
 from cowhand.core.errors import InvalidArgument
-from cowhand.core.extents import ALLOCATED
+from cowhand.core.extents import ALLOCATED, ZERO
 
 if TYPE_CHECKING:
     from cowhand.block.opening import Opening
 
 #: Bytes that are copied at once, and kept as zeroes where they are: a cluster, or this where clusters are smaller.
 _PIECE = 1 << 16
+#: The same of what is known to be zeroes below: nothing is read of it.
+_ZERO_PIECE = 64 << 20
 
 
 class CopyOnReadOptions(NodeOptions):
@@ -74,8 +76,8 @@ class CopyOnReadNode(PassingFilter):
             depth += 1
         return depth
 
-    def _missing(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """Yield (begin, end) of what the top image does not hold and is to be copied."""
+    def _missing(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield (begin, end, whether it is known to be zeroes) of what the top image does not hold and is to be copied."""
         top = skip_filters(self.below.node)
         depth = self._depth(top)
         end = offset + length
@@ -84,7 +86,7 @@ class CopyOnReadNode(PassingFilter):
             for row in batch:
                 held = row.flags & ALLOCATED and row.depth == 0
                 if not held and (depth is None or row.flags & ALLOCATED):
-                    yield row.start, min(row.end, end)
+                    yield row.start, min(row.end, end), bool(row.flags & ZERO)
             offset = batch.end
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
@@ -92,9 +94,9 @@ class CopyOnReadNode(PassingFilter):
         missing = list(self._missing(offset, length)) if self.writable and length else []
         unit = getattr(skip_filters(self.below.node), "allocation_unit", 1)
         done = 0
-        for begin, end in missing:
+        for begin, end, zeroes in missing:
             begin, end = max(done, begin // unit * unit), min(self.size, -(-end // unit) * unit)
-            step = max(_PIECE, unit)
+            step = max(_ZERO_PIECE if zeroes else _PIECE, unit)
             for start in range(begin, end, step):
                 self._copy(start, min(step, end - start))
             done = max(done, end)
@@ -103,10 +105,14 @@ class CopyOnReadNode(PassingFilter):
     def _copy(self, offset: int, length: int) -> None:
         with self._ranges.hold(offset, length):
             # Looked at again: somebody may have written, or copied, meanwhile.
-            for begin, end in list(self._missing(offset, length)):
+            native = self.below.node.capabilities.zeroes is Zeroing.NATIVE
+            for begin, end, zeroes in list(self._missing(offset, length)):
+                if zeroes and native:
+                    self.below.write_zeroes(begin, end - begin)
+                    continue
                 data = bytearray(end - begin)
                 self.below.read_into(begin, data)
-                if self.below.node.capabilities.zeroes is Zeroing.NATIVE and is_zero(data):
+                if native and is_zero(data):
                     self.below.write_zeroes(begin, len(data))
                 else:
                     self.below.write(begin, (data,))

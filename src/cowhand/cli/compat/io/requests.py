@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cowhand.block.disk import Disk
     from cowhand.cli.compat.io.session import Session
 
+MAX_FILLED = 64 << 20
 #: What a write writes when nothing else is said.
 DEFAULT_PATTERN = 0xCD
 
@@ -88,7 +89,8 @@ def _limited(text: str, without: str) -> int:
 
 def unread(count: int) -> bytearray:
     """Return a buffer to read into, filled with QEMU's byte: a disk without content (null-co) leaves it there."""
-    return bytearray(b"\xab") * count
+    # Not for very long requests, whose memory would all be touched twice.
+    return bytearray(b"\xab") * count if count <= MAX_FILLED else bytearray(count)
 
 
 def room(disk: Disk, offset: int, count: int) -> int:
