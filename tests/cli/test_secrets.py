@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import cowhand as cowhand_library
+from cowhand.block.snapshots import create_snapshot, open_snapshot
 from tests.cli.command import command_line, cowhand, surroundings
 
 QUICK = "encrypt.iter-time=1"
@@ -61,6 +63,34 @@ def test_only_what_can_be_encrypted_is(tmp_path: Path, keys: tuple[Path, Path]) 
     luks = tmp_path / "x.luks"
     cowhand("create", "--key-file", keys[0], "-f", "luks", "-o", "iter-time=1", luks, "1M")
     cowhand("checksum", "--key-file", keys[0], "-f", "luks", luks)
+
+
+def test_jobs_on_encrypted_chains(image: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    key = ("--key-file", keys[0])
+    opened = {"encrypt.key-secret": "s", "backing.encrypt.key-secret": "s"}
+    top, copy, data = tmp_path / "top.qcow2", tmp_path / "copy.qcow2", os.urandom(70000)
+    held = {"s": keys[0].read_bytes()}
+    with cowhand_library.open(image, writable=True, options={"encrypt.key-secret": "s"}, secrets=held) as disk:
+        disk.write(1000, data)
+        create_snapshot(disk, "then")
+        disk.write(500000, data)
+    cowhand("convert", *key, "--snapshots", "--encrypt", "-o", QUICK, image, copy)
+    cowhand("create", "--encrypt", *key, "-f", "qcow2", "-o", QUICK, "-b", image, "-F", "qcow2", top)
+    with cowhand_library.open(top, writable=True, options=opened, secrets=held) as disk:
+        disk.write(200000, data)
+    cowhand("rebase", *key, "-b", copy, "-F", "qcow2", top)
+    cowhand("commit", *key, top)
+    with cowhand_library.open(copy, options={"encrypt.key-secret": "s"}, secrets=held) as disk:
+        found = disk.read(0, disk.size)
+        with open_snapshot(disk, "then") as view:
+            assert view.read(1000, 70000) == data
+            assert not any(view.read(500000, 70000))
+    assert found[1000:71000] == found[200000:270000] == found[500000:570000] == data
+
+
+def test_a_copy_in_the_clear_is_told_of(image: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    done = cowhand("convert", "--key-file", keys[0], "-O", "raw", image, tmp_path / "x.raw")
+    assert "is encrypted, and the copy is not" in done.stderr
 
 
 def test_without_a_terminal_nothing_is_asked(image: Path) -> None:

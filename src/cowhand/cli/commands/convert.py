@@ -208,17 +208,27 @@ def _refuse_unsafe(args: argparse.Namespace) -> Policy:
     return UNTRUSTED
 
 
+def _makes_encrypted(args: argparse.Namespace) -> bool:
+    """Tell whether the target is an encrypted image; of one that exists that is not asked."""
+    if args.no_create or args.encrypt or arguments.format_for(args.target, args.target_format) == "luks":
+        return True
+    return bool({"encryption", "encrypt.format"} & arguments.driver_options(args.option).keys())
+
+
 def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
     """Say what a copy does not carry over: that is easily forgotten."""
     if args.format == "raw":
         return  # keeps nothing beside the disk
     from cowhand.chain.info import image_info
+    from cowhand.cli.commands.info import encryption_words
 
     for name in args.source:
         try:
             info = image_info(name, format=args.format, force_share=True)
         except CowhandError:
             continue  # the source was a description, or is gone by now; the copy is made
+        if encryption_words(info) and not _makes_encrypted(args):
+            context.out.warn(f"{name}: it is encrypted, and the copy is not (--encrypt)")
         if info.snapshots and args.snapshot is None and not args.snapshots:
             count = len(info.snapshots)
             words = "snapshot is" if count == 1 else "snapshots are"

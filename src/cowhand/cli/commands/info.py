@@ -100,7 +100,7 @@ def _show(info: ImageInfo, overlays: list[str], context: Context) -> None:
         rows.append(("on disk", format_size(info.disk_size)))
     if info.cluster_size is not None:
         rows.append(("cluster size", format_size(info.cluster_size)))
-    encryption = _encryption_words(info)
+    encryption = encryption_words(info)
     if encryption:
         rows.append(("encrypted", encryption))
     if info.backing is not None:
@@ -132,7 +132,7 @@ def _format_words(info: ImageInfo) -> str:
     return info.format + (f" ({', '.join(words)})" if words else "")
 
 
-def _encryption_words(info: ImageInfo) -> str:
+def encryption_words(info: ImageInfo) -> str:
     """Return how the image is encrypted and which key slots are in use; nothing for one that is not."""
     details = info.details or {}
     found = details if info.format == "luks" else details.get("encrypt") or {}
