@@ -424,6 +424,38 @@ class TestReconnecting:
             thread.join()
 
 
+class TestAddresses:
+    @pytest.mark.parametrize(
+        "server",
+        [
+            {"type": "fd", "str": "9" * 30},
+            {"type": "fd", "str": "name"},
+            {"type": "fd", "str": "0x"},
+            {"type": "vsock", "cid": "9" * 30, "port": "1"},
+            {"type": "vsock", "cid": "1", "port": "9" * 30},
+            {"type": "vsock", "cid": "x", "port": "1"},
+            {"type": "inet", "host": "127.0.0.1", "port": "9" * 30},
+            {"type": "inet", "host": "127.0.0.1", "port": "no-such-service"},
+            {"type": "inet", "host": "a" * 300, "port": "1"},
+            {"type": "inet", "host": "\udc80.", "port": "1"},
+            {"type": "inet", "host": "127.0.0.1"},
+            {"type": "inet", "host": "127.0.0.1", "port": "1", "ipv4": "off", "ipv6": "off"},
+            {"type": "unix", "path": "/" + "a" * 300},
+            {"type": "unix", "path": "a\0b"},
+            {"type": "unix", "path": ["a"]},
+            {"type": "unix", "path": "x", "abstract": "on", "tight": "off"},
+            {"type": "unix", "path": "nobody-listens", "abstract": "on"},
+            {"type": "other", "path": "x"},
+            {"path": "x"},
+            "unix:x",
+        ],
+        ids=str,
+    )
+    def test_addresses_that_lead_nowhere(self, server: object) -> None:
+        with pytest.raises(CowhandError):
+            NbdNode.open(None, NbdOptions(), {"server": server})
+
+
 class TestPermissions:
     def test_a_read_only_export(self, path: Path) -> None:
         def script(peer: Peer) -> None:

@@ -378,6 +378,7 @@ class TestNames:
         [
             "nbd://", "nbd:///x", "nbd://host?socket=x", "nbd://host:x", "nbd+unix:///x", "nbd+unix://host/?socket=x",
             "nbd+unix:///x?socket=a&other=b", "nbds://host", "nbd+udp://host", "nbd:", "nbd:host", "nbd:host:", "host:1", "nbd:host:1:exportname=",
+            "nbd+unix:///x?socket=%00abc", "nbd://host/a%00b", "nbd:unix:a\0b",
         ],
     )  # fmt: skip
     def test_names_that_mean_nothing(self, name: str) -> None:

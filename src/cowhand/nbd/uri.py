@@ -35,8 +35,14 @@ class Address(NamedTuple):
 
 def parse(name: str) -> Address:
     """Return what *name* means. Raises InvalidArgument."""
-    if "://" in name:
-        return _parse_uri(name)
+    address = _parse_uri(name) if "://" in name else _parse_old(name)
+    if any("\0" in part for part in address if part is not None):
+        # A socket's path that begins with one would be a name in Linux' abstract space.
+        raise InvalidArgument("No valid URL specified", path=name, hint="A name cannot contain a zero byte.")
+    return address
+
+
+def _parse_old(name: str) -> Address:
     prefix, _, rest = name.partition(":")
     if prefix != "nbd":
         raise InvalidArgument("File name string for NBD must start with 'nbd:'", path=name)

@@ -114,7 +114,7 @@ class Dial:
         try:
             sock.settimeout(self._left() / share)
             sock.connect(address)  # type: ignore[arg-type]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             sock.close()
             number = getattr(error, "errno", None) or (
                 errno.ETIMEDOUT if isinstance(error, TimeoutError) else errno.EINVAL
@@ -187,7 +187,7 @@ class Dial:
 def _adopted(number: str) -> socket.socket:
     try:
         return socket.socket(fileno=os.dup(int(number)))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InvalidArgument(f"No file descriptor named '{number}' found") from None
     except OSError as error:
         raise InvalidArgument(f"File descriptor '{number}' is not a socket: {os.strerror(error.errno or 0)}") from None

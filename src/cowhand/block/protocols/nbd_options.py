@@ -166,8 +166,9 @@ def server_of(options: NbdOptions) -> Server:
         return Server(kind, path=texts["str"] or "")
     if kind == "vsock":
         for name in ("cid", "port"):
-            if not (texts[name] or "").isdecimal():
-                raise InvalidArgument(f"Parameter 'server.{name}' expects a number")
+            text = texts[name] or ""
+            if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) >= 1 << 32:
+                raise InvalidArgument(f"Parameter 'server.{name}' expects a number below 2^32")
         return Server(kind, host=texts["cid"] or "", port=texts["port"] or "")
     return Server(kind, host=texts["host"] or "", port=texts["port"] or "", family=_family(options))
 
