@@ -10,8 +10,10 @@ from collections.abc import Callable
 from itertools import islice, pairwise
 from typing import Any
 
+from cowhand.block.bitmaps import dirty_extents, list_bitmaps
 from cowhand.block.check import check_node
 from cowhand.block.disk import Disk
+from cowhand.block.formats.qcow2.usage import usage
 from cowhand.block.opening import Opening
 from cowhand.block.policy import UNTRUSTED
 from cowhand.block.protocols.memory import MemoryNode
@@ -125,6 +127,23 @@ def read_all(data: bytes, driver: str) -> None:
         for offset in range(0, disk.size, step):
             disk.read(offset, min(_PIECE, disk.size - offset))
         dict(disk.root.format_specific())
+        _look_inside(disk)
+
+
+def _look_inside(disk: Disk) -> None:
+    """Read the bitmaps, and find out what the file's bytes are used for."""
+    for bitmap in list_bitmaps(disk)[:8]:
+        try:
+            dirty = list(islice(dirty_extents(disk, bitmap.name), 1000))
+        except CowhandError:
+            continue  # it says why it cannot be used
+        if any(not 0 <= offset < offset + length <= disk.size for offset, length in dirty):
+            raise Finding(f"a bitmap has dirty what is not in the disk: {dirty[-1]}")
+    root: Any = disk.root
+    if root.driver == "qcow2":
+        parts = usage(root)
+        if sum(parts.values()) != root.file.node.size or min(parts.values()) < 0:
+            raise Finding(f"the file of {root.file.node.size} bytes is used for {parts}")
 
 
 def _check(data: bytes, driver: str) -> None:
