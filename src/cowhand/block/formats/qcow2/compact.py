@@ -221,6 +221,9 @@ class Compactor:
             # Where no block counts, a cluster could not be taken without making one.
             if index >= len(table) or not table[index]:
                 free[index * per_block : (index + 1) * per_block] = False
+        free = numpy.flatnonzero(free)
+        if not len(free):
+            return _Plan(free, free, None)
         movable = numpy.zeros(self.clusters, dtype="?")
         self._tables.clear()
         packer = Packer(self.node.header.cluster_bits, self.tally)
@@ -231,7 +234,8 @@ class Compactor:
             if not self.external:
                 packer.add(words[:: self.stride], int(self.tally.gather(numpy.array([host >> self.bits]))[0]))
         movable[0] = False
-        sources, targets = packer.plan(numpy.flatnonzero(free), numpy.flatnonzero(movable))
+        lowest = int(free[0])
+        sources, targets = packer.plan(free, numpy.flatnonzero(movable[lowest:]) + lowest)
         return _Plan(numpy.sort(sources), numpy.sort(targets), packer.packed())
 
     # -- moving

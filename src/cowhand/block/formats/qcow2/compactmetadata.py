@@ -7,6 +7,7 @@ reference inside one sector, flush, free the old place. A crash leaks the one or
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import bitmapdata, layout as L
@@ -17,7 +18,7 @@ from cowhand.block.formats.qcow2.snapshotting import store_table
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
@@ -59,11 +60,24 @@ def _lower(node: Qcow2Node, place: int, clusters: int) -> bool:
     if not clusters:
         return False
     refcounts = node.refcounts
-    refcounts.free_index = 0
-    first = refcounts.find_free(0, clusters)
+    # Whatever is freed here lies behind what was taken for it, so that nothing below this is free until the end.
+    refcounts.free_index = refcounts.find_free(refcounts.free_index, 1)
+    if refcounts.free_index >= place:
+        return False
+    first = refcounts.find_free(refcounts.free_index, clusters)
     return first + clusters <= place and all(
         refcounts.get_or_none(cluster) is not None for cluster in range(first, first + clusters)
     )
+
+
+@contextmanager
+def _searching(node: Qcow2Node) -> Iterator[None]:
+    """Take several clusters together in the ``with`` block: smaller gaps before them stay known."""
+    first = node.refcounts.free_index
+    try:
+        yield
+    finally:
+        node.refcounts.free_index = min(node.refcounts.free_index, first)
 
 
 def _refcount_blocks(node: Qcow2Node) -> int:
@@ -105,7 +119,8 @@ def _refcount_table(node: Qcow2Node) -> int:
     if not _lower(node, header.refcount_table_offset // size, clusters):
         return 0
     with node.exclusive():
-        place = node.allocator.take(clusters)
+        with _searching(node):
+            place = node.allocator.take(clusters)
         try:
             node.write_back.flush_refcounts()
             node.write_metadata(place * size, bytes(node.refcounts.table))
@@ -124,7 +139,7 @@ def _active_l1(node: Qcow2Node) -> int:
     clusters = -(-header.l1_size * L.ENTRY_SIZE // size)
     if not _lower(node, header.l1_offset // size, clusters):
         return 0
-    with node.exclusive():
+    with node.exclusive(), _searching(node):
         replace_l1(node, header.l1_size)
     return clusters
 
@@ -135,13 +150,14 @@ def _snapshots(node: Qcow2Node) -> int:
     taken: list[tuple[int, int]] = []
     given_up: list[tuple[int, int]] = []
     snapshots: list[Snapshot] = []
-    with node.exclusive():
+    with node.exclusive(), _searching(node):
         try:
             for snapshot in node.snapshots:
                 clusters = -(-snapshot.l1_size * L.ENTRY_SIZE // size)
                 old = snapshot.l1_offset // size
                 if _lower(node, old, clusters) and node.refcounts.get(old) == 1:
-                    place = node.allocator.take(clusters)
+                    with _searching(node):
+                        place = node.allocator.take(clusters)
                     taken.append((place, clusters))
                     given_up.append((old, clusters))
                     node.write_metadata(place * size, read_l1(node, snapshot))
@@ -181,7 +197,8 @@ def _bitmaps(node: Qcow2Node) -> int:
             if not taken and not _lower(node, directory.offset // size, clusters):
                 return 0
             data = b"".join(entry.encode() for entry in fresh)
-            place = node.allocator.take(clusters)
+            with _searching(node):
+                place = node.allocator.take(clusters)
             taken.append((place, clusters))
             given_up.append((directory.offset // size, clusters))
             node.write_metadata(place * size, data)
@@ -225,7 +242,8 @@ def _moved_bitmap(
 def _put(
     node: Qcow2Node, data: bytes, old: int, clusters: int, taken: list[tuple[int, int]], given_up: list[tuple[int, int]]
 ) -> int:
-    place = node.allocator.take(clusters)
+    with _searching(node):
+        place = node.allocator.take(clusters)
     taken.append((place, clusters))
     given_up.append((old, clusters))
     node.write_metadata(place * node.cluster_size, data)
