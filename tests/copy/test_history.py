@@ -115,6 +115,7 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
         ({"snapshot": "x"}, "no snapshot 'x'"),
         ({"backing": str(source), "backing_format": "qcow2"}, "backing file"),
         ({"salvage": True}, "salvaging"),
+        ({"options": {"data_file": str(tmp_path / "o.raw")}}, "data file"),
         ({"sparse_size": 0}, "sparse size"),
     ):
         with pytest.raises(CowhandError, match=words):
@@ -126,4 +127,4 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "r").write_bytes(bytes(MIB))
     with pytest.raises(CowhandError):
         convert(tmp_path / "r", tmp_path / "o", "qcow2", source_format="raw", snapshots=True)
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.raw").exists()

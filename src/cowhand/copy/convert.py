@@ -129,6 +129,7 @@ def convert(
                 (len(disks) > 1, "several sources"),
                 (snapshot is not None, "the choice of one snapshot"),
                 (backing is not None or "backing_file" in (options or {}), "a backing file of the target"),
+                ((options or {}).get("data_file"), "a data file of the target"),
                 (salvage, "salvaging"),
                 (settings.sparse_size == 0, "a sparse size of 0"),
             )
