@@ -115,6 +115,9 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
         return
     had = node.header.l1_size
     grow_l1(node, -(-size // (1 << node.mapping.table_shift)), exact=True)
+    # The old table's room may be taken again at once: the header names the new one stably, and nobody else uses the node.
+    node.flush()
+    node.release_quarantine()
     if size == old:
         return
     if had and had != node.header.l1_size:
