@@ -154,7 +154,10 @@ def write_page(path: Path) -> int:
     folder = source.iotests(CACHE / "source")
     encrypting = matrix.that_encrypt(folder, iotests.names(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.page(facts(tools), results, reasons, encrypting), encoding="utf-8")
+    held = [outcome for result in results for outcome in result.own.values()]
+    current = sum(outcome.tools == tools.identity for outcome in held)
+    told = {**facts(tools), "Outcomes": f"{current} with these very sources, {len(held) - current} with earlier ones"}
+    path.write_text(report.page(told, results, reasons, encrypting), encoding="utf-8")
     unexplained = 0
     for result in results:
         name = result.combination.name

@@ -121,7 +121,7 @@ class _Changes(Sink):
     """Lets pass what reads otherwise in *below*; what has become zero is written as such at once."""
 
     below: Disk | None = None
-    as_bytes = False  #: what has become zero is written like everything else
+    as_bytes = 0  #: before this offset what has become zero is written like everything else
     copied = 0
     zeroes = 0
 
@@ -141,7 +141,7 @@ class _Changes(Sink):
                 end = min(begin + grain, length)
                 if view[begin:end] == other[begin:end]:
                     continue
-                if not self.as_bytes and is_zero(view[begin:end]):
+                if offset + begin >= self.as_bytes and is_zero(view[begin:end]):
                     self.zero(offset + begin, end - begin)
                     self._count(0, end - begin)
                 elif parts and parts[-1][1] == begin:
@@ -195,7 +195,7 @@ def changes_sink(
 ) -> _Changes:
     """Return the sink that writes into *top* what differs from *below*, and counts it; with *look* it only counts.
 
-    *as_bytes* stores what has become zero as data, not as zeroes that the format knows of.
+    *as_bytes* stores what has become zero as data, not as zeroes that the format knows of, as far as the old backing file reaches.
     """
     sink: _Changes
     node = lane_of(top)
@@ -212,5 +212,7 @@ def changes_sink(
     else:
         sink = _Changes(top, sparse=0, reads_zero=True)
     sink.begin(below)
-    sink.as_bytes = as_bytes
+    if as_bytes:
+        backing = top.root.children.get("backing")
+        sink.as_bytes = 0 if backing is None else backing.node.size
     return sink
