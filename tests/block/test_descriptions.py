@@ -29,7 +29,7 @@ def test_strings_in_either_quotes(text: str, value: object) -> None:
     ("text", "message"),
     [
         ("{", "Could not parse the JSON options: JSON parse error, premature EOI"),
-        ("", "Could not parse the JSON options: JSON parse error, premature EOI"),
+        ("", "Could not parse the JSON options: Expecting a JSON value"),
         ("[]", "Invalid JSON object given"),
         ("{'a': }", "Could not parse the JSON options: JSON parse error"),
         ("{'a: 1}", "Could not parse the JSON options: JSON parse error"),

@@ -100,7 +100,7 @@ class Source:
 class SalvagingSource(Source):
     """A source whose unreadable sectors read as zeroes, and are told to *report* (their offset and the error).
 
-    Where not even the kind of a sector can be found out (*unknown* is told), it is read.
+    Where not even the kind of a sector can be found out (*unknown* is told, if given), it is read.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class SalvagingSource(Source):
         *,
         depth: int | None = None,
         report: Callable[[int, CowhandError], None],
-        unknown: Callable[[int, CowhandError], None],
+        unknown: Callable[[int, CowhandError], None] | None = None,
     ) -> None:
         super().__init__(parts, depth=depth)
         self._report = report
@@ -130,7 +130,8 @@ class SalvagingSource(Source):
                     length = -(-length // (4 * SECTOR)) * SECTOR
                     continue
                 at = position - part.begin + base
-                self._unknown(at, error)
+                if self._unknown is not None:
+                    self._unknown(at, error)
                 yield Run(at, length, plan.DATA)
             else:
                 yield from plan.rows_of(batches, base - part.begin, policy)
