@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cowhand.block.disk import Disk
 from cowhand.block.format import FormatNode
@@ -20,6 +20,9 @@ from cowhand.copy.zeroes import data_parts
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 from cowhand.core.errors import IOFailed, from_os_error
 from cowhand.core.extents import COMPRESSED, DATA, IN_PLACE, OFFSET, ZERO
+
+if TYPE_CHECKING:
+    from cowhand.copy.behind import WriteBehind
 
 _IN_PLACE = DATA | OFFSET | IN_PLACE
 _IN_PLACE_MASK = DATA | OFFSET | IN_PLACE | COMPRESSED | ZERO
@@ -47,10 +50,15 @@ class Sink:
             self.unit = disk.root.allocation_unit
         self.grain = max(self.grain, self.unit) if self.grain else 0
         self.ahead = SpaceAhead(0)
+        self.behind: WriteBehind | None = None
 
-    def expect(self, total: int) -> None:
-        """Learn how many bytes will be written at most."""
+    def expect(self, total: int, *, flushed: bool = False) -> None:
+        """Learn how many bytes will be written at most, and whether they are *flushed* when all are written."""
         self.ahead = SpaceAhead(total)
+        if flushed:
+            from cowhand.copy.behind import WriteBehind
+
+            self.behind = WriteBehind(total)
 
     def hold(self) -> AbstractContextManager[object]:
         """Return a context in which a piece is placed and stored: where the gateway is passed by, it counts the piece as a request in flight."""
@@ -203,6 +211,8 @@ class LaneSink(Sink):
             put(child, move.host, offset + move.begin, data)
         else:
             write_fully(descriptor, data[0], move.host, child.node.filename)
+        if self.behind is not None:
+            self.behind.begin(descriptor, move.host, len(data[0]))
 
     def _rest_of_unit(self, reservation: Reservation, start: int) -> list[memoryview]:
         """Return what follows a piece in its last unit: what the disk shows from *start* on, as far as it goes.

@@ -234,6 +234,7 @@ def _copy(
     source = Source([top], depth=layers)
     totals = plan.totals(source.runs(policy))
     progress.total = totals.data + totals.zero
+    sink.expect(totals.data, flushed=not base.root.options.cache_no_flush)
     throttle = None
     if rate:
         from cowhand.copy.throttle import Throttle

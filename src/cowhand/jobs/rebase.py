@@ -168,7 +168,7 @@ def _copy(disk: Disk, below: Disk | None, sink: Any, progress: Progress, cancel:
     total = plan.totals(candidates(disk, below, unit)).data
     progress.total = total
     if total:
-        sink.expect(total)
+        sink.expect(total, flushed=not disk.root.options.cache_no_flush)
         # Each piece is planned before it is written, and no piece changes what a later one is planned from.
         engine = Engine(Source([disk]), sink, workers=WORKERS, progress=progress, cancel=cancel)
         engine.run(candidates(disk, below, unit))

@@ -21,6 +21,9 @@ _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02
 _ZERO_RANGE = 0x10
 
+# linux/fs.h: SYNC_FILE_RANGE_WRITE
+_SYNC_WRITE = 2
+
 # linux/fs.h; the numbers are those of the generic ioctl encoding (x86, arm, riscv, s390; powerpc, mips and sparc differ in the direction bits)
 _OTHER_ENCODING = os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) if hasattr(os, "uname") else False
 _NONE, _WRITE, _READ = (1 << 29, 4 << 29, 2 << 29) if _OTHER_ENCODING else (0, 1 << 30, 2 << 30)
@@ -40,6 +43,7 @@ _XFLAG_EXTSIZE = 0x00000800
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY})
 
 _fallocate: Any = None
+_sync_file_range: Any = None
 
 
 #: Reads and writes at an offset that leave the descriptor's position alone.
@@ -132,6 +136,25 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def zero_range(fd: int, offset: int, length: int) -> None:
     """Make the range read as zeroes and keep or get space for it; the file grows to hold it."""
     _call_fallocate(fd, _ZERO_RANGE, offset, length)
+
+
+def start_writing_out(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to write the range's changed pages to the medium; returns before they are there, and promises nothing."""
+    global _sync_file_range
+    if _sync_file_range is None:
+        if not LINUX:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        import ctypes
+
+        function = ctypes.CDLL(None, use_errno=True).sync_file_range
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+        function.restype = ctypes.c_int
+        _sync_file_range = function
+    if _sync_file_range(fd, offset, length, _SYNC_WRITE) != 0:
+        import ctypes
+
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _ioctl(fd: int, request: int, argument: Any) -> Any:
