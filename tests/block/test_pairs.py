@@ -38,11 +38,25 @@ def test_an_error_is_raised_when_both_have_ended(failing: str, raised: str) -> N
         if failing in (name, "both"):
             raise ValueError(name)
 
-    with pytest.raises(ValueError, match=raised):
+    with pytest.raises(ValueError, match=raised) as caught:
         pairs.both(lambda: job("first"), lambda: job("second"))
+    assert getattr(caught.value, "__notes__", []) == (
+        ["beside it failed: ValueError: second"] if failing == "both" else []
+    )
     assert sorted(ended) == ["first", "second"]
     pairs.both(lambda: ended.append("third"), lambda: ended.append("fourth"))
     assert sorted(ended[2:]) == ["fourth", "third"]
+
+
+def test_a_helper_ends_by_itself_after_an_interrupt() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    for first, second in ((interrupted, interrupted), (lambda: None, interrupted)):
+        with pytest.raises(KeyboardInterrupt):
+            pairs.both(first, second)
+    # That no thread stays behind is seen to after every test.
+    assert len(pairs._idle) <= 1
 
 
 def test_without_a_second_processor_one_comes_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

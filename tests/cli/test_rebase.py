@@ -38,5 +38,8 @@ def test_unsafe_is_refused_when_others_stand_on_the_image(image_dir: Path) -> No
     base = image(image_dir / "base")
     middle = image(image_dir / "middle", backing=base)
     image(image_dir / "top", backing=middle)
+    before = middle.read_bytes()
     cowhand("rebase", "-u", "-b", "", "middle", cwd=image_dir, status=9)
+    assert middle.read_bytes() == before
     cowhand("rebase", "-u", "--force", "-b", "", "middle", cwd=image_dir)
+    assert "base" not in cowhand("info", "middle", cwd=image_dir).stdout

@@ -94,16 +94,18 @@ def both(first: Callable[[], None], second: Callable[[], None]) -> None:
             second()
         return
     helper.start(second)
+    failure: BaseException | None = None
     try:
         first()
-    except BaseException:
-        try:
-            helper.finish()
-        except Exception:  # noqa: BLE001 - the first one is raised
-            pass
-        _idle.append(helper)
-        raise
+    except BaseException as error:  # noqa: BLE001 - raised below, when the other one has ended
+        failure = error
     try:
         helper.finish()
+    except Exception as error:
+        if failure is None:
+            raise
+        failure.add_note(f"beside it failed: {type(error).__name__}: {error}")
     finally:
-        _idle.append(helper)
+        _idle.append(helper)  # its job has ended, whatever was raised
+    if failure is not None:
+        raise failure
