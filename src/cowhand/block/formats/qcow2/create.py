@@ -186,9 +186,10 @@ def _write_empty(file: Child, header: Header) -> None:
 
 
 def _grow(node: Qcow2Node, size: int, header: Header, preallocation: str) -> None:
+    from cowhand.block.formats.qcow2.loading import load
     from cowhand.block.formats.qcow2.resize import resize
 
-    node.load()
+    load(node)
     node.check_writable()
     resize(node, size, preallocation=preallocation)
     node.header.backing_name, node.header.backing_format = header.backing_name, header.backing_format

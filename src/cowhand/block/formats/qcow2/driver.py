@@ -8,27 +8,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.createoptions import CreateOption
 from cowhand.block.format import FormatNode
-from cowhand.block.formats.qcow2 import header as headers, layout as L, overlap
-from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT, Allocator
+from cowhand.block.formats.qcow2 import layout as L, loading, overlap
+from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create, plan
 from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.metadata import MetadataNode
-from cowhand.block.formats.qcow2.options import Qcow2Options, check_options
+from cowhand.block.formats.qcow2.options import Qcow2Options
 from cowhand.block.formats.qcow2.refcounts import Refcounts
-from cowhand.block.formats.qcow2.writeback import WriteBack
-from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Reopening, Role, Zeroing
+from cowhand.block.node import BlockNode, Child, Reopening
 from cowhand.block.options import NodeOptions
 from cowhand.block.reserving import Kind, Reservation, Unprepared
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import (
     CowhandError,
-    ImageCorrupt,
-    InvalidArgument,
-    InvalidFormat,
     NotSupported,
     Poisoned,
-    UnsupportedFeature,
 )
 from cowhand.core.extents import ENCODED, OFFSET
 
@@ -54,6 +49,7 @@ class Qcow2Node(MetadataNode):
     )
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
 
+    cluster_size: int
     refcounts: Refcounts
     mapping: Mapping
 
@@ -99,106 +95,8 @@ class Qcow2Node(MetadataNode):
     def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> Qcow2Node:
         assert isinstance(options, Qcow2Options)
         node = cls(options)
-        file = given.pop("file", None)
-        if file is None:
-            raise InvalidFormat("a qcow2 image needs a 'file'", qemu='A block device must be specified for "file"')
-        backing, encrypt = given.pop("backing", ""), given.pop("encrypt", None)
-        opening.track(node)
-        node.file = opening.child(node, "file", file, Role.PRIMARY)
-        node.data_child = node.file
-        node.load(for_repair=opening.for_repair, as_qemu=opening.policy.as_qemu)
-        if node.external or "data-file" in given or node.header.autoclear & L.AUTOCLEAR_RAW_DATA:
-            from cowhand.block.formats.qcow2.datafile import attach
-
-            attach(node, opening, given)
-        if node.header.crypt_method or encrypt is not None:
-            from cowhand.block.formats.qcow2 import encryption
-
-            node.be_encrypted(encryption.configure(node, encrypt, unlocked=opening.unlocks))
-        if isinstance(backing, dict) and not opening.with_backing:
-            raise InvalidArgument(f"Block format 'qcow2' does not support the option 'backing.{next(iter(backing))}'")
-        if backing is None or not opening.with_backing:
-            return node
-        if isinstance(backing, dict) and node.header.backing_name and not {"file", "filename"} & backing.keys():
-            opening.implicit_backing(node, node.header.backing_name, node.header.backing_format, backing)
-        elif backing != "":
-            opening.backing(node, backing)
-        elif node.header.backing_name:
-            opening.implicit_backing(node, node.header.backing_name, node.header.backing_format)
+        loading.open_image(node, opening, given)
         return node
-
-    def load(self, *, for_repair: bool = False, as_qemu: bool = False) -> None:
-        """Read the header and the tables that are kept whole. Raises InvalidFormat, UnsupportedFeature, ImageCorrupt."""
-        from cowhand.block.formats.qcow2.snapshots import read_snapshots
-
-        path = self.filename
-        # Behind the end of a file lie zeroes.
-        first = bytearray(1 << L.CLUSTER_BITS_MIN)
-        with memoryview(first) as view:
-            self.file.read_into(0, view[: min(len(first), self.file.node.size)])
-        bits = int.from_bytes(first[20:24], "big") if len(first) >= 24 else 0
-        if L.CLUSTER_BITS_MIN < bits <= L.CLUSTER_BITS_MAX and first[:4] == L.U32.pack(L.MAGIC):
-            first = bytearray(min(1 << bits, self.file.node.size))
-            self.file.read_into(0, first)
-        self.header = header = headers.parse(bytes(first), path, for_repair=for_repair)
-        self.refuse_unsupported(for_repair=for_repair)
-        self.cluster_size = self.allocation_unit = self.copy_unit = header.cluster_size
-        unit = header.cluster_size
-        self.limits = Limits(preferred_io=max(1 << 20, unit), zero_alignment=unit, discard_alignment=unit)
-        self.capabilities = Capabilities(
-            writable=self.writable, zeroes=Zeroing.NATIVE, discard=True, fua=True, resizable=True
-        )
-        if not header.refcount_table_clusters and not for_repair:
-            raise InvalidFormat(
-                "Image does not contain a reference count table", path=path, offset=L.OFFSET_REFCOUNT_TABLE + 8
-            )
-        self.refcounts = Refcounts(
-            self, self._read_table(header.refcount_table_offset, header.refcount_table_clusters * self.cluster_size)
-        )
-        self.external = bool(header.incompatible & L.INCOMPAT_DATA_FILE)
-        self.extended = bool(header.incompatible & L.INCOMPAT_EXTENDED_L2)
-        if self.extended:
-            self.copy_unit = unit >> 5
-            self.limits = self.limits._replace(zero_alignment=self.copy_unit)
-        self.mapping = self._mapping_class()(self, self._read_table(header.l1_offset, header.l1_size * 8))
-        self.map = self.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
-        check_options(self.options, header, 16 if self.extended else 8)
-        self.set_cache_limits()
-        self.allocator = Allocator(self)
-        self.write_back = WriteBack(self)
-        self.snapshots, self.snapshot_table_bytes = read_snapshots(self, for_repair=for_repair)
-        from cowhand.block.formats.qcow2.bitmaps import load as load_bitmaps
-
-        load_bitmaps(self, as_qemu=as_qemu and not for_repair)
-        if header.incompatible & L.INCOMPAT_DIRTY and self.writable and not for_repair:
-            self._repair_dirty()
-
-    def refuse_unsupported(self, *, for_repair: bool) -> None:
-        """Raise UnsupportedFeature, InvalidFormat or ImageCorrupt where the header says what cannot be read, or written while it is writable."""
-        header, path = self.header, self.filename
-        if header.incompatible & ~sum(1 << bit for kind, bit, _ in L.FEATURE_NAMES if kind == 0):
-            headers.check_features(header, path)
-        if header.incompatible & L.INCOMPAT_EXTENDED_L2 and header.cluster_size < L.EXTENDED_CLUSTER_MIN:
-            raise InvalidFormat(
-                f"clusters of {header.cluster_size} bytes are too small for subclusters",
-                qemu=f"unsupported subcluster size: {header.cluster_size >> 5}", path=path, offset=20,
-            )  # fmt: skip
-        if bool(header.incompatible & L.INCOMPAT_COMPRESSION) != (header.compression_type != L.COMPRESSION_DEFLATE):
-            raise InvalidFormat(
-                "the compression type and its incompatible feature bit contradict each other",
-                qemu="qcow2: Compression type incompatible feature bit must "
-                + ("not be set" if header.compression_type == L.COMPRESSION_DEFLATE else "be set"),
-                path=path, offset=L.HEADER_V3_LENGTH,
-            )  # fmt: skip
-        if header.compression_type > L.COMPRESSION_ZSTD:
-            raise UnsupportedFeature(
-                f"qcow2: unknown compression type: {header.compression_type}", path=path, offset=L.HEADER_V3_LENGTH
-            )
-        if header.incompatible & L.INCOMPAT_CORRUPT and self.writable and not for_repair:
-            raise ImageCorrupt(
-                "the image is marked corrupt and is only opened for reading",
-                qemu="qcow2: Image is corrupt; cannot be opened read/write", path=path, hint="Look at it with check, then repair it.", errno=13,
-            )  # fmt: skip
 
     def set_cache_limits(self) -> None:
         """Have the caches be as large as the options say."""
@@ -219,29 +117,10 @@ class Qcow2Node(MetadataNode):
         self.lazy = False
         self._writing = False
 
-    def _mapping_class(self) -> type[Mapping]:
-        if self.extended:
-            from cowhand.block.formats.qcow2.subclusters import ExtendedMapping
-
-            return ExtendedMapping
-        if self.external:
-            from cowhand.block.formats.qcow2.datafile import ExternalMapping
-
-            return ExternalMapping
-        return Mapping
-
     @property
     def raw_data(self) -> bool:
         """Whether the data file has to read like the disk by itself."""
         return self.external and bool(self.header.autoclear & L.AUTOCLEAR_RAW_DATA)
-
-    def _read_table(self, offset: int, length: int) -> bytearray:
-        data = bytearray(length)
-        if length:
-            if offset >= self.file.node.size:
-                return data  # as QEMU reads it: beyond the end lie zeroes
-            self.file.read_into(offset, data)
-        return data
 
     @property
     def metadata_preallocated(self) -> bool:
@@ -251,12 +130,6 @@ class Qcow2Node(MetadataNode):
 
             self._preallocated = detect(self)
         return self._preallocated
-
-    def _repair_dirty(self) -> None:
-        """An image that was not closed, with lazy refcounts: its counts are wrong until a repair has been through."""
-        from cowhand.block.formats.qcow2.repair import repair_dirty
-
-        repair_dirty(self)
 
     # -- state
 
@@ -291,29 +164,9 @@ class Qcow2Node(MetadataNode):
         self._codec = codec(self.header.compression_type, level)
 
     def format_specific(self) -> dict[str, Any]:
-        header = self.header
-        out: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
-        out["compression-type"] = "zstd" if header.compression_type == L.COMPRESSION_ZSTD else "zlib"
-        out["refcount-bits"] = header.refcount_bits
-        if self.encryption is not None:
-            out["encrypt"] = self.encryption.describe()
-        if header.version >= 3:
-            out["lazy-refcounts"] = bool(header.compatible & L.COMPAT_LAZY_REFCOUNTS)
-            if self.external:
-                from cowhand.block.formats.qcow2.datafile import data_file_name
+        from cowhand.block.formats.qcow2.description import describe
 
-                if header.find(L.EXT_DATA_FILE) is not None:
-                    out["data-file"] = data_file_name(header)
-                out["data-file-raw"] = self.raw_data
-            out["corrupt"] = bool(header.incompatible & L.INCOMPAT_CORRUPT)
-            out["extended-l2"] = bool(header.incompatible & L.INCOMPAT_EXTENDED_L2)
-            if header.find(L.EXT_BITMAPS) is not None:
-                from cowhand.block.formats.qcow2.bitmaps import list_bitmaps
-
-                bitmaps = list_bitmaps(self)
-                if bitmaps:
-                    out["bitmaps"] = bitmaps
-        return out
+        return describe(self)
 
     def change_backing(self, name: str | None, format: str | None) -> None:
         """Record another backing file in the header (None: none any more); what is read changes with it, the content of clusters does not.

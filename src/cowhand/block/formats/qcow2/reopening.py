@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.closing import write_what_is_left
+from cowhand.block.formats.qcow2.loading import refuse_unsupported
 from cowhand.block.formats.qcow2.options import Qcow2Options, check_options
 from cowhand.block.node import Reopening
 
@@ -39,7 +40,7 @@ class Qcow2Reopening(Reopening):
         node = self.node
         if not node.writable or self._before[1]:
             return
-        node.refuse_unsupported(for_repair=False)
+        refuse_unsupported(node.header, node.filename, writable=True)
         if node.header.incompatible & L.INCOMPAT_DIRTY:
             from cowhand.block.formats.qcow2.repair import repair_dirty
 
