@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.disk import Disk
 from cowhand.copy import bitmaps as copying, plan
-from cowhand.copy.engine import Engine
 from cowhand.copy.opening import Image, open_source
-from cowhand.copy.plan import Policy
-from cowhand.copy.settings import DEFAULT_SPARSE, Settings, check_request, parse_sparse, workers_for
+from cowhand.copy.settings import DEFAULT_SPARSE, Request, Settings, check_request, parse_sparse
 from cowhand.copy.source import SECTOR, SalvagingSource, Source
 from cowhand.copy.target import Target, check_room, create_target, existing_target
-from cowhand.core.errors import CowhandError, InvalidArgument, NoSpace, NotSupported
-from cowhand.core.memory import expect_bulk
+from cowhand.copy.transfer import transfer
+from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from cowhand.block.create import Creation
     from cowhand.block.policy import Policy as OpenPolicy
     from cowhand.block.registry import Registry
-    from cowhand.copy.sink import Sink
 
 
 class ConvertResult(NamedTuple):
@@ -91,20 +88,35 @@ def convert(
     *progress* hears of bytes copied, *cancel* ends it with Cancelled, *warn* hears of what may go wrong. The sources are never changed; a
     new target that fails is removed. Raises CowhandError; ``qemu()`` has qemu-img's words.
     """
+    sparse = parse_sparse(sparse_size)
     settings = Settings(
-        compressed,
-        compression_level,
-        parse_sparse(sparse_size),
-        workers,
-        in_order,
-        salvage,
-        copy_range,
-        reflink and sparse_size == DEFAULT_SPARSE,
-        parse_size(rate_limit),
+        compressed=compressed,
+        compression_level=compression_level,
+        sparse_size=sparse,
+        workers=workers,
+        in_order=in_order,
+        salvage=salvage,
+        copy_range=copy_range,
+        reflink=reflink and sparse == DEFAULT_SPARSE,
+        rate_limit=parse_size(rate_limit),
     )
-    inputs: Sequence[Image] = sources if isinstance(sources, (list, tuple)) else (sources,)
-    skip_create = skip_create or isinstance(target, Disk)
-    check_request(settings, inputs, skip_create, target_is_zero, backing, options, snapshot)
+    request = Request(
+        inputs=sources if isinstance(sources, (list, tuple)) else (sources,),
+        target=target,
+        target_format=target_format,
+        options=options or {},
+        backing=backing,
+        backing_format=backing_format,
+        skip_create=skip_create or isinstance(target, Disk),
+        target_is_zero=target_is_zero,
+        overwrite=overwrite,
+        snapshot=snapshot,
+        snapshots=snapshots,
+        bitmaps=bitmaps,
+        skip_broken_bitmaps=skip_broken_bitmaps,
+        cache=cache,
+    )
+    check_request(request, settings)
     with ExitStack() as stack:
         disks = [
             open_source(
@@ -117,194 +129,138 @@ def convert(
                 unshared=True,
                 policy=policy,
             )
-            for what in inputs
+            for what in request.inputs
         ]
-        if bitmaps or skip_broken_bitmaps:
-            _check_bitmaps(disks, bitmaps, skip_broken_bitmaps)
-        if snapshots:
+        conversion = _Conversion(request, settings, disks, warn)
+        conversion.check_sources()
+        conversion.prepare(registry, policy)
+        with conversion.open_target(policy) as destination:
+            return conversion.copy(destination, progress, cancel)
+
+
+class _Conversion:
+    """One call of :func:`convert` whose sources are open; the public methods are its steps, in their order."""
+
+    def __init__(
+        self, request: Request, settings: Settings, disks: Sequence[Disk], warn: Callable[[str], None] | None
+    ) -> None:
+        self.request = request
+        self.settings = settings
+        self.disks = disks
+        self.size = sum(-(-disk.size // SECTOR) * SECTOR for disk in disks)
+        self._warn = warn or (lambda message: None)
+        self._creation: Creation | None = None
+        self._has_backing = request.backing is not None
+        self._source: Source
+        self._unreadable: list[int] = []
+
+    def check_sources(self) -> None:
+        """Refuse what the sources do not have, or what cannot go along."""
+        request = self.request
+        if request.skip_broken_bitmaps and not request.bitmaps:
+            raise InvalidArgument("Use of --skip-broken-bitmaps requires --bitmaps")
+        if request.bitmaps:
+            if len(self.disks) > 1:
+                raise InvalidArgument("Copying bitmaps only possible with single source")
+            copying.check_bitmaps(self.disks[0], skip_broken=request.skip_broken_bitmaps)
+        if request.snapshots:
             from cowhand.copy.history import check_history
 
-            contradictions = (
-                (skip_create, "an existing target"),
-                (len(disks) > 1, "several sources"),
-                (snapshot is not None, "the choice of one snapshot"),
-                (backing is not None or "backing_file" in (options or {}), "a backing file of the target"),
-                ((options or {}).get("data_file"), "a data file of the target"),
-                (salvage, "salvaging"),
-                (settings.sparse_size == 0, "a sparse size of 0"),
-            )
-            check_history(disks[0], target_format or "raw", wrong=contradictions)
-        size = sum(-(-disk.size // SECTOR) * SECTOR for disk in disks)
-        creation = None
-        has_backing = backing is not None
-        if not skip_create:
-            creation = _prepare(target, target_format, size, options, backing, backing_format, registry, policy)
-            has_backing = "backing_file" in creation.options
-            _check_creation(settings, creation, len(disks))
-        unreadable: list[int] = []
-        source = _source(disks, settings, has_backing, unreadable, warn)
-        if creation is not None:
-            destination = _new_target(source, creation, settings, overwrite, cache, policy, warn)
+            check_history(self.disks[0], request, self.settings)
+
+    def prepare(self, registry: Registry | None, policy: OpenPolicy | None) -> None:
+        """Decide on the new image, if there is to be one, and on what is read of the sources; nothing is written yet."""
+        if not self.request.skip_create:
+            self._creation = _creation(self.request, self.size, registry, policy)
+            self._has_backing = "backing_file" in self._creation.options
+            _check_creation(self.settings, self._creation, len(self.disks))
+        # What a source's own layer does not allocate is left to the target's backing file.
+        depth = 1 if self._has_backing else None
+        if self.settings.salvage:
+            self._source = SalvagingSource(self.disks, depth=depth, report=self._note, unknown=self._note_status)
         else:
-            discard = settings.sparse_size > 0
-            destination = existing_target(target, target_format, cache=cache, policy=policy, discard=discard)
-        with destination:
-            if bitmaps:
-                copying.check_target(destination.disk)
-            check_room(destination.disk, source.size)
-            if snapshots:
-                moved = _with_history(disks[0], destination, settings, progress, cancel)
-            else:
-                moved = transfer(
-                    source,
-                    destination,
-                    settings,
-                    has_backing=has_backing,
-                    reads_zero=target_is_zero,
-                    progress=progress,
-                    cancel=cancel,
-                )
-            if bitmaps:
-                copying.copy_bitmaps(disks[0], destination.disk, skip_broken=skip_broken_bitmaps, warn=warn)
-            filename, format = destination.disk.filename, destination.disk.format
-    name = creation.filename if creation is not None else filename
-    return ConvertResult(name, format, size, moved.data, moved.zero, moved.skip, tuple(unreadable))
+            self._source = Source(self.disks, depth=depth)
+
+    def _note(self, offset: int, error: CowhandError) -> None:
+        self._unreadable.append(offset)
+        self._warn(f"error while reading offset {offset}: {error.qemu()}")
+
+    def _note_status(self, offset: int, error: CowhandError) -> None:
+        self._warn(f"error while reading block status at offset {offset}: {error.qemu()}")
+
+    def open_target(self, policy: OpenPolicy | None) -> Target:
+        """Return the target open for writing: the new image, under its temporary name, or the existing one."""
+        request, creation, cache = self.request, self._creation, self.request.cache
+        discard = self.settings.sparse_size > 0
+        if creation is None:
+            return existing_target(request.target, request.target_format, cache=cache, policy=policy, discard=discard)
+        from cowhand.copy.space import check_space
+
+        check_space(self._source, creation, self.settings, overwrite=request.overwrite, warn=self._warn)
+        try:
+            return create_target(creation, overwrite=request.overwrite, cache=cache, policy=policy, discard=discard)
+        except CowhandError as error:
+            raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
+
+    def copy(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> ConvertResult:
+        """Fill *target*; return what that was."""
+        request = self.request
+        if request.bitmaps:
+            copying.check_target(target.disk)
+        check_room(target.disk, self._source.size)
+        move = self._copy_states if request.snapshots else self._copy_content
+        moved = move(target, progress, cancel)
+        if request.bitmaps:
+            skip_broken = request.skip_broken_bitmaps
+            copying.copy_bitmaps(self.disks[0], target.disk, skip_broken=skip_broken, warn=self._warn)
+        name = self._creation.filename if self._creation is not None else target.disk.filename
+        return ConvertResult(
+            name, target.disk.format, self.size, moved.data, moved.zero, moved.skip, tuple(self._unreadable)
+        )
+
+    def _copy_content(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> plan.Totals:
+        return transfer(
+            self._source,
+            target,
+            self.settings,
+            has_backing=self._has_backing,
+            reads_zero=self.request.target_is_zero,
+            progress=progress,
+            cancel=cancel,
+        )
+
+    def _copy_states(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> plan.Totals:
+        """The same with every internal snapshot before it."""
+        from cowhand.copy.history import copy_history
+
+        def first(state: Disk, part: Progress) -> plan.Totals:
+            return transfer(Source([state]), target, self.settings, progress=part, cancel=cancel)
+
+        moved, _ = copy_history(self.disks[0], target.disk, self.settings, first, progress=progress, cancel=cancel)
+        return moved
 
 
-def transfer(
-    source: Source,
-    target: Target,
-    settings: Settings,
-    *,
-    has_backing: bool = False,
-    reads_zero: bool = False,
-    progress: Progress | None = None,
-    cancel: CancelToken | None = None,
-) -> plan.Totals:
-    """Copy *source* into the open *target* as *settings* say; return the bytes that were planned of each kind.
-
-    *has_backing*: what the source's own layers do not allocate shows through from the target's backing file already. *reads_zero* promises that
-    the target reads as zeroes; a new one without a backing file does anyway.
-    """
-    progress = progress or Progress()
-    fresh = target.is_new and settings.sparse_size > 0 and not has_backing and target.disk.root.zero_when_new
-    sink = _sink(target.disk, settings, reads_zero=reads_zero or fresh)
-    below = target.disk.root.backing if has_backing and target.is_new else None
-    policy = Policy(
-        unit=sink.unit,
-        skip_unallocated=has_backing,
-        skip_zero_from=below.node.size if below is not None else None,
-        zeroes_are_data=settings.sparse_size == 0,
-    )
-    totals = plan.totals(source.runs(policy))
-    progress.total = totals.data + (0 if sink.reads_zero else totals.zero)
-    sink.expect(totals.data)
-    expect_bulk(totals.data)
-    cloner = throttle = None
-    if (
-        (settings.reflink or settings.copy_range)
-        and not settings.compressed
-        and not settings.salvage
-        and settings.sparse_size
-    ):
-        from cowhand.copy.clone import Cloner
-
-        cloner = Cloner(source, sink, copying=settings.copy_range)
-    if settings.rate_limit:
-        from cowhand.copy.throttle import Throttle
-
-        throttle = Throttle(settings.rate_limit)
-    engine = Engine(
-        source,
-        sink,
-        workers=workers_for(settings),
-        in_order=settings.in_order,
-        progress=progress,
-        cancel=cancel,
-        throttle=throttle,
-        cloner=cloner,
-    )
-    try:
-        engine.run(source.runs(policy))
-    except NoSpace as error:
-        if error.hint is None:
-            from cowhand.copy.space import explain
-
-            error.hint = explain(target.disk, progress)
-        raise
-    progress.finish()
-    return totals
-
-
-def _with_history(
-    disk: Disk, target: Target, settings: Settings, progress: Progress | None, cancel: CancelToken | None
-) -> plan.Totals:
-    from cowhand.copy.history import copy_history
-
-    def first(state: Disk, part: Progress) -> plan.Totals:
-        return transfer(Source([state]), target, settings, progress=part, cancel=cancel)
-
-    moved, _ = copy_history(disk, target.disk, settings, first, progress=progress, cancel=cancel)
-    return moved
-
-
-def _check_bitmaps(disks: Sequence[Disk], wanted: bool, skip_broken: bool) -> None:
-    if not wanted:
-        raise InvalidArgument("Use of --skip-broken-bitmaps requires --bitmaps")
-    if len(disks) > 1:
-        raise InvalidArgument("Copying bitmaps only possible with single source")
-    copying.check_bitmaps(disks[0], skip_broken=skip_broken)
-
-
-def _prepare(
-    target: Any,
-    format: str | None,
-    size: int,
-    options: Mapping[str, Any] | None,
-    backing: str | None,
-    backing_format: str | None,
-    registry: Registry | None,
-    policy: OpenPolicy | None,
-) -> Creation:
+def _creation(request: Request, size: int, registry: Registry | None, policy: OpenPolicy | None) -> Creation:
     from cowhand.block.create import prepare
 
-    if isinstance(target, Mapping):
+    if isinstance(request.target, Mapping):
         raise InvalidArgument(
             "a description of the target needs one that exists", qemu="--target-image-opts requires use of -n flag"
         )
-    chosen = {name: value for name, value in (options or {}).items() if name != "size"}
-    if chosen.get("backing_file") is not None and chosen.get("backing_fmt") is None and backing_format is None:
-        raise InvalidArgument("Use of backing file requires explicit backing format")
+    options = {name: value for name, value in request.options.items() if name != "size"}
+    if options.get("backing_file") is not None and options.get("backing_fmt") is None:
+        if request.backing_format is None:
+            raise InvalidArgument("Use of backing file requires explicit backing format")
     return prepare(
-        target,
-        format or "raw",
+        request.target,
+        request.target_format or "raw",
         size,
-        chosen,
-        backing=backing,
-        backing_format=backing_format,
+        options,
+        backing=request.backing,
+        backing_format=request.backing_format,
         registry=registry,
         policy=policy,
     )
-
-
-def _new_target(
-    source: Source,
-    creation: Creation,
-    settings: Settings,
-    overwrite: bool,
-    cache: str,
-    policy: OpenPolicy | None,
-    warn: Callable[[str], None] | None,
-) -> Target:
-    from cowhand.copy.space import check_space
-
-    check_space(source, creation, settings, overwrite=overwrite, warn=warn)
-    try:
-        return create_target(
-            creation, overwrite=overwrite, cache=cache, policy=policy, discard=settings.sparse_size > 0
-        )
-    except CowhandError as error:
-        raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
 
 
 def _check_creation(settings: Settings, creation: Creation, sources: int) -> None:
@@ -326,39 +282,4 @@ def can_compress(cls: type) -> bool:
     return hasattr(cls, "codec")
 
 
-def _source(
-    disks: Sequence[Disk],
-    settings: Settings,
-    has_backing: bool,
-    unreadable: list[int],
-    warn: Callable[[str], None] | None,
-) -> Source:
-    depth = 1 if has_backing else None
-    if not settings.salvage:
-        return Source(disks, depth=depth)
-
-    def report(offset: int, error: CowhandError) -> None:
-        unreadable.append(offset)
-        if warn is not None:
-            warn(f"error while reading offset {offset}: {error.qemu()}")
-
-    def unknown(offset: int, error: CowhandError) -> None:
-        if warn is not None:
-            warn(f"error while reading block status at offset {offset}: {error.qemu()}")
-
-    return SalvagingSource(disks, depth=depth, report=report, unknown=unknown)
-
-
-def _sink(disk: Disk, settings: Settings, *, reads_zero: bool) -> Sink:
-    if settings.compressed:
-        from cowhand.copy.compress import choose_compressed
-
-        return choose_compressed(
-            disk, sparse=settings.sparse_size, reads_zero=reads_zero, level=settings.compression_level
-        )
-    from cowhand.copy.sink import choose
-
-    return choose(disk, sparse=settings.sparse_size, reads_zero=reads_zero)
-
-
-__all__ = ["DEFAULT_SPARSE", "ConvertResult", "Settings", "can_compress", "convert", "transfer"]
+__all__ = ["DEFAULT_SPARSE", "ConvertResult", "can_compress", "convert"]

@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from cowhand.block.create import prepare
-from cowhand.copy.convert import ConvertResult, transfer
+from cowhand.copy.convert import ConvertResult
 from cowhand.copy.opening import Image, open_source
 from cowhand.copy.settings import Settings
 from cowhand.copy.source import Part, Source
 from cowhand.copy.target import create_target
+from cowhand.copy.transfer import transfer
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size

@@ -15,6 +15,7 @@ from cowhand.copy import plan
 from cowhand.copy.changes import Files, changes_sink, same_place
 from cowhand.copy.engine import Engine
 from cowhand.copy.plan import Run
+from cowhand.copy.settings import throttle_for, workers_for
 from cowhand.copy.source import Source
 from cowhand.core.buffers import is_zero
 from cowhand.core.errors import InvalidArgument, NotSupported
@@ -26,20 +27,29 @@ if TYPE_CHECKING:
 
     from cowhand.block.disk import Disk
     from cowhand.block.snapshots import SnapshotInfo
-    from cowhand.copy.settings import Settings
+    from cowhand.copy.settings import Request, Settings
 
 #: Bytes of VM state that are copied at once.
 _PIECE = 1 << 20
 
 
-def check_history(source: Disk, target_format: str, *, wrong: Sequence[tuple[object, str]]) -> None:
-    """Raise where snapshots cannot be copied: InvalidArgument with the words of the first of *wrong* that is so, or NotSupported."""
-    for contradiction, name in wrong:
+def check_history(source: Disk, request: Request, settings: Settings) -> None:
+    """Raise where the snapshots of *source* cannot go along: InvalidArgument naming the first thing that is asked for and contradicts that,
+    or NotSupported."""
+    for contradiction, name in (
+        (request.skip_create, "an existing target"),
+        (len(request.inputs) > 1, "several sources"),
+        (request.snapshot is not None, "the choice of one snapshot"),
+        (request.backing is not None or "backing_file" in request.options, "a backing file of the target"),
+        (request.options.get("data_file"), "a data file of the target"),
+        (settings.salvage, "salvaging"),
+        (settings.sparse_size == 0, "a sparse size of 0"),
+    ):
         if contradiction:
             raise InvalidArgument(f"snapshots are not copied together with {name}")
     list_snapshots(source)  # raises where the format has none
-    if target_format != "qcow2":
-        raise NotSupported(f"format '{target_format}' keeps no snapshots", hint="Choose qcow2.")
+    if request.target_format != "qcow2":
+        raise NotSupported(f"format '{request.target_format or 'raw'}' keeps no snapshots", hint="Choose qcow2.")
 
 
 class _Part(Progress):
@@ -108,21 +118,19 @@ def _pairs(source: Disk, infos: Sequence[SnapshotInfo]) -> Iterator[tuple[Disk |
 def _copy_changes(
     old: Disk, new: Disk, target: Disk, settings: Settings, progress: Progress, cancel: CancelToken | None
 ) -> plan.Totals:
-    from cowhand.copy.settings import workers_for
-
     sink = changes_sink(target, old, compressed=settings.compressed)
     unit = max(sink.unit, 512)
     totals = plan.totals(differing(old, new, unit))
     progress.total = totals.data
     if totals.data:
         sink.expect(totals.data)
-        throttle = None
-        if settings.rate_limit:
-            from cowhand.copy.throttle import Throttle
-
-            throttle = Throttle(settings.rate_limit)
         engine = Engine(
-            Source([new]), sink, workers=workers_for(settings), progress=progress, cancel=cancel, throttle=throttle
+            Source([new]),
+            sink,
+            workers=workers_for(settings),
+            progress=progress,
+            cancel=cancel,
+            throttle=throttle_for(settings),
         )
         engine.run(differing(old, new, unit))
     return plan.Totals(sink.copied, sink.zeroes, 0)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.copy.engine import MAX_WORKERS, WORKERS
 from cowhand.copy.source import SECTOR
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import parse_size
+
+if TYPE_CHECKING:
+    from cowhand.copy.opening import Image
+    from cowhand.copy.throttle import Throttle
 
 #: Zeroes that are worth leaving out of a target, as in qemu-img.
 DEFAULT_SPARSE = 4096
@@ -17,7 +21,7 @@ MAX_SPARSE = 16 << 20
 
 
 class Settings(NamedTuple):
-    """How bytes are moved; see :func:`convert`."""
+    """How bytes are moved; see :func:`cowhand.copy.convert.convert`. Sizes are bytes, the limit bytes a second (0: none)."""
 
     compressed: bool = False
     compression_level: int | None = None
@@ -28,6 +32,25 @@ class Settings(NamedTuple):
     copy_range: bool = False
     reflink: bool = True
     rate_limit: int = 0
+
+
+class Request(NamedTuple):
+    """What a conversion is to make of what; see :func:`cowhand.copy.convert.convert`."""
+
+    inputs: Sequence[Image]
+    target: Any
+    target_format: str | None
+    options: Mapping[str, Any]
+    backing: str | None
+    backing_format: str | None
+    skip_create: bool
+    target_is_zero: bool
+    overwrite: bool
+    snapshot: str | None
+    snapshots: bool
+    bitmaps: bool
+    skip_broken_bitmaps: bool
+    cache: str
 
 
 def parse_sparse(value: int | str) -> int:
@@ -41,16 +64,14 @@ def parse_sparse(value: int | str) -> int:
     return size
 
 
-def check_request(
-    settings: Settings,
-    inputs: Sequence[Any],
-    skip_create: bool,
-    target_is_zero: bool,
-    backing: str | None,
-    options: Mapping[str, Any] | None,
-    snapshot: str | None,
-) -> None:
-    """Refuse what contradicts itself, before anything is opened."""
+def check_request(request: Request, settings: Settings) -> None:
+    """Refuse what contradicts itself, before anything is opened. Raises InvalidArgument."""
+    inputs, backing, skip_create, target_is_zero = (
+        request.inputs,
+        request.backing,
+        request.skip_create,
+        request.target_is_zero,
+    )
     if not inputs:
         raise InvalidArgument("Must specify image file name")
     if settings.workers is not None and not 1 <= settings.workers <= MAX_WORKERS:
@@ -64,13 +85,13 @@ def check_request(
             "Cannot enable copy offloading when -S is used",
         ),
         (settings.copy_range and settings.salvage, "Cannot use copy offloading in salvaging mode"),
-        (skip_create and options, "-o has no effect when skipping image creation"),
+        (skip_create and request.options, "-o has no effect when skipping image creation"),
         (target_is_zero and not skip_create, "--target-is-zero requires use of -n flag"),
         (
             target_is_zero and backing is not None,
             "Cannot use --target-is-zero when the destination image has a backing file",
         ),
-        (snapshot is not None and len(inputs) > 1, "No support for concatenating multiple snapshot"),
+        (request.snapshot is not None and len(inputs) > 1, "No support for concatenating multiple snapshot"),
         (
             backing is not None and len(inputs) > 1,
             "Having a backing file for the target makes no sense when concatenating multiple input images",
@@ -90,3 +111,12 @@ def workers_for(settings: Settings) -> int:
         return settings.workers
     # Of what cannot be read is told in the order of the disk.
     return 1 if settings.salvage else WORKERS
+
+
+def throttle_for(settings: Settings) -> Throttle | None:
+    """Return the limit that one copy's workers share, None where there is none."""
+    if not settings.rate_limit:
+        return None
+    from cowhand.copy.throttle import Throttle
+
+    return Throttle(settings.rate_limit)

@@ -1,0 +1,94 @@
+"""Moving one source into one open target: the plan, the sink that fits, shared blocks where that is possible, the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cowhand.copy import plan
+from cowhand.copy.engine import Engine
+from cowhand.copy.plan import Policy
+from cowhand.copy.settings import Settings, throttle_for, workers_for
+from cowhand.copy.source import Source
+from cowhand.copy.target import Target
+from cowhand.core.errors import NoSpace
+from cowhand.core.memory import expect_bulk
+from cowhand.core.progress import CancelToken, Progress
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+    from cowhand.copy.clone import Cloner
+    from cowhand.copy.sink import Sink
+
+
+def transfer(
+    source: Source,
+    target: Target,
+    settings: Settings,
+    *,
+    has_backing: bool = False,
+    reads_zero: bool = False,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> plan.Totals:
+    """Copy *source* into the open *target* as *settings* say; return the bytes that were planned of each kind.
+
+    *has_backing*: what the source's own layers do not allocate shows through from the target's backing file already. *reads_zero* promises that
+    the target reads as zeroes; a new one without a backing file does anyway. *progress* counts bytes, *cancel* ends it. Neither end is closed.
+    Raises NoSpace with a hint of what would help, IOFailed, Cancelled.
+    """
+    progress = progress or Progress()
+    fresh = target.is_new and settings.sparse_size > 0 and not has_backing and target.disk.root.zero_when_new
+    sink = _sink(target.disk, settings, reads_zero=reads_zero or fresh)
+    below = target.disk.root.backing if has_backing and target.is_new else None
+    policy = Policy(
+        unit=sink.unit,
+        skip_unallocated=has_backing,
+        skip_zero_from=below.node.size if below is not None else None,
+        zeroes_are_data=settings.sparse_size == 0,
+    )
+    totals = plan.totals(source.runs(policy))
+    progress.total = totals.data + (0 if sink.reads_zero else totals.zero)
+    sink.expect(totals.data)
+    expect_bulk(totals.data)
+    engine = Engine(
+        source,
+        sink,
+        workers=workers_for(settings),
+        in_order=settings.in_order,
+        progress=progress,
+        cancel=cancel,
+        throttle=throttle_for(settings),
+        cloner=_cloner(source, sink, settings),
+    )
+    try:
+        engine.run(source.runs(policy))
+    except NoSpace as error:
+        if error.hint is None:
+            from cowhand.copy.space import explain
+
+            error.hint = explain(target.disk, progress)
+        raise
+    progress.finish()
+    return totals
+
+
+def _cloner(source: Source, sink: Sink, settings: Settings) -> Cloner | None:
+    """Return what shares blocks instead of copying bytes; None where every byte is to be looked at or to be stored in another form."""
+    wanted = settings.reflink or settings.copy_range
+    if not wanted or settings.compressed or settings.salvage or not settings.sparse_size:
+        return None
+    from cowhand.copy.clone import Cloner
+
+    return Cloner(source, sink, copying=settings.copy_range)
+
+
+def _sink(disk: Disk, settings: Settings, *, reads_zero: bool) -> Sink:
+    if settings.compressed:
+        from cowhand.copy.compress import choose_compressed
+
+        return choose_compressed(
+            disk, sparse=settings.sparse_size, reads_zero=reads_zero, level=settings.compression_level
+        )
+    from cowhand.copy.sink import choose
+
+    return choose(disk, sparse=settings.sparse_size, reads_zero=reads_zero)
