@@ -11,6 +11,7 @@ from cowhand.block.formats.qcow2.create import create as create_image
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.node import BlockNode
 from cowhand.block.opening import Opening
+from cowhand.block.policy import DEFAULT, Policy
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.block.snapshots import apply_snapshot, create_snapshot, delete_snapshot, open_snapshot
 from cowhand.crypto import secrets
@@ -112,6 +113,7 @@ def open_over(
     cache: int = 0,
     data: BlockNode | None = None,
     encrypted: bool = False,
+    policy: Policy = DEFAULT,
 ) -> Disk:
     """Open the qcow2 image that *file* holds; *backing* lies under it, *data* is its data file; *cache* bounds the bytes of tables in memory."""
     description: dict[str, Any] = {"driver": "qcow2", "file": file, "backing": backing, "read-only": not writable}
@@ -122,7 +124,7 @@ def open_over(
     if encrypted:
         description["encrypt"] = {"key-secret": "s0"}
     with secrets.given({"s0": PASSPHRASE}):
-        root = Opening(REGISTRY).open(description)
+        root = Opening(REGISTRY, policy=policy).open(description)
     return Disk(root, writable=writable)
 
 

@@ -18,6 +18,7 @@ from cowhand.block.check import check_node
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.opening import Opening
+from cowhand.block.policy import AS_QEMU, DEFAULT, Policy
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.copy.convert import convert
 from cowhand.core.errors import CowhandError
@@ -45,15 +46,18 @@ class Moment:
 class Life:
     """An image's life over *file*; ``moments`` are what it held at each closing."""
 
-    def __init__(self, file: RecorderNode | FaultNode | MemoryNode, shape: Shape, seed: int) -> None:
+    def __init__(
+        self, file: RecorderNode | FaultNode | MemoryNode, shape: Shape, seed: int, policy: Policy = DEFAULT
+    ) -> None:
         self.file = file
+        self.policy = policy
         self.rng = random.Random(seed)
         self.now = Moment(bytearray(shape.size))
         self.moments = [copy.deepcopy(self.now)]
         self.names = 0
 
     def session(self, steps: int) -> None:
-        with images.open_over(self.file, None, writable=True) as disk:
+        with images.open_over(self.file, None, writable=True, policy=self.policy) as disk:
             for _ in range(steps):
                 self.step(disk)
         self.moments.append(copy.deepcopy(self.now))
@@ -171,11 +175,15 @@ def _changed(before: bytes | bytearray, after: bytes) -> set[int]:
     return {at for at in granules if before[at * GRANULE :][:GRANULE] != after[at * GRANULE :][:GRANULE]}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_power_failures(shape: Shape) -> None:
+@pytest.mark.parametrize(
+    ("shape", "policy"),
+    [(SHAPES[0], DEFAULT), (SHAPES[1], AS_QEMU), (SHAPES[1], DEFAULT), (SHAPES[2], AS_QEMU)],
+    ids=lambda value: value.name if isinstance(value, Policy) else str(value),
+)
+def test_power_failures(shape: Shape, policy: Policy) -> None:
     recorder = RecorderNode(images.create(shape), sector=512)
     keeper = Disk(recorder)
-    life = Life(recorder, shape, seed=shape.cluster)
+    life = Life(recorder, shape, seed=shape.cluster, policy=policy)
     for _ in range(4):
         life.session(8)
     keeper.close()
@@ -191,12 +199,14 @@ def test_power_failures(shape: Shape) -> None:
     assert len({name for moment in life.moments for name in moment.dirty}) > 1
 
 
-@pytest.mark.parametrize("done", [NOTHING, HALF])
-def test_errors_of_the_medium(done: float) -> None:
+@pytest.mark.parametrize(
+    ("done", "policy"), [(NOTHING, DEFAULT), (HALF, AS_QEMU)], ids=lambda value: str(getattr(value, "name", value))
+)
+def test_errors_of_the_medium(done: float, policy: Policy) -> None:
     """Every request of a session, its closing included, fails once: what is stored then is right, and so is what the next session makes of it."""
     shape = SHAPES[1]
     start = images.create(shape)
-    first = Life(start, shape, seed=5)
+    first = Life(start, shape, seed=5, policy=policy)
     starter = Disk(start)
     for _ in range(3):
         first.session(8)

@@ -29,6 +29,9 @@ MAX_TABLE_ENTRIES = 0x8000000  #: QEMU
 MAX_BITMAP_BYTES = 0x20000000  #: QEMU, of the clusters that one bitmap's table can name
 #: Ours: of one image, those that follow its writes. Each costs time at every write, and memory.
 MAX_RECORDING = 4096
+#: Ours: content of all bitmaps of an image that is read and written anew, as QEMU does, when only one has changed; and words of their tables.
+MAX_ANEW_BYTES = 64 << 20
+MAX_ANEW_ENTRIES = 1 << 20
 MAX_EXTRA_BYTES = 4096  #: ours; no extra data is specified yet
 
 _OUTDATED_V2 = (
@@ -108,6 +111,8 @@ class Directory:
         self.outdated = False  #: there is one, but the image was written without it
         self.offset = self.size = 0
         self.crowded = False  #: more bitmaps follow writes than are kept up to date
+        #: Whenever one bitmap is stored all of them are, at new places: what QEMU does, which tests and scripts can see in ``map`` and ``measure``.
+        self.anew = False
         self.removed: list[StoredBitmap] = []  #: taken away in memory, and not freed yet
         self.changed = False  #: entries were added or taken away in memory
 
@@ -300,7 +305,8 @@ def _refuse_as_qemu(node: Qcow2Node) -> None:
 def load(node: Qcow2Node, *, as_qemu: bool = False) -> None:
     """Make the bitmaps that *node*'s header tells of the node's; their content is read when it is needed. The node is used by nobody yet.
 
-    *as_qemu* raises InvalidFormat where QEMU does not open an image with such bitmaps; otherwise what is broken is told and passed over.
+    *as_qemu* raises InvalidFormat where QEMU does not open an image with such bitmaps; otherwise what is broken is told and passed over. With it,
+    bitmaps are stored where QEMU would put them, within :data:`MAX_ANEW_BYTES`.
     """
     directory = node.bitmap_directory = read_directory(node)
     if directory.outdated:
@@ -320,6 +326,7 @@ def load(node: Qcow2Node, *, as_qemu: bool = False) -> None:
     for entry in directory:
         if entry.reason is None:
             known.add(make_live(node, entry), refresh=False)
+    directory.anew = as_qemu
     recording = sum(entry.flags & (AUTO | IN_USE) == AUTO for entry in directory)
     if recording > MAX_RECORDING:
         directory.crowded = True

@@ -15,9 +15,12 @@ from cowhand.block.formats.qcow2.bitmaps import (
     AUTO,
     GRANULARITY_BITS,
     IN_USE,
+    MAX_ANEW_BYTES,
+    MAX_ANEW_ENTRIES,
     MAX_BITMAP_BYTES,
     MAX_DIRECTORY_BYTES,
     MAX_NAME,
+    MAX_RECORDING,
     StoredBitmap,
     make_live,
     needed_entries,
@@ -96,8 +99,9 @@ def store(node: Qcow2Node) -> None:
         return
     if not directory.changed and not any(_pending(entry) for entry in directory):
         return
+    directory.anew = directory.anew and _can_be_anew(node)
     for entry in directory:
-        if _pending(entry) and not _unchanged(entry) and entry.live is not None:
+        if _rewritten(node, entry) and entry.live is not None:
             _ = entry.live.bits  # read what is not in memory yet, while no lock is held
     node.flush()
     with node.operation, node.exclusive():
@@ -114,19 +118,41 @@ def _unchanged(entry: StoredBitmap) -> bool:
     return entry.at >= 0 and entry.live is not None and entry.live.partial and not entry.live.recent
 
 
-def _store(node: Qcow2Node) -> None:
+def _rewritten(node: Qcow2Node, entry: StoredBitmap) -> bool:
+    """Tell whether the content of *entry* goes to new clusters when the directory does."""
+    if node.bitmap_directory.anew:
+        return entry.live is not None and not entry.live.inconsistent
+    return _pending(entry) and not _unchanged(entry)
+
+
+def _can_be_anew(node: Qcow2Node) -> bool:
+    """Tell whether all bitmaps are few and small enough to write them again when one has changed."""
+    directory = node.bitmap_directory
+    if len(directory) > MAX_RECORDING or sum(entry.entries for entry in directory) > MAX_ANEW_ENTRIES:
+        return False
+    stored = (entry for entry in directory if entry.at >= 0 and entry.live is not None and not entry.live.inconsistent)
+    clusters = sum(sum(map(bool, bitmapdata.read_table(node, entry))) for entry in stored)
+    return clusters * node.cluster_size <= MAX_ANEW_BYTES
+
+
+def _store(node: Qcow2Node, *, content: bool = True) -> None:
+    """Write a new directory, and the bitmaps that changed; without *content* it names what is stored already, and nothing else."""
     directory = node.bitmap_directory
     node.write_back.run(locked=True)
     taken: list[tuple[int, int]] = []
     replaced = list(directory.removed)
     try:
-        fresh = [_stored_anew(node, entry, taken) if _pending(entry) else entry for entry in directory]
-        data = b"".join(entry.encode() for entry in fresh)
+        fresh = directory.entries
+        if content:
+            wanted = [_pending(entry) or _rewritten(node, entry) for entry in fresh]
+            fresh = [_stored_anew(node, e, taken) if new else e for e, new in zip(fresh, wanted, strict=True)]
+        named = [entry for entry in fresh if content or entry.at >= 0]
+        data = b"".join(entry.encode() for entry in named)
         place = _put(node, data, taken) if data else 0
         # The counts, and all that was just written, before the header names any of it.
         node.write_back.run(locked=True)
         node.flush_file()
-        switch_directory(node, L.BITMAP_EXTENSION.pack(len(fresh), 0, len(data), place) if data else None)
+        switch_directory(node, L.BITMAP_EXTENSION.pack(len(named), 0, len(data), place) if data else None)
     except CowhandError:
         if node.poison is None:
             for first, count in taken:
@@ -139,11 +165,11 @@ def _store(node: Qcow2Node) -> None:
         _free(node, directory.offset // size, -(-directory.size // size))
     for old in replaced:
         _free_bitmap(node, old)
-    directory.entries, directory.removed, directory.changed = fresh, [], False
+    directory.entries, directory.removed, directory.changed = fresh, [], not content
     directory.present = directory.readable = bool(data)
     directory.offset, directory.size = place, len(data)
     at = 0
-    for entry in fresh:
+    for entry in named:
         entry.at = at
         at += len(entry.encode())
     node.rebuild_metadata_map()
@@ -166,7 +192,7 @@ def _stored_anew(node: Qcow2Node, entry: StoredBitmap, taken: list[tuple[int, in
     new = StoredBitmap(entry.name, entry.granularity_bits)
     new.flags = entry.flags & ~(IN_USE | AUTO) | (AUTO if entry.live.enabled else 0)
     new.extra, new.live, new.at = entry.extra, entry.live, entry.at
-    if _unchanged(entry):
+    if not _rewritten(node, entry):
         new.table, new.entries = entry.table, entry.entries
         return new
     bits, size = entry.live.bits, node.cluster_size
@@ -174,7 +200,7 @@ def _stored_anew(node: Qcow2Node, entry: StoredBitmap, taken: list[tuple[int, in
     full = b"\xff" * size
     for index in range(needed_entries(node, bits.size, entry.granularity_bits)):
         data = bits.get_bytes(index * size, size)
-        if data == full:
+        if data == full and not node.bitmap_directory.anew:  # QEMU reads this word, and does not write it
             words.append(bitmapdata.ALL_ONES)
         else:
             words.append(_put(node, data, taken) if any(data) else 0)
@@ -283,16 +309,21 @@ def touch(node: Qcow2Node, name: str) -> None:
 
 
 def remove(node: Qcow2Node, name: str) -> None:
-    """Take bitmap *name* out of the directory, when it is next stored."""
+    """Take bitmap *name* out of the directory, when it is next stored; as QEMU does, at once."""
     directory = node.bitmap_directory
     directory.check_sound()
     node.check_writable()
     entry = directory.find(name.encode("utf-8", "surrogateescape"))
-    if entry is not None:
-        directory.entries.remove(entry)
-        if entry.table:
-            directory.removed.append(entry)
-        directory.changed = True
+    if entry is None:
+        return
+    directory.entries.remove(entry)
+    if entry.table:
+        directory.removed.append(entry)
+    directory.changed = True
+    if directory.anew and entry.at >= 0:
+        # Where that fails, closing tries again.
+        with node.operation, node.exclusive():
+            _store(node, content=False)
 
 
 def remove_all(node: Qcow2Node) -> None:
