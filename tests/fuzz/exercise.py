@@ -6,9 +6,12 @@ what the image names is not opened, and no file of the machine is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice, pairwise
 from typing import Any
+from unittest import mock
 
 from cowhand.block.bitmaps import dirty_extents, list_bitmaps
 from cowhand.block.check import check_node
@@ -18,7 +21,7 @@ from cowhand.block.opening import Opening
 from cowhand.block.policy import UNTRUSTED
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
-from cowhand.crypto import secrets
+from cowhand.crypto import secrets, volume
 from cowhand.drivers import REGISTRY
 from tests.fuzz.budget import budget
 from tests.fuzz.mutation import regions_of
@@ -63,13 +66,24 @@ class Finding(Exception):
 def exercise(data: bytes, driver: str = "qcow2") -> dict[str, str]:
     """Do everything with an image of these bytes; return what each step answered, "ok" or an error's code."""
     steps = Steps()
-    with secrets.given({SECRET: PASSPHRASE}):
+    with secrets.given({SECRET: PASSPHRASE}), remembered():
         if steps.attempt("read", lambda: read_all(data, driver)) or len(data) > 512:
             steps.attempt("check", lambda: _check(data, driver))
             for repair in ("leaks", "all"):
                 steps.attempt(f"repair {repair}", lambda repair=repair: _repair(data, driver, repair))  # type: ignore[misc]
             steps.attempt("write", lambda: write_and_read(data, driver))
     return steps.answers
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Derive each key once, however often and in how many inputs it is asked for: otherwise that takes most of the time."""
+    with mock.patch.object(volume, "merge", _merge), mock.patch.object(volume, "pbkdf2", _pbkdf2):
+        yield
+
+
+_merge = lru_cache(maxsize=64)(volume.merge)
+_pbkdf2 = lru_cache(maxsize=1024)(volume.pbkdf2)
 
 
 class Medium:

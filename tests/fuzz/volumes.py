@@ -14,7 +14,7 @@ from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import AccessDenied
 from cowhand.crypto import luks, secrets, volume
 from cowhand.drivers import REGISTRY
-from tests.fuzz.exercise import PASSPHRASE, SECRET, Finding, Medium, Steps, read_all, write_and_read
+from tests.fuzz.exercise import PASSPHRASE, SECRET, Finding, Medium, Steps, read_all, remembered, write_and_read
 
 _SECOND = "fuzz-second"
 #: What headers may ask for here, so that no input takes minutes: the limit itself is a test's matter (tests/crypto).
@@ -24,7 +24,7 @@ _ITERATIONS = 1 << 17
 def exercise(data: bytes) -> dict[str, str]:
     """Do everything with a volume of these bytes; return what each step answered, "ok" or an error's code."""
     steps = Steps()
-    with _cheap(), secrets.given({SECRET: PASSPHRASE, _SECOND: b"another passphrase"}):
+    with _cheap(), remembered(), secrets.given({SECRET: PASSPHRASE, _SECOND: b"another passphrase"}):
         steps.attempt("describe", lambda: _describe(data))
         if steps.attempt("read", lambda: read_all(data, "luks")):
             steps.attempt("write", lambda: write_and_read(data, "luks"))

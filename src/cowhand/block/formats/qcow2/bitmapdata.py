@@ -32,7 +32,7 @@ def wrong_table_entry(word: int, cluster_size: int, end: int) -> bool:
 
 def read_table(node: Qcow2Node, entry: StoredBitmap) -> array[int]:
     """Return the words of *entry*'s table, each one checked. Raises InvalidFormat, IOFailed."""
-    from cowhand.block.formats.qcow2.checkwalk import words_of
+    from cowhand.block.formats.qcow2.runs import words_of
 
     data = bytearray(entry.entries * L.ENTRY_SIZE)
     node.file.read_into(entry.table, data)

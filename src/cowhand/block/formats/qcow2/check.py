@@ -6,14 +6,14 @@ of qemu-img's check on the same image.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cowhand.block.check import MAX_MESSAGES, CheckResult, ToolLine
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.checkflags import check_flags
-from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped, Walk, words_of
+from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped, Walk
+from cowhand.block.formats.qcow2.runs import words_of
 from cowhand.block.formats.qcow2.snapshots import REQUIRED_EXTRA, Reading, read_table
 from cowhand.block.formats.qcow2.tally import native
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat
@@ -272,8 +272,8 @@ class Examination:
 
     # -- comparing
 
-    def disk_block(self, index: int) -> bytes | None:
-        """Return refcount block *index* as native counts, None when there is none. Raises CowhandError when it cannot be read."""
+    def _block_offset(self, index: int) -> int | None:
+        """Return where refcount block *index* lies, None when there is none. Raises InvalidFormat where none can lie."""
         table = self.node.refcounts.table
         if index * 8 + 8 > len(table):
             return None
@@ -289,6 +289,13 @@ class Examination:
                 path=self.node.filename,
                 errno=5,
             )
+        return int(offset)
+
+    def disk_block(self, index: int) -> bytes | None:
+        """Return refcount block *index* as native counts, None when there is none. Raises CowhandError when it cannot be read."""
+        offset = self._block_offset(index)
+        if offset is None:
+            return None
         data = bytearray(self.walk.size)
         if offset < self.walk.length:
             self.node.file.read_into(offset, data)
@@ -301,12 +308,16 @@ class Examination:
             return None
         if cluster < self._compared:
             return self.walk.tally.get(cluster)
+        # One count of a block that may be 2 MiB long: nobody knows how many are asked for, and of how many blocks.
+        begin, shift = divmod((cluster % self.per_block) << self.order, 8)
+        data = bytearray(self.walk.tally.width)
         try:
-            block = self.disk_block(index)
+            offset = self._block_offset(index)
+            if offset is not None and offset + begin < self.walk.length:
+                self.node.file.read_into(offset + begin, data)
         except CowhandError:
             return None
-        at, width = cluster % self.per_block, self.walk.tally.width
-        return int.from_bytes(block[at * width : (at + 1) * width], sys.byteorder) if block is not None else 0
+        return int.from_bytes(data, "big") >> shift & ((1 << (1 << self.order)) - 1)
 
     def _blocks(self) -> Iterator[int]:
         """Yield, rising, the refcount blocks that exist or in whose range something was counted."""

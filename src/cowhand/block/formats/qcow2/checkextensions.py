@@ -73,7 +73,7 @@ class BitmapFindings:
             self.problems.append((entry.table, f"bitmap '{entry.text}': its table has entries that are not possible"))
 
     def _table(self, key: tuple[int, int]) -> array[int]:
-        from cowhand.block.formats.qcow2.checkwalk import words_of
+        from cowhand.block.formats.qcow2.runs import words_of
 
         words = self._words.get(key)
         if words is None:

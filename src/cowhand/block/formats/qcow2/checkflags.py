@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.checkwalk import words_of
+from cowhand.block.formats.qcow2.runs import runs_of, words_of
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.check import Examination
+
+#: Bytes of the L1 table that are written at once.
+_PIECE = 1 << 20
+#: What may lie between two entries that are written together.
+_GAP = 4096
 
 
 def check_flags(exam: Examination) -> None:
@@ -20,33 +25,68 @@ def check_flags(exam: Examination) -> None:
     if exam.wrote_counts:
         node.flush_file()  # a bit may say "alone" only when the count does
     judged: dict[int, list[str]] = {}
-    for index, entry in enumerate(words_of(bytes(node.mapping.l1.data[: node.header.l1_size * 8]))):
+    mending = _L1Mending(exam)
+    for first, entry, times in runs_of(words_of(bytes(node.mapping.l1.data[: node.header.l1_size * 8]))):
         host = entry & L.L1_OFFSET_MASK
-        if not host:
-            continue
-        count = exam.disk_count(host >> walk.bits)
+        count = exam.disk_count(host >> walk.bits) if host else None
         if count is None:
             continue
-        if (count == 1) != bool(entry & L.COPIED):
-            exam.say(
-                f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}"
-            )
-            if mend:
-                from cowhand.block.formats.qcow2.repair import flag_l1
-
-                flag_l1(exam, index, entry ^ L.COPIED)
-                counters.corruptions_fixed += 1
-            else:
-                counters.corruptions += 1
+        wrong = (count == 1) != bool(entry & L.COPIED)
         lines = judged.get(host)
-        if lines is None:
-            lines = judged[host] = _judge_flags(exam, host, mend)
-        elif mend:
-            continue  # mended when it was met first
-        counters.corruptions += 0 if mend else len(lines)
-        if not mend:
-            for line in lines:
-                exam.say(line)
+        for index in range(first, first + times):
+            told = exam.lines_left >= 0
+            # Those of which there is nothing to tell, or nobody to hear it, are all alike.
+            alike = 1 if lines is None or (told and (wrong or lines)) else first + times - index
+            if wrong:
+                if told:
+                    verb = "Repairing" if mend else "ERROR"
+                    exam.say(f"{verb} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}")
+                if mend:
+                    mending.put(index, alike, entry ^ L.COPIED)
+                else:
+                    counters.corruptions += alike
+            if lines is None:
+                mending.write()  # in the order in which they were found
+                lines = judged[host] = _judge_flags(exam, host, mend)
+            if not mend:  # else it was mended when it was met first
+                counters.corruptions += len(lines) * alike
+                for line in lines if told else ():
+                    exam.say(line)
+            if alike > 1:
+                break
+    mending.write()
+
+
+class _L1Mending:
+    """Entries of the active L1 table that get another COPIED bit, written together where they lie together: there can be millions."""
+
+    def __init__(self, exam: Examination) -> None:
+        self._exam = exam
+        self._begin = 0  #: in the table, in bytes
+        self._new = bytearray()
+        self._count = 0
+
+    def put(self, index: int, count: int, entry: int) -> None:
+        """Make *entry* that of *count* indices from *index* on, at once or soon; indices rise."""
+        at, end = index * L.ENTRY_SIZE, self._begin + len(self._new)
+        if at - end > _GAP or len(self._new) >= _PIECE:
+            self.write()
+            self._begin = at
+        else:
+            self._new += self._exam.node.mapping.l1.data[end:at]
+        self._new += L.U64.pack(entry) * count
+        self._count += count
+
+    def write(self) -> None:
+        """Write what was not written yet."""
+        from cowhand.block.formats.qcow2.repair import flag_l1
+
+        new, count = self._new, self._count
+        self._new, self._count = bytearray(), 0
+        for at in range(0, len(new), _PIECE):
+            flag_l1(self._exam, self._begin + at, new[at : at + _PIECE])
+        self._begin += len(new)
+        self._exam.counters.corruptions_fixed += count
 
 
 def _judge_flags(exam: Examination, host: int, mend: bool) -> list[str]:

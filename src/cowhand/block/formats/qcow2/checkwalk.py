@@ -6,21 +6,21 @@ QEMU's, word for word.
 
 from __future__ import annotations
 
-import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.runs import runs_of, words_of
 from cowhand.block.formats.qcow2.scan import Scan, Scanner
 from cowhand.block.formats.qcow2.tally import Tally
 from cowhand.core.errors import CowhandError, IOFailed
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.snapshots import Snapshot
 
-_LITTLE = sys.byteorder == "little"
 _BITMAP_LOW = (1 << 32) - 1
 #: How far behind the file's end, and its length again, a repair could come to write.
 _NEAR = 64 << 20
@@ -62,14 +62,6 @@ class _Seen(NamedTuple):
 
     scan: Scan
     lines: tuple[str, ...] = ()
-
-
-def words_of(data: bytes) -> array[int]:
-    """Return the big-endian 64-bit numbers of *data*."""
-    words = array("Q", data)
-    if _LITTLE:
-        words.byteswap()
-    return words
 
 
 class Walk:
@@ -193,44 +185,48 @@ class Walk:
 
         count_encryption(self)
 
-    def _snapshot_trouble(self, index: int) -> str | None:
-        snapshot = self.node.snapshots[index]
+    def _snapshot_trouble(self, snapshot: Snapshot) -> str | None:
+        if not snapshot.l1_offset & (self.size - 1) and snapshot.l1_size <= L.MAX_L1_BYTES // L.ENTRY_SIZE:
+            return None
         head = f"ERROR snapshot {snapshot.id} ({snapshot.name}) "
         if snapshot.l1_offset & (self.size - 1):
             return (
                 head
                 + f"l1_offset={snapshot.l1_offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
             )
-        if snapshot.l1_size > L.MAX_L1_BYTES // L.ENTRY_SIZE:
-            return head + f"l1_size={snapshot.l1_size:#x}: L1 table is too large; snapshot table entry corrupted"
-        return None
+        return head + f"l1_size={snapshot.l1_size:#x}: L1 table is too large; snapshot table entry corrupted"
 
     def _count_uses(self) -> None:
         """Find out how many L1 entries name each L2 table."""
         header = self.node.header
-        tables = [(header.l1_offset, header.l1_size)]
-        for index, snapshot in enumerate(self.node.snapshots):
-            if self._snapshot_trouble(index) is None:
-                tables.append((snapshot.l1_offset, snapshot.l1_size))
+        # Many snapshots of a hostile image can have one L1 table.
+        tables = Counter({(header.l1_offset, header.l1_size): 1})
+        tables.update(
+            (snapshot.l1_offset, snapshot.l1_size)
+            for snapshot in self.node.snapshots
+            if snapshot.l1_size and self._snapshot_trouble(snapshot) is None
+        )
         uses = self._uses
-        for offset, entries in tables:
+        for (offset, entries), tables_alike in tables.items():
             try:
                 words = self._read_l1(offset, entries, told=False)
             except Stopped:
                 return  # the walk comes to the same place, and tells what it finds before
-            for entry in words:
-                if entry:
-                    host = entry & L.L1_OFFSET_MASK
-                    uses[host] = uses.get(host, 0) + 1
+            for _, entry, times in runs_of(words):
+                host = entry & L.L1_OFFSET_MASK
+                uses[host] = uses.get(host, 0) + times * tables_alike
 
     def _read_l1(self, offset: int, entries: int, *, told: bool = True) -> array[int]:
         """Read an L1 table; the last few are kept, since many snapshots of a hostile image can name one."""
         key = (offset, entries)
         found = self._l1.get(key)
         if found is None:
-            found = words_of(
-                self.read(offset, entries * L.ENTRY_SIZE, "ERROR: I/O error in check_refcounts_l1" if told else None)
-            )
+            what = "ERROR: I/O error in check_refcounts_l1" if told else None
+            # What lies behind the end is zero: it need not be looked at.
+            inside = min(entries, max(0, -(-(self.length - offset) // L.ENTRY_SIZE)))
+            if inside < entries and offset + entries * L.ENTRY_SIZE >= 1 << 63:
+                raise self.unread(what, offset, "no file is that long")
+            found = words_of(self.read(offset, inside * L.ENTRY_SIZE, what))
             if len(self._l1) >= 4:
                 self._l1.pop(next(iter(self._l1)))
             self._l1[key] = found
@@ -241,25 +237,26 @@ class Walk:
         if self.external and snapshots:
             self.say(f"ERROR {len(snapshots)} snapshots in image with data file")
             self.counters.corruptions += 1
-        for index, snapshot in enumerate(snapshots):
-            trouble = self._snapshot_trouble(index)
+        # Many snapshots of a hostile image can have one L1 table.
+        alike = Counter((snapshot.l1_offset, snapshot.l1_size) for snapshot in snapshots)
+        for snapshot in snapshots:
+            trouble = self._snapshot_trouble(snapshot)
             if trouble is not None:
                 self.uncertain = True
                 self._wrong(1, trouble)
                 continue
-            self.walk_l1(snapshot.l1_offset, snapshot.l1_size, active=False)
+            tables = alike.pop((snapshot.l1_offset, snapshot.l1_size), 0)
+            if tables:
+                self.walk_l1(snapshot.l1_offset, snapshot.l1_size, active=False, tables=tables)
 
-    def walk_l1(self, offset: int, entries: int, *, active: bool) -> None:
-        """Follow one L1 table."""
+    def walk_l1(self, offset: int, entries: int, *, active: bool, tables: int = 1) -> None:
+        """Follow one L1 table, which *tables* of the image's are."""
         if not entries:
             return
-        self.region(offset, entries * L.ENTRY_SIZE)
+        self.region(offset, entries * L.ENTRY_SIZE, tables)
         within = self.size - 1
-        for entry, group in groupby(self._read_l1(offset, entries)):
-            if not entry:
-                continue
-            # A hostile table may consist of one entry, millions of times.
-            times = sum(1 for _ in group)
+        for _, entry, times in runs_of(self._read_l1(offset, entries)):
+            times *= tables
             if entry & L.L1_RESERVED_MASK:
                 self._wrong(times, f"ERROR found L1 entry with reserved bits set: {entry:x}")
             host = entry & L.L1_OFFSET_MASK

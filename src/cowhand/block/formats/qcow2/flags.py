@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.checkwalk import words_of
 from cowhand.block.formats.qcow2.countchange import l2_tables, read_table
+from cowhand.block.formats.qcow2.runs import words_of
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:

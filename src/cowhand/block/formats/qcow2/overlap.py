@@ -167,7 +167,8 @@ def _united(one: Pool, others: list[Clusters]) -> Pool:
     import numpy
 
     both = numpy.concatenate([_column(part) for part in (one, *others)])
-    both.sort()
+    # Merging what is in order already; ranges, and most tables, are.
+    both.sort(kind="stable")
     return ManyClusters(_ascending(both[numpy.append(True, both[1:] != both[:-1])]))
 
 
@@ -183,6 +184,8 @@ def _column(clusters: Clusters) -> Any:
 
     if isinstance(clusters, ManyClusters) and clusters.ordered is not None:
         return numpy.frombuffer(clusters.ordered, "u8")
+    if isinstance(clusters, range):
+        return numpy.arange(clusters.start, clusters.stop, clusters.step, dtype="u8")
     return numpy.fromiter(clusters, "u8", len(clusters))
 
 
@@ -280,13 +283,9 @@ def _snapshots(node: Qcow2Node) -> Iterator[Region]:
     """Yield the L1 tables of snapshots and what these name."""
     from cowhand.block.formats.qcow2.snapshots import check_l1, read_l1
 
-    seen: set[tuple[int, int]] = set()
     total = 0
-    for snapshot in node.snapshots:
-        # Many entries of a hostile table can name one L1 table.
-        if (snapshot.l1_offset, snapshot.l1_size) in seen:
-            continue
-        seen.add((snapshot.l1_offset, snapshot.l1_size))
+    # Many entries of a hostile table can name one L1 table.
+    for snapshot in {(snapshot.l1_offset, snapshot.l1_size): snapshot for snapshot in node.snapshots}.values():
         try:
             check_l1(node, snapshot)
         except CowhandError:

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.checkwalk import words_of
+from cowhand.block.formats.qcow2.runs import words_of
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:

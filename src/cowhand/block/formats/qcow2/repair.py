@@ -5,6 +5,8 @@ The tally of a check is the truth: what nothing refers to is free, what somethin
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import layout as L, overlap
@@ -60,19 +62,40 @@ class Uncounted:
         walk = exam.walk
         self._tally = walk.tally
         self._end = walk.clusters
-        self._ranges = []
-        self._single: set[int] = set()
-        for region in overlap.regions(exam.node):
-            clusters = region.clusters
-            if isinstance(clusters, range):
-                self._ranges.append(clusters)
-            else:
-                self._single.update(clusters)
+        ranges: list[range] = []
+        others = overlap.MetadataMap()
+        others.include(_other_regions(overlap.regions(exam.node), ranges))
+        self._single = others.clusters
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        for known in sorted(ranges, key=lambda known: known.start):
+            if self._ends and known.start <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], known.stop)
+            elif known:
+                self._begins.append(known.start)
+                self._ends.append(known.stop)
 
     def __contains__(self, cluster: int) -> bool:
-        if cluster >= self._end or not (cluster in self._single or any(cluster in known for known in self._ranges)):
+        if cluster >= self._end or not (cluster in self._single or self._behind_range(cluster) > cluster):
             return False
         return not self._tally.get(cluster)
+
+    def _behind_range(self, cluster: int) -> int:
+        at = bisect_right(self._begins, cluster) - 1
+        return max(cluster, self._ends[at]) if at >= 0 else cluster
+
+    def next_outside(self, cluster: int) -> int:
+        """Return the first cluster behind *cluster*, which is one of these, that need not be one of them."""
+        return max(cluster + 1, min(self._behind_range(cluster), self._end))
+
+
+def _other_regions(regions: Iterable[overlap.Region], ranges: list[range]) -> Iterator[overlap.Region]:
+    """Yield *regions*, but for those that are ranges: those are appended to *ranges*."""
+    for region in regions:
+        if isinstance(region.clusters, range):
+            ranges.append(region.clusters)
+        else:
+            yield region
 
 
 # -- entries
@@ -102,17 +125,17 @@ def zero_entry(exam: Examination, host: int, index: int, active: bool) -> bool:
     return True
 
 
-def flag_l1(exam: Examination, index: int, entry: int) -> None:
-    """Give L1 entry *index* the COPIED bit that *entry* has."""
+def flag_l1(exam: Examination, begin: int, entries: bytes | bytearray) -> None:
+    """Write *entries* of the L1 table, from its byte *begin* on: some have another COPIED bit."""
     node = exam.node
-    error = _conflict(exam, node.header.l1_offset + index * 8, 8, overlap.ACTIVE_L1)
+    error = _conflict(exam, node.header.l1_offset + begin, len(entries), overlap.ACTIVE_L1)
     if error is not None:
         raise _failed(exam, None, error)
     try:
-        node.write_metadata(node.header.l1_offset + index * 8, L.U64.pack(entry))
+        node.write_metadata(node.header.l1_offset + begin, entries)
     except CowhandError as failure:
         raise _failed(exam, f"ERROR: Could not write L1 table: {failure.qemu_message}", failure) from failure
-    L.U64.pack_into(node.mapping.l1.data, index * 8, entry)
+    node.mapping.l1.data[begin : begin + len(entries)] = entries
 
 
 def flag_l2(exam: Examination, host: int, data: bytes, changed: list[tuple[int, int]]) -> None:
@@ -186,8 +209,12 @@ class _Rebuilding:
         begin = position = max(first, self.lowest)
         while position - begin < count:
             taken = position < self.end and self.tally.get(position)
-            if taken or position in self.behind or position in self.uncounted:
+            if taken:
                 begin = position = self._next_free(position + 1)
+            elif position in self.behind:
+                begin = position = position + 1
+            elif position in self.uncounted:
+                begin = position = self.uncounted.next_outside(position)
             else:
                 position += 1
         self.tally.add(begin, count)
@@ -195,17 +222,18 @@ class _Rebuilding:
         return begin
 
     def _next_free(self, cluster: int) -> int:
-        """Return the first cluster from *cluster* on that nothing is counted of, looking at many at once."""
+        """Return the first cluster from *cluster* on that nothing is counted of, looking at more and more at once."""
+        most = 16
         while cluster < self.end:
-            step = min(4096, self.end - cluster)
+            step = min(most, self.end - cluster)
             piece = self.tally.piece(cluster, step)
             if piece is None:
                 return cluster
-            view = memoryview(piece).cast(self.tally.code)
-            for index, value in enumerate(view):
-                if not value:
-                    return cluster + index
+            counts = memoryview(piece).cast(self.tally.code).tolist()
+            if 0 in counts:
+                return cluster + counts.index(0)
             cluster += step
+            most = min(4096, most * 2)
         return cluster
 
     def place_blocks(self, low: int, high: int) -> bool:

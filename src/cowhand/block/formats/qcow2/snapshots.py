@@ -183,13 +183,21 @@ def read_table(
     window = _Window(node)
     snapshots: list[Snapshot] = []
     offset, length, text = begin, 0, 0
+    alike: tuple[bytes, Snapshot] | None = None
     for index in range(min(count, L.MAX_SNAPSHOTS)):
         before = offset
         offset += -offset % 8
         length += -length % 8
-        snapshot, offset, size = _read_entry(
-            window, offset, index, node.header.size, reading, repair=repair, path=path, say=say
-        )
+        if alike is not None and window.read(offset, len(alike[0])) == alike[0]:
+            # A hostile table can be one entry, thousands of times: of zeroes, behind the end of the file.
+            snapshot, size = alike[1], len(alike[0])
+            offset += size
+        else:
+            at = offset
+            snapshot, offset, size = _read_entry(
+                window, offset, index, node.header.size, reading, repair=repair, path=path, say=say
+            )
+            alike = (window.read(at, size), snapshot) if size == offset - at < _READ_AHEAD else None
         length += size
         text += snapshot.text_bytes
         if length > L.MAX_SNAPSHOT_TABLE_BYTES or offset - begin > _MAX_TABLE_SPAN or text > L.MAX_SNAPSHOT_TEXT_BYTES:

@@ -294,7 +294,9 @@ def _delete(node: Qcow2Node, snapshot: Snapshot) -> list[tuple[int, int]]:
     with _undoing(node) as undo:
         tally = counting.references(node, read_l1(node, snapshot))
         counting.plan(node, tally, -1)  # on a damaged image: refuse before anything is changed
-        snapshots = [other for other in node.snapshots if other is not snapshot]
+        # One of them: entries that are alike may be one object.
+        place_in_table = node.snapshots.index(snapshot)
+        snapshots = [*node.snapshots[:place_in_table], *node.snapshots[place_in_table + 1 :]]
         data = encode_table(snapshots, path=node.filename)
         place = _take(node, data)
         undo.room(*place)

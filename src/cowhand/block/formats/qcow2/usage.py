@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.checkwalk import words_of
+from cowhand.block.formats.qcow2.runs import words_of
 from cowhand.block.formats.qcow2.scan import Scanner
 from cowhand.block.formats.qcow2.snapshots import read_l1
 from cowhand.block.formats.qcow2.tally import Tally, native

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.checkwalk import words_of
 from cowhand.block.formats.qcow2.countchange import l2_tables, read_table
+from cowhand.block.formats.qcow2.runs import words_of
 from cowhand.block.formats.qcow2.snapshots import read_l1
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 from cowhand.core.errors import UnsupportedFeature
