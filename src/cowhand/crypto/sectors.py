@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from cowhand.core.buffers import Buffer
 
 SECTOR = 512
-#: Sectors that are worked on at once: their bytes, tweaks and result stay in a core's cache.
-_RUN = 512
+#: Sectors that are worked on at once: many enough that threads seldom wait for the interpreter between two operations.
+_RUN = 2048
+#: Blocks that rows of tweaks are longer by: rows a power of two apart would meet in the same places of the processor's cache.
+_SPREAD = 4
 
 
 class SectorCipher:
@@ -144,7 +146,8 @@ class _XtsWork:
         # Words of all sectors side by side, block by block: then each step is one operation on adjoining memory.
         self._low, self._high = np.empty((2, blocks, count), "<u8")
         self._carry, self._shifted = np.empty((2, blocks // 2, count), "<u8")
-        self._pairs = np.empty((blocks, count, 2), "<u8")
+        self._pairs = np.empty((blocks, count + _SPREAD, 2), "<u8")[:, :count]
+        self._columns = self._pairs.view(np.complex128)[:, :, 0].T
         self._tweaks = np.empty((count, blocks * 2), "<u8")
         self.mixed = np.empty(count * blocks * 2, "<u8")
         #: The library demands room for an unfinished block.
@@ -175,7 +178,7 @@ class _XtsWork:
             have *= 2
         self._pairs[:, :, 0], self._pairs[:, :, 1] = lows, highs
         # From blocks of sectors to sectors of blocks: 16 bytes at a time, which numpy has as complex numbers.
-        self._tweaks.view(np.complex128)[:] = self._pairs.reshape(len(lows), -1).view(np.complex128).T
+        self._tweaks.view(np.complex128)[:] = self._columns
         return self._tweaks.reshape(-1)
 
 
