@@ -87,6 +87,48 @@ def test_images_are_laid_out_in_the_order_of_the_disk(rng: random.Random, tmp_pa
         assert target.read(0, SIZE) == data
 
 
+class _Leaving(sinks.Sink):
+    """Takes long over some pieces, so that others are ready before their turn; notes who placed what."""
+
+    works_long = True
+
+    def prepare(self, offset: int, buffer: bytearray, length: int) -> object:
+        time.sleep(0.02 if offset // PIECE % 3 == 0 else 0)
+        return super().prepare(offset, buffer, length)
+
+    def place(self, offset: int, buffer: bytearray, length: int, prepared: object) -> object:
+        placed.append(offset)
+        return super().place(offset, buffer, length, prepared)
+
+
+placed: list[int] = []
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_what_is_ready_before_its_turn_is_placed_in_its_turn(rng: random.Random, workers: int) -> None:
+    data = rng.randbytes(9 * PIECE + 512)
+    placed.clear()
+    with memory_disk(data) as source, empty_disk(len(data)) as target:
+        sink = _Leaving(target, sparse=4096, reads_zero=True)
+        made = Engine(Source([source]), sink, workers=workers)
+        made.run(Source([source]).runs(Policy(unit=sink.unit)))
+        assert placed == sorted(placed) and len(placed) == 10
+        assert made.progress.done == len(data)
+        assert read_all(target) == data
+
+
+@pytest.mark.parametrize("kind", ["write", "read"])
+def test_an_error_ends_all_although_pieces_were_left(rng: random.Random, kind: str) -> None:
+    data = rng.randbytes(9 * PIECE)
+    ends = {"read": FaultNode(MemoryNode(content=data)), "write": FaultNode(MemoryNode(MemoryOptions(size=len(data))))}
+    ends[kind].fail(kind, 4, lasting=True)
+    with Disk(ends["read"]) as source, Disk(ends["write"], writable=True) as target:
+        sink = _Leaving(target, sparse=0, reads_zero=True)
+        made = Engine(Source([source]), sink, workers=3)
+        with pytest.raises(IOFailed):
+            made.run(Source([source]).runs(Policy(unit=sink.unit)))
+
+
 def test_the_lane_is_left_where_a_filter_stands_between(tmp_path: Path) -> None:
     with qcow2_disk(tmp_path / "x", MIB) as disk:
         assert isinstance(sinks.choose(disk, sparse=4096, reads_zero=True), sinks.LaneSink)

@@ -29,6 +29,8 @@ class _Unit(NamedTuple):
 class CompressedSink(LaneSink):
     """Stores each allocation unit that is not zero compressed, where that makes it smaller."""
 
+    works_long = True
+
     def __init__(self, disk: Disk, node: FormatNode, *, sparse: int, reads_zero: bool, codec: Any) -> None:
         super().__init__(disk, node, sparse=sparse, reads_zero=reads_zero)
         self._compress = codec.compress

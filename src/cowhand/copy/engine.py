@@ -2,14 +2,15 @@
 
 Workers take pieces of two MiB from one iterator, so that nothing piles up. Each reads its piece and looks for zeroes by itself; taking
 space in the target is done in the order of the disk (unless that is not wanted), since this decides how the target is laid out; then the
-bytes are written by all workers at once. Threads help because system calls and compression release the interpreter lock.
+bytes are written by all workers at once. A worker that compressed its piece before its turn leaves it to the one whose turn it is and goes
+on with the next. Threads help because system calls and compression release the interpreter lock.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.copy.plan import DATA, SKIP, ZERO, Run
 from cowhand.core.errors import CowhandError
@@ -56,7 +57,8 @@ class Engine:
         self.piece = max(PIECE, sink.unit)
         self._throttle = throttle
         self._cloner = cloner
-        self._turns = _Turns() if in_order and self.workers > 1 else None
+        self._turns = _Turns(self.workers if sink.works_long else 0) if in_order and self.workers > 1 else None
+        self._spare: list[bytearray] = []  #: buffers that nobody has
         self._lock = threading.Lock()  #: guards the iterator of pieces
         self._pieces: Iterator[Run] = iter(())
         self._numbers = 0
@@ -100,7 +102,6 @@ class Engine:
     # -- a worker
 
     def _work(self) -> None:
-        buffer = bytearray(self.piece)
         try:
             while True:
                 with self._lock:
@@ -116,28 +117,30 @@ class Engine:
                 if self._throttle is not None:
                     self._throttle.take(length, self.cancel)
                 if kind == DATA:
-                    self._copy(buffer, start, length, number)
+                    self._copy(start, length, number)
                 else:
                     self._await_turn(number)
                     self._writing(start, self.sink.zero, start, length)
-                    self._end_turn()
-                self.progress.advance(length)
+                    self.progress.advance(length)
+                    self._put_following(self._end_turn())
         except BaseException as error:  # noqa: BLE001 - raised by run() in the caller's thread
             self._fail(error)
 
-    def _copy(self, buffer: bytearray, start: int, length: int, number: int) -> None:
+    def _copy(self, start: int, length: int, number: int) -> None:
         cloner = self._cloner
+        whole = length
         if cloner is not None and cloner.active:
             self._await_turn(number)
             done = self._writing(start, cloner.clone, start, length)
             start += done
             length -= done
         elif length <= self.piece:
-            self._copy_piece(buffer, start, length, number)
+            self._copy_piece(start, length, number)
             return
         else:
             self._await_turn(number)
         # What cannot be shared of this large piece goes the common way.
+        buffer = self._buffer()
         end = start + length
         while start < end:
             stop = min(start - start % self.piece + self.piece, end)
@@ -146,15 +149,34 @@ class Engine:
                 placed = self._writing(start, self.sink.place, start, buffer, stop - start, prepared)
                 self._writing(start, self.sink.store, start, buffer, placed)
             start = stop
-        self._end_turn()
+        self._spare.append(buffer)
+        self.progress.advance(whole)
+        self._put_following(self._end_turn())
 
-    def _copy_piece(self, buffer: bytearray, start: int, length: int, number: int) -> None:
-        prepared = self._read(buffer, start, length)
+    def _copy_piece(self, start: int, length: int, number: int) -> None:
+        buffer = self._buffer()
+        ready = _Ready(start, buffer, length, self._read(buffer, start, length))
+        if self._turns is not None and self._turns.leave(number, ready):
+            return
         self._await_turn(number)
-        with self.sink.hold():
-            placed = self._writing(start, self.sink.place, start, buffer, length, prepared)
-            self._end_turn()
-            self._writing(start, self.sink.store, start, buffer, placed)
+        self._put_following(ready)
+
+    def _put_following(self, ready: _Ready | None) -> None:
+        """Write *ready*, whose turn it is, and what was left for the turns after it."""
+        while ready is not None:
+            start, buffer, length, prepared = ready
+            with self.sink.hold():
+                placed = self._writing(start, self.sink.place, start, buffer, length, prepared)
+                ready = self._end_turn()
+                self._writing(start, self.sink.store, start, buffer, placed)
+            self._spare.append(buffer)
+            self.progress.advance(length)
+
+    def _buffer(self) -> bytearray:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return bytearray(self.piece)
 
     def _read(self, buffer: bytearray, start: int, length: int) -> Any:
         view = memoryview(buffer)
@@ -178,9 +200,8 @@ class Engine:
         if self._turns is not None and not self._turns.wait(number):
             raise _Stopped
 
-    def _end_turn(self) -> None:
-        if self._turns is not None:
-            self._turns.advance()
+    def _end_turn(self) -> _Ready | None:
+        return self._turns.advance() if self._turns is not None else None
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None and not isinstance(error, _Stopped):
@@ -193,13 +214,32 @@ class _Stopped(Exception):
     """Another worker failed while this one waited for its turn."""
 
 
-class _Turns:
-    """Lets pieces through in the order of their numbers."""
+class _Ready(NamedTuple):
+    """A piece that was read and prepared."""
 
-    def __init__(self) -> None:
+    start: int
+    buffer: bytearray
+    length: int
+    prepared: Any
+
+
+class _Turns:
+    """Lets pieces through in the order of their numbers; up to *room* of them may be left for those whose turn is earlier."""
+
+    def __init__(self, room: int) -> None:
         self._condition = threading.Condition()
         self._next = 0
+        self._room = room
+        self._left: dict[int, _Ready] = {}
         self._stopped = False
+
+    def leave(self, number: int, ready: _Ready) -> bool:
+        """Leave *number*'s piece to whoever has the turn before it; False where its turn has come, or there is no room."""
+        with self._condition:
+            if self._next == number or self._stopped or len(self._left) >= self._room:
+                return False
+            self._left[number] = ready
+            return True
 
     def wait(self, number: int) -> bool:
         """Wait until it is *number*'s turn; False when all is to end instead."""
@@ -208,12 +248,17 @@ class _Turns:
                 self._condition.wait()
             return not self._stopped
 
-    def advance(self) -> None:
+    def advance(self) -> _Ready | None:
+        """End a turn; return the piece that was left for the next one, whose turn is the caller's then."""
         with self._condition:
             self._next += 1
-            self._condition.notify_all()
+            ready = self._left.pop(self._next, None)
+            if ready is None:
+                self._condition.notify_all()
+            return ready
 
     def stop(self) -> None:
         with self._condition:
             self._stopped = True
+            self._left.clear()
             self._condition.notify_all()

@@ -105,8 +105,8 @@ def workers_for(settings: Settings) -> int:
     """Return how many threads the copy is given."""
     cores = os.cpu_count() or 1
     if settings.compressed:
-        # Compression is bound by the processor: all of it, and one more to read meanwhile.
-        return min(settings.workers if settings.workers is not None else MAX_WORKERS, cores + 1)
+        # Compression is bound by the processor. More threads than it has cores wait for one another's turn to place what they have.
+        return min(settings.workers if settings.workers is not None else MAX_WORKERS, max(cores, WORKERS))
     if settings.workers is not None:
         return settings.workers
     # Of what cannot be read is told in the order of the disk.

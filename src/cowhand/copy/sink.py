@@ -39,6 +39,8 @@ class Sink:
 
     #: data is written in multiples of it, aligned
     unit = 1
+    #: whether ``prepare`` takes long enough for it to be worth that another thread, on another core, stores the piece
+    works_long = False
 
     def __init__(self, disk: Disk, *, sparse: int, reads_zero: bool) -> None:
         self.disk = disk

@@ -15,6 +15,11 @@ from cowhand.core.errors import ImageCorrupt, InvalidArgument, UnsupportedFeatur
 
 #: The window that qcow2's readers have: 4 KiB. A stream that reaches further back cannot be read by them.
 WINDOW_BITS = 12
+#: isal's levels. The dense one comes within six per cent of zlib's level 6 in a fifth of its time; the fast one takes half of that, and
+#: loses little where data is loose: where this much from the middle of a cluster shrinks below this part.
+_DENSE, _FAST = 3, 2
+_SAMPLE = 1024
+_LOOSE = _SAMPLE * 45 // 100
 
 
 class Codec(Protocol):
@@ -23,8 +28,8 @@ class Codec(Protocol):
     def compress(self, data: Buffer) -> bytes | None:
         """Return the compressed form of one cluster, or None where that is not smaller."""
 
-    def decompress(self, data: Buffer, size: int) -> bytes:
-        """Return exactly *size* bytes from *data*, which may be followed by padding. Raises ImageCorrupt."""
+    def decompress_into(self, data: Buffer, view: memoryview) -> None:
+        """Fill the writable *view*, one cluster, from *data*, which may be followed by padding. Raises ImageCorrupt."""
 
 
 class Deflate:
@@ -42,16 +47,24 @@ class Deflate:
                 self._isal = igzip_lib
 
     def compress(self, data: Buffer) -> bytes | None:
-        isal = self._isal
-        if isal is not None:
-            out: bytes = isal.compress(data, 1, isal.COMP_DEFLATE, isal.MEM_LEVEL_DEFAULT, WINDOW_BITS)
+        if self._isal is not None:
+            middle = len(data) // 2
+            with memoryview(data) as view:
+                loose = len(self._deflated(view[middle : middle + _SAMPLE], _FAST)) < _LOOSE
+            out = self._deflated(data, _FAST if loose else _DENSE)
         else:
             deflater = zlib.compressobj(self.level if self.level is not None else -1, zlib.DEFLATED, -WINDOW_BITS)
             out = deflater.compress(data) + deflater.flush()
         return out if len(out) < len(data) else None
 
-    def decompress(self, data: Buffer, size: int) -> bytes:
+    def _deflated(self, data: Buffer, level: int) -> bytes:
         isal = self._isal
+        out: bytes = isal.compress(data, level, isal.COMP_DEFLATE, isal.MEM_LEVEL_DEFAULT, WINDOW_BITS)
+        return out
+
+    def decompress_into(self, data: Buffer, view: memoryview) -> None:
+        isal = self._isal
+        size = len(view)
         failures: tuple[type[Exception], ...] = (zlib.error,) if isal is None else (zlib.error, isal.IsalError)
         try:
             # A wider window than is written is read too, as QEMU does: others write such images.
@@ -60,14 +73,10 @@ class Deflate:
             else:
                 out = isal.IgzipDecompressor(flag=isal.DECOMP_DEFLATE, hist_bits=15).decompress(data, size)
         except failures as error:
-            raise ImageCorrupt(
-                f"a compressed cluster cannot be decompressed: {error}", qemu="Input/output error"
-            ) from error
+            raise _damaged(f"cannot be decompressed: {error}") from error
         if len(out) != size:
-            raise ImageCorrupt(
-                f"a compressed cluster gives {len(out)} bytes instead of {size}", qemu="Input/output error"
-            )
-        return out
+            raise _damaged(f"gives {len(out)} bytes instead of {size}")
+        view[:] = out
 
 
 class Zstd:
@@ -87,31 +96,49 @@ class Zstd:
                 qemu="compression type 'zstd' is not supported",
             ) from error
         self._zstd: Any = zstd
-        # As dense as qemu-img within two per cent, and a quarter faster.
-        self.level = level if level is not None else 2
+        self.level = level
+        parameter = zstd.CompressionParameter
+        # Level 1 with the larger hash table of level 3: as dense as qemu-img within three per cent, and a third faster.
+        self._options = {
+            parameter.compression_level: 1,
+            parameter.strategy: zstd.Strategy.fast,
+            parameter.window_log: 17,
+            parameter.hash_log: 16,
+            parameter.min_match: 6,
+        }
         self._compressors = threading.local()
 
     def compress(self, data: Buffer) -> bytes | None:
         # One compressor for each thread: making one costs a tenth of compressing a cluster.
         compressor = getattr(self._compressors, "one", None)
         if compressor is None:
-            compressor = self._compressors.one = self._zstd.ZstdCompressor(self.level)
+            options = (
+                self._options if self.level is None else {self._zstd.CompressionParameter.compression_level: self.level}
+            )
+            compressor = self._compressors.one = self._zstd.ZstdCompressor(options=options)
         out: bytes = compressor.compress(data, compressor.FLUSH_FRAME)
         return out if len(out) < len(data) else None
 
-    def decompress(self, data: Buffer, size: int) -> bytes:
-        # The decompressor object, since the module's function fails on what follows the frame.
-        try:
-            out: bytes = self._zstd.ZstdDecompressor().decompress(data, size)
-        except (self._zstd.ZstdError, EOFError) as error:
-            raise ImageCorrupt(
-                f"a compressed cluster cannot be decompressed: {error}", qemu="Input/output error"
-            ) from error
-        if len(out) != size:
-            raise ImageCorrupt(
-                f"a compressed cluster gives {len(out)} bytes instead of {size}", qemu="Input/output error"
-            )
-        return out
+    def decompress_into(self, data: Buffer, view: memoryview) -> None:
+        # The decompressor object, since the module's function fails on what follows the frames.
+        room = len(view)
+        at = 0
+        while at < room:
+            one = self._zstd.ZstdDecompressor()
+            try:
+                # A byte more than there is room for: only then is it sure to look at the frame's end.
+                out: bytes = one.decompress(data, room - at + 1)
+            except (self._zstd.ZstdError, EOFError) as error:
+                raise _damaged(f"cannot be decompressed: {error}") from error
+            if not one.eof or at + len(out) > room or not (out or one.unused_data):
+                raise _damaged(f"gives {at + len(out)} bytes instead of {room}, or ends early")
+            view[at : at + len(out)] = out
+            at += len(out)
+            data = one.unused_data
+
+
+def _damaged(what: str) -> ImageCorrupt:
+    return ImageCorrupt(f"a compressed cluster {what}", qemu="Input/output error")
 
 
 def codec(compression_type: int, level: int | None = None) -> Codec:

@@ -237,9 +237,13 @@ class Qcow2Node(MetadataNode):
         payload = bytearray(nbytes)
         self.fire("read_compressed")
         self.file.read_into(host, payload)
-        data = self.codec.decompress(payload, self.cluster_size)
+        if len(view) == self.cluster_size:
+            self.codec.decompress_into(payload, view)
+            return
+        whole = memoryview(bytearray(self.cluster_size))
+        self.codec.decompress_into(payload, whole)
         begin = offset % self.cluster_size
-        view[:] = data[begin : begin + len(view)]
+        view[:] = whole[begin : begin + len(view)]
 
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
         FormatNode.read_into(self, self.vmstate_offset + offset, buffer)
