@@ -77,7 +77,9 @@ def test_damage(path: Path) -> None:
     assert "damaged in" in done.stdout and "Copy the image, then" in done.stdout
     document = cowhand("check", "--output", "json", path, status=8).json()
     assert document["corruptions"] == qemu_img("check", "--output=json", path, check=False).json()["corruptions"]
-    assert document["findings"]
+    first = document["findings"][0]
+    assert {"kind", "status", "text"} <= first.keys() and first["status"] == "error"
+    assert all(finding["text"] in done.stdout for finding in document["findings"])
     assert "cowhand check -r all" in cowhand("check", "-r", "leaks", path, status=4).stderr
     assert cowhand("check", "-r", "all", "--output", "json", path).json()["corruptions-fixed"] >= 1
     assert_clean(path)

@@ -12,6 +12,7 @@ import pytest
 
 from cowhand.block.check import CheckResult, check, check_node
 from cowhand.block.disk import Disk
+from cowhand.block.findings import Finding
 from cowhand.block.formats.qcow2 import check as qcow2_check, scan
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import ImageNotFound, InvalidArgument, NotSupported
@@ -96,19 +97,41 @@ def test_what_lies_behind_the_end_is_told(written: bytearray) -> None:
     )
 
 
+def test_findings_say_what_is_wrong_where_and_whose_it_is(written: bytearray) -> None:
+    l1, l2, blocks = layout(written)
+    first = entries(written, l2, 1)[0]
+    struct.pack_into(">H", written, blocks + 2 * ((first & damage.OFFSET) // 512 % 256), 3)
+    put(written, l2 + 16, 1 << 63 | 1 << 40)
+    put(written, l1 + 8, entries(written, l1 + 8, 1)[0] | 1)
+    found = {finding.kind.name: finding.to_json() for finding in reversed(checked(bytes(written)).findings)}
+    table = f"L2 table at {l2:#x}"
+    for kind, status, cluster, offset, owner in (
+        ("beyond-end-of-file", "error", (1 << 40) // 512, l2 + 16, table),
+        ("l1-reserved-bits", "error", None, l1 + 8, "the active L1 table"),
+        ("leaked-cluster", "leak", None, None, "refcount block 0"),
+        ("copied-flag-of-data", "error", (first & damage.OFFSET) // 512, l2, table),
+    ):
+        said = found[kind]
+        assert (said["status"], said["owner"]) == (status, owner)
+        assert said.get("offset") == offset
+        assert cluster is None or said["cluster"] == cluster
+    assert (found["beyond-end-of-file"]["host"], found["beyond-end-of-file"]["length"]) == (1 << 40, 512)
+    assert found["leaked-cluster"]["refcount"] > found["leaked-cluster"]["reference"]
+
+
 def test_findings_are_listed_up_to_a_limit_and_all_are_counted(
     written: bytearray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qcow2_check, "MAX_MESSAGES", 10)
+    monkeypatch.setattr(qcow2_check, "MAX_FINDINGS", 10)
     _, _, blocks = layout(written)
     written[blocks : blocks + 512] = b"\0\7" * 256
-    heard: list[str] = []
+    heard: list[Finding] = []
     keeper = Disk(MemoryNode(content=bytes(written)))
     with images.open_over(keeper.root) as disk:
-        result = check_node(disk.root, on_message=heard.append)
+        result = check_node(disk.root, on_finding=heard.append)
     keeper.close()
-    assert heard == result.messages and len(heard) == 11
-    assert heard[-1] == "More than 10 findings: the others are counted, but not listed"
+    assert heard == result.findings and len(heard) == 11
+    assert heard[-1].text == "More than 10 findings: the others are counted, but not listed"
     assert result.corruptions + result.leaks > 200
 
 

@@ -156,14 +156,5 @@ def test_owners_are_named(tmp_path: Path) -> None:
     data[3 << 16 : (3 << 16) + 8] = ((2 << 16) | 1 << 63).to_bytes(8, "big")
     path.write_bytes(data)
     result = check(path)
-    found = rescue.explain(str(path), result.messages)
+    found = rescue.explain(str(path), result.findings)
     assert "refcount block 0" in found[2] and "L2 table 0 of the disk" in found[2]
-
-
-def test_lines_that_name_clusters() -> None:
-    lines = [
-        "Leaked cluster 5 refcount=1 reference=0", "ERROR offset=30200: Data cluster is not properly aligned; L2 entry corrupted.",
-        "ERROR OFLAG_COPIED data cluster: l2_entry=8000000000050000 refcount=2",
-        "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0xa0000 size 0x10000",
-    ]  # fmt: skip
-    assert rescue.in_question(lines, 65536) == [3, 5, 10]

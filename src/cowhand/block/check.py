@@ -13,20 +13,13 @@ from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
 if TYPE_CHECKING:
     import os
 
+    from cowhand.block.findings import Finding, Say
     from cowhand.block.node import BlockNode
     from cowhand.block.policy import Policy
 
-#: Lines that a check says, one check of the two of a repair; what it finds beyond them is counted, but not listed.
-MAX_MESSAGES = 100_000
+#: Findings that a check tells, one check of the two of a repair; what it finds beyond them is counted, but not listed.
+MAX_FINDINGS = 100_000
 REPAIRS = (None, "leaks", "all")
-
-Say = Callable[[str], None]
-
-
-class ToolLine(str):
-    """A line of a check before which qemu-img puts its own name; it prints the others as they are."""
-
-    __slots__ = ()
 
 
 class CheckResult:
@@ -36,8 +29,8 @@ class CheckResult:
     """
 
     __slots__ = (
-        "allocated_clusters", "check_errors", "compressed_clusters", "corruptions", "corruptions_fixed", "failure", "filename", "format",
-        "fragmented_clusters", "image_end_offset", "leaks", "leaks_fixed", "messages", "total_clusters",
+        "allocated_clusters", "check_errors", "compressed_clusters", "corruptions", "corruptions_fixed", "failure", "filename", "findings", "format",
+        "fragmented_clusters", "image_end_offset", "leaks", "leaks_fixed", "total_clusters",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -54,7 +47,12 @@ class CheckResult:
         self.fragmented_clusters = 0
         self.compressed_clusters = 0
         self.failure: CowhandError | None = None
-        self.messages: list[str] = []
+        self.findings: list[Finding] = []  #: in the order in which they were made; at most MAX_FINDINGS of each check
+
+    @property
+    def messages(self) -> list[str]:
+        """The findings in qemu-img's words, line by line."""
+        return [line for finding in self.findings for line in finding.text.split("\n")]
 
     @property
     def exit_code(self) -> int:
@@ -92,7 +90,7 @@ def check(
     *,
     repair: str | None = None,
     format: str | None = None,
-    on_message: Say | None = None,
+    on_finding: Say | None = None,
     on_repaired: Callable[[CheckResult], None] | None = None,
     backing: bool = False,
     policy: Policy | None = None,
@@ -101,8 +99,8 @@ def check(
     """Check the image *what*, which nobody else may be writing, and *repair* "leaks" or "all" that can be repaired.
 
     After a repair that changed something, *on_repaired* is called with what was found and done, and the image is checked once more; the
-    result is the second check's, with the counts of what was fixed. Damage is not an exception but a result; ``messages`` has QEMU's lines,
-    and *on_message* gets each as it arises, up to ``MAX_MESSAGES``. What lies under the image is only opened with *backing*. Raises
+    result is the second check's, with the counts of what was fixed. Damage is not an exception but a result; ``findings`` tells of it, and
+    *on_finding* gets each as it arises, up to ``MAX_FINDINGS`` of each check. What lies under the image is only opened with *backing*. Raises
     NotSupported for a format that has no check, and whatever opening raises.
     """
     from cowhand.block.disk import Disk
@@ -122,7 +120,7 @@ def check(
         raise
     with disk:
         try:
-            result = check_node(root, repair=repair, on_message=on_message, on_repaired=on_repaired)
+            result = check_node(root, repair=repair, on_finding=on_finding, on_repaired=on_repaired)
         except NotSupported as error:
             error.facts["guessed"] = root.probed  # nobody said that it is of that format
             raise
@@ -140,19 +138,19 @@ def check_node(
     node: BlockNode,
     *,
     repair: str | None = None,
-    on_message: Say | None = None,
+    on_finding: Say | None = None,
     on_repaired: Callable[[CheckResult], None] | None = None,
 ) -> CheckResult:
     """Check *node*, which is open, without requests in flight meanwhile; see :func:`check`."""
     from cowhand.block import graph
 
-    messages: list[str] = []
+    findings: list[Finding] = []
 
-    def say(line: str) -> None:
-        if len(messages) <= MAX_MESSAGES:
-            messages.append(line)
-        if on_message is not None:
-            on_message(line)
+    def say(finding: Finding) -> None:
+        if len(findings) <= MAX_FINDINGS:
+            findings.append(finding)
+        if on_finding is not None:
+            on_finding(finding)
 
     with graph.quiesce(node):
         hooks = node.hooks
@@ -165,7 +163,7 @@ def check_node(
             again = node.check(None, say)
             again.corruptions_fixed, again.leaks_fixed = result.corruptions_fixed, result.leaks_fixed
             result = again
-    result.messages = messages
+    result.findings = findings
     result.format = node.driver
     result.filename = node.filename
     return result

@@ -21,6 +21,7 @@ from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ExtentBatch
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import BitmapSet
     from cowhand.block.check import CheckResult
+    from cowhand.block.findings import Say
     from cowhand.block.opening import Opening
     from cowhand.block.snapshots import SnapshotInfo
 
@@ -325,8 +326,8 @@ class BlockNode(ABC):
             hint="Put an overlay on the image instead.",
         )  # fmt: skip
 
-    def check(self, repair: str | None, say: Callable[[str], None]) -> CheckResult:
-        """Check this layer's metadata and *repair* "leaks" or "all"; *say* gets a line for everything that is found."""
+    def check(self, repair: str | None, say: Say) -> CheckResult:
+        """Check this layer's metadata and *repair* "leaks" or "all"; *say* gets everything that is found."""
         from cowhand.block.check import unsupported
 
         raise unsupported(self.driver)

@@ -8,24 +8,20 @@ the middle leaves what it would have left of a repair without a log.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowhand.block.check import REPAIRS, CheckResult, Say, check_node
+from cowhand.block.check import REPAIRS, CheckResult, check_node
 from cowhand.block.disk import Disk
 from cowhand.block.rehearsal import RehearsalNode
 from cowhand.block.undolog import UndoLog, note, open_file, play, write_log
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
 
 if TYPE_CHECKING:
+    from cowhand.block.findings import Finding, Say
     from cowhand.block.node import BlockNode
 
-_CLUSTER = re.compile(r"\bcluster (\d+)\b")
-_OFFSET = re.compile(r"\b(?:l2_|c)?offset[= ](?:0x)?([0-9a-f]{1,16})\b")
-_ENTRY = re.compile(r"\b(?:l1|l2)_entry=([0-9a-f]{1,16})\b")
-_HOST = 0x00FFFFFFFFFFFE00  #: what of an entry is an offset
 _MOST_NAMED = 4096
 
 
@@ -46,7 +42,7 @@ class RepairPlan(NamedTuple):
     size: int
 
 
-def plan_repair(path: str, repair: str, *, format: str | None = None, on_message: Say | None = None) -> RepairPlan:
+def plan_repair(path: str, repair: str, *, format: str | None = None, on_finding: Say | None = None) -> RepairPlan:
     """Try out what *repair* ("leaks", "all") would do to the image at *path*; nothing is written. Raises what a check raises."""
     import cowhand
 
@@ -54,7 +50,7 @@ def plan_repair(path: str, repair: str, *, format: str | None = None, on_message
     with cowhand.open({"driver": driver, "filename": path}) as disk:
         rehearsal = RehearsalNode(disk.root)
         with Disk(rehearsal):
-            result = rehearse(rehearsal, repair, format, on_message)
+            result = rehearse(rehearsal, repair, format, on_finding)
             result.filename = path
             found = list(rehearsal.written())
             with _opened(disk.root, format, writable=False) as image:
@@ -62,32 +58,22 @@ def plan_repair(path: str, repair: str, *, format: str | None = None, on_message
             return RepairPlan(result, writes, disk.size, rehearsal.size)
 
 
-def explain(path: str, messages: list[str], *, format: str | None = None) -> dict[int, list[str]]:
-    """Return {host cluster: what refers to it} for every cluster that the lines of a check speak of. Raises what opening raises."""
+def explain(path: str, findings: Iterable[Finding], *, format: str | None = None) -> dict[int, list[str]]:
+    """Return {host cluster: what refers to it} for every cluster that the *findings* of a check speak of, rising. Raises what opening raises."""
     import cowhand
 
     driver = "host_device" if not os.path.isfile(path) and os.path.exists(path) else "file"
+    asked = sorted({finding.cluster for finding in findings if finding.cluster is not None})
     with (
         cowhand.open({"driver": driver, "filename": path}, force_share=True) as disk,
         _opened(disk.root, format, writable=False) as image,
     ):
-        node = _owning(image.root)
-        owners: dict[int, list[str]] = node.owners(in_question(messages, node.cluster_size))
+        owners: dict[int, list[str]] = _owning(image.root).owners(asked)
         return owners
 
 
-def in_question(messages: list[str], cluster_size: int) -> list[int]:
-    """Return the host clusters that the lines of a check, or of qemu-img's, name by number or by offset; rising, each once."""
-    found: set[int] = set()
-    for line in messages:
-        found.update(int(text) for text in _CLUSTER.findall(line))
-        found.update(int(text, 16) // cluster_size for text in _OFFSET.findall(line))
-        found.update((int(text, 16) & _HOST) // cluster_size for text in _ENTRY.findall(line))
-    return sorted(found)
-
-
 def repair_logged(
-    path: str, repair: str, log: str, *, format: str | None = None, on_message: Say | None = None
+    path: str, repair: str, log: str, *, format: str | None = None, on_finding: Say | None = None
 ) -> tuple[CheckResult, bool]:
     """Repair the image at *path* after its undo log was written to the new file *log*; return the result and whether anything was changed.
 
@@ -98,7 +84,7 @@ def repair_logged(
         keeper = None
         try:
             keeper = Disk(rehearsal)
-            result = rehearse(rehearsal, repair, format, on_message)
+            result = rehearse(rehearsal, repair, format, on_finding)
             result.filename = path
             if not rehearsal.changed:
                 return result, False
@@ -144,7 +130,7 @@ def _opened(file: BlockNode, format: str | None, *, writable: bool) -> Disk:
 
 
 def rehearse(
-    rehearsal: RehearsalNode, repair: str, format: str | None = None, on_message: Say | None = None
+    rehearsal: RehearsalNode, repair: str, format: str | None = None, on_finding: Say | None = None
 ) -> CheckResult:
     """Repair the image that *rehearsal* shows; what was written is kept there. Raises what a check raises."""
     if repair not in REPAIRS or repair is None:
@@ -152,7 +138,7 @@ def rehearse(
     disk = _opened(rehearsal, format, writable=True)
     failure = None
     try:
-        result = check_node(disk.root, repair=repair, on_message=on_message)
+        result = check_node(disk.root, repair=repair, on_finding=on_finding)
         failure = result.failure
     finally:
         try:

@@ -237,7 +237,7 @@ def _judge_tables(path: str, length: int, reasons: list[Reason]) -> None:
             reasons.append(Reason("unreadable", result.failure.message, result.failure.offset))
         if result.corruptions or result.check_errors:
             count = result.corruptions + result.check_errors
-            lines = "; ".join(line.strip() for line in result.messages[:3])
+            lines = "; ".join(line for finding in result.findings[:3] for line in finding.text.split("\n"))
             reasons.append(Reason("damaged", f"its tables contradict themselves in {count} places: {lines}"))
         elif result.leaks:
             reasons.append(Reason("lost-space", f"{result.leaks} clusters are counted and used by nothing"))

@@ -94,7 +94,7 @@ def tell(args: argparse.Namespace, context: Context, result: CheckResult, log: s
     if args.explain:
         from cowhand.block.rescue import explain
 
-        owners = explain(args.image, result.messages, format=args.format)
+        owners = explain(args.image, result.findings, format=args.format)
     if context.out.json:
         more: dict[str, Any] = {} if log is None else {"undo-log": log}
         if owners is not None:
@@ -130,18 +130,14 @@ def document(result: CheckResult) -> dict[str, Any]:
         "allocated-clusters": result.allocated_clusters,
         "fragmented-clusters": result.fragmented_clusters,
         "compressed-clusters": result.compressed_clusters,
-        "findings": [line.rstrip("\n") for line in result.messages],
+        "findings": [finding.to_json() for finding in result.findings],
     }
 
 
 def _tell(args: argparse.Namespace, context: Context, result: CheckResult) -> None:
     out = context.out
-    shown = result.messages if args.verbose else result.messages[:SHOWN]
-    for line in shown:
-        out.line(line.rstrip("\n"))
-    if len(result.messages) > len(shown):
-        out.line(f"and {len(result.messages) - len(shown)} more (--verbose prints them)")
-    if result.messages:
+    tell_findings(args, context, result)
+    if result.findings:
         out.line()
     if result.corruptions_fixed or result.leaks_fixed:
         out.line(f"repaired: {result.corruptions_fixed} damaged, {result.leaks_fixed} lost")
@@ -155,6 +151,16 @@ def _tell(args: argparse.Namespace, context: Context, result: CheckResult) -> No
     hint = advice(args, result)
     if hint:
         out.line(f"  {hint}")
+
+
+def tell_findings(args: argparse.Namespace, context: Context, result: CheckResult) -> None:
+    """Print the first findings, or all that were asked for."""
+    shown = result.findings if args.verbose else result.findings[:SHOWN]
+    for finding in shown:
+        for line in finding.text.split("\n"):
+            context.out.line(line)
+    if len(result.findings) > len(shown):
+        context.out.line(f"and {len(result.findings) - len(shown)} more (--verbose prints them)")
 
 
 def verdict(result: CheckResult) -> str:

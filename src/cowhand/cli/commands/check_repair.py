@@ -81,9 +81,7 @@ def _plan(args: argparse.Namespace, context: Context, path: str) -> int:
         )  # fmt: skip
         return 0
     out = context.out
-    shown = result.messages if args.verbose else result.messages[: check.SHOWN]
-    for line in shown:
-        out.line(line.rstrip("\n"))
+    check.tell_findings(args, context, result)
     if not plan.writes:
         out.line(f"{args.image}: a repair would write nothing")
         return 0

@@ -1,16 +1,17 @@
 """Checking qcow2: compare what the image says of its clusters with what refers to them (QEMU ``docs/interop/qcow2``, "Host cluster management").
 
-Rooms: ``checkwalk`` and ``checkextensions`` count the references, this one compares and judges, ``repair`` mends. Counts and lines are those
-of qemu-img's check on the same image.
+Rooms: ``checkwalk`` and ``checkextensions`` count the references, this one compares and judges, ``repair`` mends; ``findings`` has the words. Counts
+and words are those of qemu-img's check on the same image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from cowhand.block.check import MAX_MESSAGES, CheckResult, ToolLine
-from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.check import MAX_FINDINGS, CheckResult
+from cowhand.block.findings import ERROR, LEAK, NOTE, REPAIRED, UNREADABLE, Finding, Say
+from cowhand.block.formats.qcow2 import findings as F, layout as L
 from cowhand.block.formats.qcow2.checkflags import check_flags
 from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped, Walk
 from cowhand.block.formats.qcow2.runs import words_of
@@ -34,12 +35,10 @@ _MANY = 32
 class Examination:
     """One check of one image, with the repairs that were asked for. Used once, by one thread, while nothing else uses the node."""
 
-    def __init__(
-        self, node: Qcow2Node, repair: str | None, say: Callable[[str], None], *, spare_bitmaps: bool = False
-    ) -> None:
+    def __init__(self, node: Qcow2Node, repair: str | None, say: Say, *, spare_bitmaps: bool = False) -> None:
         self.node = node
         self._tell = say
-        self.lines_left = MAX_MESSAGES
+        self.room = MAX_FINDINGS  #: findings that may still be told
         self.fix_leaks = repair is not None
         self.fix_errors = repair == "all"
         self._spare_bitmaps = spare_bitmaps  #: what is wrong with them is none of this check's business
@@ -60,13 +59,13 @@ class Examination:
         self._compared = 0  #: clusters that the last comparison went over
         self.walk = self.new_walk(fix=self.fix_errors)
 
-    def say(self, line: str) -> None:
-        """Tell *line*, or, once after very many, that there is more: a small image can have millions of wrong counts."""
-        self.lines_left -= 1
-        if self.lines_left >= 0:
-            self._tell(line)
-        elif self.lines_left == -1:
-            self._tell(f"More than {MAX_MESSAGES} findings: the others are counted, but not listed")
+    def say(self, finding: Finding) -> None:
+        """Tell *finding*, or, once after very many, that there is more: a small image can have millions of wrong counts."""
+        self.room -= 1
+        if self.room >= 0:
+            self._tell(finding)
+        elif self.room == -1:
+            self._tell(Finding(F.MORE, NOTE, limit=MAX_FINDINGS))
 
     def new_walk(self, *, fix: bool) -> Walk:
         """Begin counting anew."""
@@ -137,9 +136,12 @@ class Examination:
         except InvalidFormat as error:
             counters.check_errors += 1
             prefix = "" if error.facts.get("pointer") else "failed to read the snapshot table: "
-            self.say(ToolLine(f"ERROR {prefix}{error.qemu_message}"))
+            reason = f"{prefix}{error.qemu_message}"
+            self.say(
+                Finding(F.SNAPSHOT_TABLE, UNREADABLE, offset=error.offset, owner="the snapshot table", reason=reason)
+            )
             if error.facts.get("advice"):
-                self.say(error.facts["advice"])
+                self.say(Finding(F.SNAPSHOT_ADVICE, NOTE, advice=error.facts["advice"]))
             # What was not read does not count.
             node.snapshots, node.snapshot_table_bytes = [], 0
             raise Stopped(error) from error
@@ -155,15 +157,16 @@ class Examination:
             for index, snapshot in enumerate(node.snapshots):
                 if snapshot.extra_size < REQUIRED_EXTRA:
                     counters.corruptions += 1
-                    self.say(
-                        f"{'Repairing' if self.fix_errors else 'ERROR'} snapshot table entry {index} is incomplete"
-                    )
+                    status = REPAIRED if self.fix_errors else ERROR
+                    self.say(Finding(F.SNAPSHOT_INCOMPLETE, status, owner="the snapshot table", index=index))
 
     def _checked_table(self, reading: Reading) -> list[Snapshot]:
         header, path = self.node.header, self.node.filename
         too_many = header.snapshot_count - L.MAX_SNAPSHOTS
         if too_many > 0 and self.fix_errors:
-            self.say(f"Discarding {too_many} overhanging snapshots")
+            self.say(
+                Finding(F.SNAPSHOTS_TOO_MANY, REPAIRED, offset=L.OFFSET_SNAPSHOTS, owner="the header", count=too_many)
+            )
             reading.overhanging = too_many
             header.snapshot_count = L.MAX_SNAPSHOTS
         elif too_many > 0:
@@ -179,7 +182,7 @@ class Examination:
                 f"the snapshot table cannot lie at {header.snapshots_offset:#x}", qemu="snapshot table offset invalid", path=path,
                 offset=L.OFFSET_SNAPSHOTS, pointer=True,
             )  # fmt: skip
-        return read_table(self.node, reading, repair=self.fix_errors, say=self.say)
+        return read_table(self.node, reading, self.say if self.fix_errors else None)
 
     def _examine(self, result: CheckResult) -> None:
         walk = self.walk
@@ -205,7 +208,7 @@ class Examination:
             self._tell_allocation(result)
         elif self.fix_leaks:
             if self.rebuild:
-                self.say("ERROR need to rebuild refcount structures")
+                self.say(Finding(F.REBUILD_NEEDED, UNREADABLE))
                 self.counters.check_errors += 1
                 raise Stopped(
                     InvalidFormat(
@@ -219,7 +222,7 @@ class Examination:
                 self.counters.assign(before)
                 hidden = self.bitmaps is not None and self.bitmaps.hidden and not self.fix_bitmaps
                 if hidden:
-                    self.say("Leaked clusters are kept: they may be of bitmaps that cannot be found any more")
+                    self.say(Finding(F.LEAKS_KEPT, NOTE))
                 self.compare(leaks=not hidden, errors=self.fix_errors)
         self._sync()
         check_flags(self)
@@ -246,12 +249,19 @@ class Examination:
 
     def _count_block(self, walk: Walk, index: int, entry: int, fix: bool) -> None:
         counters = self.counters
+        cluster = (entry & L.REFCOUNT_TABLE_OFFSET_MASK) >> walk.bits
+        about: dict[str, Any] = {
+            "cluster": cluster,
+            "offset": self.node.header.refcount_table_offset + index * L.ENTRY_SIZE,
+            "owner": "the refcount table",
+            "index": index,
+        }
         if entry & L.REFCOUNT_TABLE_RESERVED_MASK:
-            self.say(f"ERROR refcount table entry {index} has reserved bits set")
+            self.say(Finding(F.BLOCK_RESERVED, **about))
         elif entry & (walk.size - 1):
-            self.say(f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted")
-        elif entry >> walk.bits >= walk.clusters:
-            self.say(f"{'Repairing' if fix else 'ERROR'} refcount block {index} is outside image")
+            self.say(Finding(F.BLOCK_UNALIGNED, **about))
+        elif cluster >= walk.clusters:
+            self.say(Finding(F.BLOCK_OUTSIDE, REPAIRED if fix else ERROR, **about))
             if not fix:
                 counters.corruptions += 1
                 return
@@ -259,14 +269,14 @@ class Examination:
 
             if lengthen(self, entry):
                 counters.corruptions_fixed += 1
-                walk.region(entry, walk.size)
+                walk.region(entry, walk.size, f"refcount block {index}")
                 return
         else:
-            walk.region(entry, walk.size)
-            count = walk.tally.get(entry >> walk.bits)
+            walk.region(entry, walk.size, f"refcount block {index}")
+            count = walk.tally.get(cluster)
             if count == 1:
                 return
-            self.say(f"ERROR refcount block {index} refcount={count}")
+            self.say(Finding(F.BLOCK_SHARED, refcount=count, **about))
         counters.corruptions += 1
         self.rebuild = True
 
@@ -358,20 +368,15 @@ class Examination:
     def _cannot_read(self, index: int, first: int, count: int, error: CowhandError) -> None:
         if error.facts.get("unaligned") and not self._told_unaligned:
             self._told_unaligned = True
+            kind = F.MARKED_CORRUPT if self.node.writable else F.FOUND_CORRUPT
+            self.say(Finding(kind, owner="the refcount table", reason=error.message))
             if self.node.writable:
-                self.say(
-                    f"qcow2: Marking image as corrupt: {error.message}; further corruption events will be suppressed"
-                )
                 self.node.set_corrupt_mark()
                 self.marked = True
-            else:
-                self.say(
-                    f"qcow2: Image is corrupt: {error.message}; further non-fatal corruption events will be suppressed"
-                )
         self.unreadable.add(index)
         self.counters.check_errors += count
-        for cluster in range(first, first + min(count, max(0, self.lines_left) + 1)):
-            self.say(f"Can't get refcount for cluster {cluster}: Input/output error")
+        for cluster in range(first, first + min(count, max(0, self.room) + 1)):
+            self.say(Finding(F.COUNT_UNREADABLE, UNREADABLE, cluster=cluster, owner=f"refcount block {index}"))
 
     def _differing(self, index: int, theirs: bytes, ours: bytes, leaks: bool, errors: bool, fresh: bool) -> None:
         """Judge the clusters of block *index* whose counts on disk (*theirs*) are not what they ought to be."""
@@ -381,7 +386,8 @@ class Examination:
         mended = bytearray(theirs)
         target = memoryview(mended).cast(tally.code)
         self._mismatched.append(index)
-        many = self.lines_left < 0
+        owner = f"refcount block {index}"
+        many = self.room < 0
         found = differences(on_disk, real, many or tally.numpy)
         if many and len(found) >= _MANY:
             self._differing_untold(found, on_disk, real, target, first, (leaks, errors, fresh))
@@ -395,9 +401,10 @@ class Examination:
                 mend = leaks if had > wanted else errors
                 if mend and not wanted and first + at in self._protected():
                     mend = False
-            if self.lines_left >= 0:
-                verb = "Repairing" if mend else "ERROR" if had < wanted else "Leaked"
-                self.say(f"{verb} cluster {first + at} refcount={had} reference={wanted}")
+            if self.room >= 0:
+                status = REPAIRED if mend else ERROR if had < wanted else LEAK
+                kind = F.COUNT_LOW if had < wanted else F.LEAKED
+                self.say(Finding(kind, status, cluster=first + at, owner=owner, refcount=had, reference=wanted))
             if mend:
                 target[at] = wanted
             if had < wanted:
@@ -459,9 +466,7 @@ class Examination:
             tally.replace(first, (block or bytes(self.per_block * tally.width))[: count * tally.width])
 
 
-def check(
-    node: Qcow2Node, repair: str | None, say: Callable[[str], None], *, spare_bitmaps: bool = False
-) -> CheckResult:
+def check(node: Qcow2Node, repair: str | None, say: Say, *, spare_bitmaps: bool = False) -> CheckResult:
     """Check *node*, without requests in flight, and repair what *repair* says; with *spare_bitmaps* bitmaps are neither judged nor changed."""
     if repair is None and not node.in_use_for_writing:
         return _checked(node, repair, say, spare_bitmaps)
@@ -475,7 +480,7 @@ def check(
             return _checked(node, repair, say, spare_bitmaps)
 
 
-def _checked(node: Qcow2Node, repair: str | None, say: Callable[[str], None], spare_bitmaps: bool) -> CheckResult:
+def _checked(node: Qcow2Node, repair: str | None, say: Say, spare_bitmaps: bool) -> CheckResult:
     try:
         return Examination(node, repair, say, spare_bitmaps=spare_bitmaps).run()
     finally:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.findings import ERROR, NOTE, REPAIRED, UNREADABLE, Finding
+from cowhand.block.formats.qcow2 import findings as F, layout as L
 from cowhand.block.formats.qcow2.bitmapdata import wrong_table_entry
 from cowhand.block.formats.qcow2.bitmaps import (
     MAX_TABLE_ENTRIES,
@@ -33,7 +34,7 @@ def count_encryption(walk: Walk) -> None:
     header = walk.node.header
     crypto = header.find(L.EXT_CRYPTO)
     if crypto is not None and header.crypt_method == L.CRYPT_LUKS and len(crypto) >= _CRYPTO_LENGTH:
-        walk.region(L.U64.unpack_from(crypto)[0], L.U64.unpack_from(crypto, 8)[0])
+        walk.region(L.U64.unpack_from(crypto)[0], L.U64.unpack_from(crypto, 8)[0], "the encryption header")
 
 
 class BitmapFindings:
@@ -48,9 +49,7 @@ class BitmapFindings:
         self._words: dict[tuple[int, int], array[int]] = {}
         self._kept_words = 0
         if self.directory.failure is not None:
-            raise exam.walk.unread(
-                "ERROR: I/O error in the bitmap directory", self.directory.offset, self.directory.failure.message
-            )
+            raise exam.walk.unread(F.BITMAP_DIRECTORY_UNREADABLE, self.directory.offset, self.directory.failure.message)
         for entry in self.directory:
             self._judge(entry)
 
@@ -77,7 +76,7 @@ class BitmapFindings:
 
         words = self._words.get(key)
         if words is None:
-            words = words_of(self._walk.read(key[0], key[1] * L.ENTRY_SIZE, "ERROR: I/O error in a bitmap table"))
+            words = words_of(self._walk.read(key[0], key[1] * L.ENTRY_SIZE, F.BITMAP_TABLE_UNREADABLE))
             self._kept_words += len(words)
             if self._kept_words <= _MAX_KEPT_WORDS:
                 self._words[key] = words
@@ -88,7 +87,7 @@ class BitmapFindings:
         directory = self.directory
         if not directory.readable:
             return
-        walk.region(directory.offset, directory.size)
+        walk.region(directory.offset, directory.size, "the bitmap directory")
         times: dict[tuple[int, int], int] = {}
         known = list(directory) if dropping else [*directory, *directory.unusable]
         for entry in known:
@@ -96,11 +95,11 @@ class BitmapFindings:
                 key = (entry.table, entry.entries)
                 times[key] = times.get(key, 0) + 1
         for key, named in times.items():
-            walk.region(key[0], key[1] * L.ENTRY_SIZE, named)
+            walk.region(key[0], key[1] * L.ENTRY_SIZE, "a bitmap table", named)
             end = walk.node.file.node.size
             for word in self._table(key):
                 if word & L.BITMAP_TABLE_OFFSET_MASK and not wrong_table_entry(word, walk.size, end):
-                    walk.region(word & L.BITMAP_TABLE_OFFSET_MASK, walk.size, named)
+                    walk.region(word & L.BITMAP_TABLE_OFFSET_MASK, walk.size, "bitmap data", named)
 
     def _followable(self, entry: StoredBitmap) -> bool:
         """Tell whether *entry*'s table can be what it says: the entry may be broken in something else."""
@@ -114,9 +113,9 @@ class BitmapFindings:
 def tell_bitmaps(exam: Examination, counters: Counters) -> None:
     """Look at the bitmaps, and tell what is wrong with them."""
     findings = exam.bitmaps = BitmapFindings(exam)
-    verb = "Repairing" if exam.fix_bitmaps else "ERROR"
-    for offset, text in findings.problems:
-        exam.say(f"{verb} bitmap directory: {text} (offset {offset:#x})")
+    status = REPAIRED if exam.fix_bitmaps else ERROR
+    for offset, problem in findings.problems:
+        exam.say(Finding(F.BITMAP_DIRECTORY, status, offset=offset, owner="the bitmap directory", problem=problem))
     counters.corruptions += len(findings.problems)
 
 
@@ -136,8 +135,9 @@ def rewrite_bitmaps(exam: Examination, counters: Counters) -> None:
         bitmapstore.mend(node, findings.lost)
     except CowhandError as error:
         counters.check_errors += 1
-        exam.say(f"ERROR failed to update the bitmap directory: {error.qemu_message}")
+        reason = f"ERROR failed to update the bitmap directory: {error.qemu_message}"
+        exam.say(Finding(F.REPAIR_FAILED, UNREADABLE, reason=reason))
         raise Stopped(error) from error
-    exam.say(f"The bitmap directory has {len(node.bitmap_directory)} bitmaps now")
+    exam.say(Finding(F.BITMAPS_LEFT, NOTE, count=len(node.bitmap_directory)))
     counters.corruptions_fixed += counters.corruptions
     counters.corruptions = 0

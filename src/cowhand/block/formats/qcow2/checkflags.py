@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.findings import ERROR, REPAIRED, Finding
+from cowhand.block.formats.qcow2 import findings as F, layout as L
 from cowhand.block.formats.qcow2.runs import runs_of, words_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def check_flags(exam: Examination) -> None:
     )
     if exam.wrote_counts:
         node.flush_file()  # a bit may say "alone" only when the count does
-    judged: dict[int, list[str]] = {}
+    judged: dict[int, list[Finding]] = {}
+    status = REPAIRED if mend else ERROR
     mending = _L1Mending(exam)
     for first, entry, times in runs_of(words_of(bytes(node.mapping.l1.data[: node.header.l1_size * 8]))):
         host = entry & L.L1_OFFSET_MASK
@@ -32,26 +34,27 @@ def check_flags(exam: Examination) -> None:
         if count is None:
             continue
         wrong = (count == 1) != bool(entry & L.COPIED)
-        lines = judged.get(host)
+        found = judged.get(host)
         for index in range(first, first + times):
-            told = exam.lines_left >= 0
+            told = exam.room >= 0
             # Those of which there is nothing to tell, or nobody to hear it, are all alike.
-            alike = 1 if lines is None or (told and (wrong or lines)) else first + times - index
+            alike = 1 if found is None or (told and (wrong or found)) else first + times - index
             if wrong:
                 if told:
-                    verb = "Repairing" if mend else "ERROR"
-                    exam.say(f"{verb} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}")
+                    at = node.header.l1_offset + index * L.ENTRY_SIZE
+                    about: dict[str, Any] = {"cluster": host >> walk.bits, "offset": at, "owner": "the active L1 table"}
+                    exam.say(Finding(F.COPIED_L2, status, **about, index=index, entry=entry, refcount=count))
                 if mend:
                     mending.put(index, alike, entry ^ L.COPIED)
                 else:
                     counters.corruptions += alike
-            if lines is None:
+            if found is None:
                 mending.write()  # in the order in which they were found
-                lines = judged[host] = _judge_flags(exam, host, mend)
+                found = judged[host] = _judge_flags(exam, host, mend)
             if not mend:  # else it was mended when it was met first
-                counters.corruptions += len(lines) * alike
-                for line in lines if told else ():
-                    exam.say(line)
+                counters.corruptions += len(found) * alike
+                for finding in found if told else ():
+                    exam.say(finding)
             if alike > 1:
                 break
     mending.write()
@@ -89,19 +92,20 @@ class _L1Mending:
         self._exam.counters.corruptions_fixed += count
 
 
-def _judge_flags(exam: Examination, host: int, mend: bool) -> list[str]:
-    """Return a line for each wrong COPIED bit in the table at *host*; with *mend* they are told, counted and put right."""
+def _judge_flags(exam: Examination, host: int, mend: bool) -> list[Finding]:
+    """Return a finding for each wrong COPIED bit in the table at *host*; with *mend* they are told, counted and put right."""
     walk = exam.walk
     seen = walk.seen.get(host)
     if seen is not None and seen.scan.runs is not None and not exam.unreadable:
         if all(walk.tally.is_all(first, count, 1) for first, count in seen.scan.runs):
             return []
-    data = walk.read(host, walk.size, "ERROR: Could not read L2 table: Input/output error")
+    data = walk.read(host, walk.size, F.L2_UNREADABLE_AGAIN)
     if not exam.unreadable and walk.scanner.flags_sound(data):
         return []
     stride = 2 if walk.extended else 1
     words = words_of(data)
-    lines = []
+    found = []
+    owner = f"L2 table at {host:#x}"
     changed = []
     for index in range(0, len(words), stride):
         entry = words[index]
@@ -111,20 +115,23 @@ def _judge_flags(exam: Examination, host: int, mend: bool) -> list[str]:
             or not (entry & L.L2_OFFSET_MASK or (walk.external and entry & L.COPIED))
         ):
             continue
-        count = 1 if walk.external else exam.disk_count((entry & L.L2_OFFSET_MASK) >> walk.bits)
+        cluster = (entry & L.L2_OFFSET_MASK) >> walk.bits
+        count = 1 if walk.external else exam.disk_count(cluster)
         if count is None or (count == 1) == bool(entry & L.COPIED):
             continue
-        lines.append(
-            f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={count}"
+        at = host + index * L.ENTRY_SIZE
+        status = REPAIRED if mend else ERROR
+        found.append(
+            Finding(F.COPIED_DATA, status, cluster=cluster, offset=at, owner=owner, entry=entry, refcount=count)
         )
         changed.append((index * 8, entry ^ L.COPIED))
     if mend and changed:
         from cowhand.block.formats.qcow2.repair import flag_l2
 
-        for line in lines:
-            exam.say(line)
-        exam.counters.corruptions += len(lines)
+        for finding in found:
+            exam.say(finding)
+        exam.counters.corruptions += len(found)
         flag_l2(exam, host, data, changed)
-        exam.counters.corruptions -= len(lines)
-        exam.counters.corruptions_fixed += len(lines)
-    return lines
+        exam.counters.corruptions -= len(found)
+        exam.counters.corruptions_fixed += len(found)
+    return found

@@ -1,7 +1,6 @@
 """Checking qcow2, first part: follow every reference from the header on, and count it (QEMU ``docs/interop/qcow2``).
 
-A table is looked at once, by its host offset, however many entries name it; what was wrong with it counts for each of them. Lines are
-QEMU's, word for word.
+A table is looked at once, by its host offset, however many entries name it; what was wrong with it counts for each of them.
 """
 
 from __future__ import annotations
@@ -9,9 +8,10 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.findings import ERROR, REPAIRED, UNREADABLE, Finding, Kind, Say
+from cowhand.block.formats.qcow2 import findings as F, layout as L
 from cowhand.block.formats.qcow2.runs import runs_of, words_of
 from cowhand.block.formats.qcow2.scan import Scan, Scanner
 from cowhand.block.formats.qcow2.tally import Tally
@@ -25,8 +25,8 @@ _BITMAP_LOW = (1 << 32) - 1
 #: How far behind the file's end, and its length again, a repair could come to write.
 _NEAR = 64 << 20
 _MANY_BEHIND = 1 << 18
-#: Lines about damage that one walk tells; everything is counted.
-_MOST_LINES = 1 << 18
+#: Findings about damage that one walk tells; everything is counted.
+_MOST_TOLD = 1 << 18
 
 
 class Counters:
@@ -58,10 +58,30 @@ class Stopped(Exception):
 
 
 class _Seen(NamedTuple):
-    """What a look at an L2 table gave. Each of ``lines`` is a corruption, once for every entry that names the table."""
+    """What a look at an L2 table gave. Each of ``found`` is a corruption, once for every entry that names the table."""
 
     scan: Scan
-    lines: tuple[str, ...] = ()
+    found: tuple[Finding, ...] = ()
+
+
+class _Place:
+    """Where an L2 entry stands: its table's host offset, and its number there, which moves on."""
+
+    __slots__ = ("index", "owner", "stride", "table")
+
+    def __init__(self, table: int, stride: int) -> None:
+        self.table = table
+        self.stride = stride
+        self.index = 0
+        self.owner = f"L2 table at {table:#x}"
+
+    @property
+    def at(self) -> int:
+        """The entry's byte of the file."""
+        return self.table + self.index * self.stride * L.ENTRY_SIZE
+
+    def wrong(self, kind: Kind, cluster: int | None = None, *, status: str = ERROR, **facts: Any) -> Finding:
+        return Finding(kind, status, cluster=cluster, offset=self.at, owner=self.owner, **facts)
 
 
 class Walk:
@@ -70,7 +90,7 @@ class Walk:
     def __init__(
         self,
         node: Qcow2Node,
-        say: Callable[[str], None],
+        say: Say,
         counters: Counters,
         zero_entry: Callable[[int, int, bool], bool] | None,
     ) -> None:
@@ -93,56 +113,52 @@ class Walk:
         self._uses: dict[int, int] = {}
         self._l1: dict[tuple[int, int], array[int]] = {}
         self.allocated = self.fragmented = self.compressed = 0
-        self._room = _MOST_LINES
+        self._room = _MOST_TOLD
         self.behind: set[int] = set()  #: clusters behind the end of the file that something refers to
         self.behind_many = False  #: too many of them to be remembered
         self.uncertain = False  #: a snapshot could not be followed: what it holds counts as unused
 
-    def read(self, offset: int, length: int, what: str | None) -> bytes:
-        """Return bytes of the file; behind its end lie zeroes. An I/O error ends the check; *what* tells of it, None keeps it quiet."""
+    def read(self, offset: int, length: int, kind: Kind | None) -> bytes:
+        """Return bytes of the file; behind its end lie zeroes. An I/O error ends the check; a finding of *kind* tells of it, None keeps it quiet."""
         data = bytearray(length)
         if offset + length >= 1 << 63:
-            raise self.unread(what, offset, "no file is that long")
+            raise self.unread(kind, offset, "no file is that long")
         if offset < self.length and length:
             try:
                 self.node.file.read_into(offset, data)
             except CowhandError as error:
-                raise self.unread(what, offset, error.message) from error
+                raise self.unread(kind, offset, error.message) from error
         return bytes(data)
 
-    def unread(self, what: str | None, offset: int, why: str) -> Stopped:
-        """Return what ends the check because the file cannot be read at *offset*; tell *what* that means."""
-        if what is not None:
+    def unread(self, kind: Kind | None, offset: int, why: str) -> Stopped:
+        """Return what ends the check because the file cannot be read at *offset*; a finding of *kind* tells so, None keeps it quiet."""
+        if kind is not None:
             self.counters.check_errors += 1
-            self.say(what)
+            self.say(Finding(kind, UNREADABLE, offset=offset))
         return Stopped(IOFailed(why, qemu="Input/output error", path=self.node.filename, offset=offset))
 
     # -- counting
 
     def _overflow(self, cluster: int, times: int) -> None:
-        self._wrong(
-            times,
-            f"ERROR: overflow cluster offset={cluster << self.bits:#x}\nUse qemu-img amend to increase the refcount entry width or "
-            "qemu-img convert to create a clean copy if the image cannot be opened for writing",
-        )
+        self._wrong(times, Finding(F.COUNT_OVERFLOW, cluster=cluster, host=cluster << self.bits))
 
-    def _wrong(self, times: int, *lines: str) -> None:
-        """Count each of *lines* as *times* corruptions, and tell of them: of a number that somebody could read."""
-        self.counters.corruptions += times * len(lines)
-        for _ in range(min(times, self._room) if lines else 0):
-            self._room -= len(lines)
-            for line in lines:
-                for part in line.split("\n"):
-                    self.say(part)
+    def _wrong(self, times: int, *found: Finding) -> None:
+        """Count each of *found* as *times* corruptions, and tell of them: of a number that somebody could read."""
+        self.counters.corruptions += times * len(found)
+        for _ in range(min(times, self._room) if found else 0):
+            self._room -= len(found)
+            for finding in found:
+                self.say(finding)
 
-    def _beyond(self, offset: int, length: int) -> str | None:
-        if offset + length - self.length >= self.size:
-            self._note_behind(offset, length)
-            return (
-                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: "
-                f"offset {offset:#x} size {length:#x}"
-            )
-        return None
+    def _beyond(self, offset: int, length: int, of: _Place | str) -> Finding | None:
+        """Return what is wrong when ``[offset, offset + length)``, which an L2 entry names or which holds *of*, does not lie in the file."""
+        if offset + length - self.length < self.size:
+            return None
+        self._note_behind(offset, length)
+        cluster = offset >> self.bits
+        if isinstance(of, _Place):
+            return of.wrong(F.BEYOND_END, cluster, host=offset, length=length)
+        return Finding(F.BEYOND_END, cluster=cluster, owner=of, host=offset, length=length)
 
     def _note_behind(self, offset: int, length: int) -> None:
         """Remember what is named behind the end: nobody may put anything else there. Far behind nobody would."""
@@ -159,11 +175,11 @@ class Walk:
         self.clusters = max(self.clusters, last + 1)
         self.tally.add(first, last - first + 1, times)
 
-    def region(self, offset: int, length: int, times: int = 1) -> None:
-        """Count *times* references to everything that ``[offset, offset + length)`` touches."""
+    def region(self, offset: int, length: int, owner: str, times: int = 1) -> None:
+        """Count *times* references to everything that ``[offset, offset + length)``, which holds *owner*, touches."""
         if length <= 0:
             return
-        bad = self._beyond(offset, length)
+        bad = self._beyond(offset, length, owner)
         if bad is None:
             self._count(offset, length, times)
             return
@@ -176,25 +192,22 @@ class Walk:
         node = self.node
         header = node.header
         self._count_uses()
-        self.region(0, self.size)
-        self.walk_l1(header.l1_offset, header.l1_size, active=True)
+        self.region(0, self.size, "the header")
+        self.walk_l1(header.l1_offset, header.l1_size, "the active L1 table", active=True)
         self._walk_snapshots()
-        self.region(header.snapshots_offset, node.snapshot_table_bytes)
-        self.region(header.refcount_table_offset, header.refcount_table_clusters * self.size)
+        self.region(header.snapshots_offset, node.snapshot_table_bytes, "the snapshot table")
+        self.region(header.refcount_table_offset, header.refcount_table_clusters * self.size, "the refcount table")
         from cowhand.block.formats.qcow2.checkextensions import count_encryption
 
         count_encryption(self)
 
-    def _snapshot_trouble(self, snapshot: Snapshot) -> str | None:
+    def _snapshot_trouble(self, snapshot: Snapshot) -> Finding | None:
         if not snapshot.l1_offset & (self.size - 1) and snapshot.l1_size <= L.MAX_L1_BYTES // L.ENTRY_SIZE:
             return None
-        head = f"ERROR snapshot {snapshot.id} ({snapshot.name}) "
+        about: dict[str, Any] = {"owner": "the snapshot table", "id": snapshot.id, "name": snapshot.name}
         if snapshot.l1_offset & (self.size - 1):
-            return (
-                head
-                + f"l1_offset={snapshot.l1_offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
-            )
-        return head + f"l1_size={snapshot.l1_size:#x}: L1 table is too large; snapshot table entry corrupted"
+            return Finding(F.SNAPSHOT_L1_UNALIGNED, host=snapshot.l1_offset, **about)
+        return Finding(F.SNAPSHOT_L1_TOO_LARGE, size=snapshot.l1_size, **about)
 
     def _count_uses(self) -> None:
         """Find out how many L1 entries name each L2 table."""
@@ -221,12 +234,12 @@ class Walk:
         key = (offset, entries)
         found = self._l1.get(key)
         if found is None:
-            what = "ERROR: I/O error in check_refcounts_l1" if told else None
+            kind = F.L1_UNREADABLE if told else None
             # What lies behind the end is zero: it need not be looked at.
             inside = min(entries, max(0, -(-(self.length - offset) // L.ENTRY_SIZE)))
             if inside < entries and offset + entries * L.ENTRY_SIZE >= 1 << 63:
-                raise self.unread(what, offset, "no file is that long")
-            found = words_of(self.read(offset, inside * L.ENTRY_SIZE, what))
+                raise self.unread(kind, offset, "no file is that long")
+            found = words_of(self.read(offset, inside * L.ENTRY_SIZE, kind))
             if len(self._l1) >= 4:
                 self._l1.pop(next(iter(self._l1)))
             self._l1[key] = found
@@ -235,7 +248,7 @@ class Walk:
     def _walk_snapshots(self) -> None:
         snapshots = self.node.snapshots
         if self.external and snapshots:
-            self.say(f"ERROR {len(snapshots)} snapshots in image with data file")
+            self.say(Finding(F.SNAPSHOTS_WITH_DATA_FILE, owner="the snapshot table", count=len(snapshots)))
             self.counters.corruptions += 1
         # Many snapshots of a hostile image can have one L1 table.
         alike = Counter((snapshot.l1_offset, snapshot.l1_size) for snapshot in snapshots)
@@ -247,22 +260,27 @@ class Walk:
                 continue
             tables = alike.pop((snapshot.l1_offset, snapshot.l1_size), 0)
             if tables:
-                self.walk_l1(snapshot.l1_offset, snapshot.l1_size, active=False, tables=tables)
+                owner = f"the L1 table of snapshot '{snapshot.name}'"
+                self.walk_l1(snapshot.l1_offset, snapshot.l1_size, owner, active=False, tables=tables)
 
-    def walk_l1(self, offset: int, entries: int, *, active: bool, tables: int = 1) -> None:
-        """Follow one L1 table, which *tables* of the image's are."""
+    def walk_l1(self, offset: int, entries: int, owner: str, *, active: bool, tables: int = 1) -> None:
+        """Follow one L1 table, which is *owner*, and which *tables* of the image's are."""
         if not entries:
             return
-        self.region(offset, entries * L.ENTRY_SIZE, tables)
+        self.region(offset, entries * L.ENTRY_SIZE, owner, tables)
         within = self.size - 1
-        for _, entry, times in runs_of(self._read_l1(offset, entries)):
+        for first, entry, times in runs_of(self._read_l1(offset, entries)):
             times *= tables
-            if entry & L.L1_RESERVED_MASK:
-                self._wrong(times, f"ERROR found L1 entry with reserved bits set: {entry:x}")
+            at = offset + first * L.ENTRY_SIZE
             host = entry & L.L1_OFFSET_MASK
-            self.region(host, self.size, times)
+            if entry & L.L1_RESERVED_MASK:
+                self._wrong(times, Finding(F.L1_RESERVED, offset=at, owner=owner, entry=entry))
+            self.region(host, self.size, owner, times)
             if host & within:
-                self._wrong(times, f"ERROR l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted")
+                self._wrong(
+                    times,
+                    Finding(F.L2_TABLE_UNALIGNED, cluster=host >> self.bits, offset=at, owner=owner, host=host),
+                )
             seen = self.seen.get(host)
             if seen is None:
                 seen = self.seen[host] = self._look(host, active)
@@ -270,13 +288,13 @@ class Walk:
                 self.allocated += seen.scan.allocated * times
                 self.fragmented += seen.scan.fragmented * times
                 self.compressed += seen.scan.compressed * times
-            self._wrong(times, *seen.lines)
+            self._wrong(times, *seen.found)
 
     # -- L2 tables
 
     def read_table(self, host: int) -> bytes:
         """Return the L2 table at *host* as it is on disk."""
-        return self.read(host, self.size, "ERROR: I/O error in check_refcounts_l2")
+        return self.read(host, self.size, F.L2_UNREADABLE)
 
     def _look(self, host: int, active: bool) -> _Seen:
         times = self._uses.get(host, 1)
@@ -286,83 +304,84 @@ class Walk:
 
     def _look_closely(self, host: int, data: bytes, times: int, active: bool) -> _Seen:
         """Go through a table in which something is wrong, entry by entry."""
-        lines: list[str] = []
+        found: list[Finding] = []
         allocated = fragmented = compressed = following = 0
         words = words_of(data)
+        stride = 2 if self.extended else 1
         bitmaps = words[1::2] if self.extended else None
+        place = _Place(host, stride)
         for index, entry in enumerate(words[::2] if self.extended else words):
             bitmap = bitmaps[index] if bitmaps is not None else 0
+            place.index = index
             if entry & L.ENTRY_COMPRESSED:
-                compressed += self._compressed(index, entry, bitmap, times, lines)
+                compressed += self._compressed(place, entry, bitmap, times, found)
                 continue
-            before = len(lines)
+            before = len(found)
             if entry & L.L2_RESERVED_MASK:
-                lines.append(f"ERROR found l2 entry with reserved bits set: {entry:x}")
+                found.append(place.wrong(F.L2_RESERVED, entry=entry))
             offset = entry & L.L2_OFFSET_MASK
             if not offset and not (self.external and entry & L.COPIED):
                 if bitmap & _BITMAP_LOW:
-                    lines.append("ERROR: Unallocated cluster has non-zero subcluster allocation map")
+                    found.append(place.wrong(F.SUBCLUSTERS_WITHOUT_CLUSTER))
                 continue
             if (bitmap >> 32) & bitmap:
-                lines.append(f"ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap")
+                found.append(place.wrong(F.SUBCLUSTERS_CONTRADICT, offset >> self.bits, host=offset))
             if offset & (self.size - 1):
                 has_data = bool(bitmap & _BITMAP_LOW) if self.extended else not entry & L.ENTRY_ZERO
                 try:
-                    if self._unaligned(host, index, offset, has_data, active, lines):
+                    if self._unaligned(place, offset, has_data, active, found):
                         # Whoever names the table next meets the entry as it is now.
-                        self._wrong(1, *lines[before:])
-                        del lines[before:]
+                        self._wrong(1, *found[before:])
+                        del found[before:]
                         continue
                 except Stopped:
-                    self.counters.corruptions += len(lines)
-                    for line in lines:
-                        self.say(line)
+                    self.counters.corruptions += len(found)
+                    for finding in found:
+                        self.say(finding)
                     raise
             allocated += 1
             fragmented += bool(following) and offset != following
             following = offset + self.size
             if self.external:
                 continue
-            beyond = self._beyond(offset, self.size)
+            beyond = self._beyond(offset, self.size, place)
             if beyond is not None:
-                lines.append(beyond)
+                found.append(beyond)
             else:
                 self._count(offset, self.size, times)
-        return _Seen(Scan(allocated + compressed, fragmented + compressed, compressed), tuple(lines))
+        return _Seen(Scan(allocated + compressed, fragmented + compressed, compressed), tuple(found))
 
-    def _compressed(self, index: int, entry: int, bitmap: int, times: int, lines: list[str]) -> bool:
+    def _compressed(self, place: _Place, entry: int, bitmap: int, times: int, found: list[Finding]) -> bool:
         """Count a compressed cluster, and tell what is wrong with it; return whether it counts as allocated."""
         location, nbytes = L.compressed_location(entry, self.bits)
         if entry & L.COPIED:
-            lines.append(f"ERROR: coffset={location:#x}: copied flag must never be set for compressed clusters")
+            found.append(place.wrong(F.COMPRESSED_COPIED, location >> self.bits, host=location))
             entry ^= L.COPIED
         if self.external:
-            lines.append(f"ERROR compressed cluster {index} with data file, entry={entry:#x}")
+            found.append(place.wrong(F.COMPRESSED_WITH_DATA_FILE, index=place.index, entry=entry))
             return False
         if bitmap:
-            lines.append(
-                f"ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, entry={entry:#x}"
-            )
+            found.append(place.wrong(F.COMPRESSED_SUBCLUSTERS, index=place.index, entry=entry))
             return False
-        beyond = self._beyond(location, nbytes)
+        beyond = self._beyond(location, nbytes, place)
         if beyond is not None:
-            lines.append(beyond)
+            found.append(beyond)
         else:
             self._count(location, nbytes, times)
         return True
 
-    def _unaligned(self, host: int, index: int, offset: int, has_data: bool, active: bool, lines: list[str]) -> bool:
+    def _unaligned(self, place: _Place, offset: int, has_data: bool, active: bool, found: list[Finding]) -> bool:
         """Tell of an entry whose cluster is not aligned; True when it was repaired, so that it refers to nothing any more."""
+        cluster = offset >> self.bits
         if has_data:
-            lines.append(f"ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted.")
+            found.append(place.wrong(F.DATA_UNALIGNED, cluster, host=offset))
             return False
-        text = f"offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."
         if self._zero_entry is None:
-            lines.append("ERROR " + text)
+            found.append(place.wrong(F.PREALLOCATED_UNALIGNED, cluster, host=offset))
             return False
         # Said and counted at once: once repaired, nobody meets it again.
-        self.say("Repairing " + text)
-        if self._zero_entry(host, index, active):
+        self.say(place.wrong(F.PREALLOCATED_UNALIGNED, cluster, status=REPAIRED, host=offset))
+        if self._zero_entry(place.table, place.index, active):
             self.counters.corruptions_fixed += 1
             return True
         self.counters.corruptions += 1

@@ -29,6 +29,7 @@ from cowhand.core.extents import ENCODED, OFFSET
 
 if TYPE_CHECKING:
     from cowhand.block.check import CheckResult
+    from cowhand.block.findings import Say
     from cowhand.block.formats.qcow2.bitmaps import Directory
     from cowhand.block.formats.qcow2.compression import Codec
     from cowhand.block.formats.qcow2.encryption import Encryption
@@ -479,7 +480,7 @@ class Qcow2Node(MetadataNode):
 
         return owners(self, clusters)
 
-    def check(self, repair: str | None, say: Callable[[str], None]) -> CheckResult:
+    def check(self, repair: str | None, say: Say) -> CheckResult:
         from cowhand.block.formats.qcow2.check import check
 
         result = check(self, repair, say)

@@ -9,7 +9,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from cowhand.block.formats.qcow2 import layout as L, overlap
+from cowhand.block.findings import NOTE, UNREADABLE, Finding
+from cowhand.block.formats.qcow2 import findings as F, layout as L, overlap
 from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped
 from cowhand.block.formats.qcow2.tally import encoded
 from cowhand.core import diagnostics
@@ -23,9 +24,14 @@ if TYPE_CHECKING:
 _MAX_CLUSTERS = (1 << 31) - 1
 
 
-def _failed(exam: Examination, line: str | None, error: CowhandError) -> Stopped:
-    if line is not None:
-        exam.say(line)
+def _say_failed(exam: Examination, reason: str) -> None:
+    """Tell that a step of the repair failed, in qemu-img's words."""
+    exam.say(Finding(F.REPAIR_FAILED, UNREADABLE, reason=reason))
+
+
+def _failed(exam: Examination, reason: str | None, error: CowhandError) -> Stopped:
+    if reason is not None:
+        _say_failed(exam, reason)
     exam.counters.check_errors += 1
     return Stopped(error)
 
@@ -38,10 +44,8 @@ def _conflict(exam: Examination, host: int, length: int, own: str) -> CowhandErr
     for cluster in range(host // node.cluster_size, (host + length - 1) // node.cluster_size + 1):
         for region in exam.regions:
             if region.name != own and cluster in region.clusters:
-                exam.say(
-                    f"qcow2: Marking image as corrupt: Preventing invalid write on metadata (overlaps with {region.name}); "
-                    "further corruption events will be suppressed"
-                )
+                reason = f"Preventing invalid write on metadata (overlaps with {region.name})"
+                exam.say(Finding(F.MARKED_CORRUPT, cluster=cluster, offset=host, owner=own, reason=reason))
                 node.set_corrupt_mark()
                 return ImageCorrupt(
                     f"{own} at {host:#x} overlaps with {region.name}",
@@ -107,7 +111,7 @@ def zero_entry(exam: Examination, host: int, index: int, active: bool) -> bool:
     kind = overlap.ACTIVE_L2 if active else overlap.INACTIVE_L2
     if node.header.incompatible & L.INCOMPAT_EXTENDED_L2:
         at = host + index * 16
-        bitmap = L.U64.unpack(exam.walk.read(at + 8, 8, "ERROR: I/O error in check_refcounts_l2"))[0]
+        bitmap = L.U64.unpack(exam.walk.read(at + 8, 8, F.L2_UNREADABLE))[0]
         # All that was allocated, or zero, reads as zeroes.
         data = L.U64.pack(0) + L.U64.pack((bitmap | bitmap << 32) & 0xFFFFFFFF00000000)
     else:
@@ -119,7 +123,7 @@ def zero_entry(exam: Examination, host: int, index: int, active: bool) -> bool:
         node.write_metadata(at, data)
         node.flush_file()
     except CowhandError as failure:
-        exam.say(f"ERROR: Failed to overwrite L2 table entry: {failure.qemu_message}")
+        _say_failed(exam, f"ERROR: Failed to overwrite L2 table entry: {failure.qemu_message}")
         exam.counters.check_errors += 1
         return False
     return True
@@ -185,7 +189,7 @@ def lengthen(exam: Examination, offset: int) -> bool:
             walk.length = max(walk.length, end)
             walk.clusters = max(walk.clusters, end // walk.size)
             return True
-    exam.say(f"ERROR could not resize image: {reason}")
+    _say_failed(exam, f"ERROR could not resize image: {reason}")
     return False
 
 
@@ -272,7 +276,7 @@ class _Rebuilding:
 def rebuild_counts(exam: Examination) -> None:
     """Make a new refcount structure from the tally, switch to it, count everything anew and free what only the old one needed."""
     node, counters = exam.node, exam.counters
-    exam.say("Rebuilding refcount structure")
+    exam.say(Finding(F.REBUILDING, NOTE))
     old = counters.copy()
     _write_structure(exam)
     counters.corruptions = counters.leaks = 0
@@ -284,7 +288,7 @@ def rebuild_counts(exam: Examination) -> None:
     # A file that was cut is longer now, and what its tables named behind the end lies inside.
     exam.compare(leaks=True, errors=True, fresh=True)
     if exam.rebuild:
-        exam.say("ERROR rebuilt refcount structure is still broken")
+        exam.say(Finding(F.STILL_BROKEN))
     fresh_leaks, unmended = counters.leaks, counters.corruptions
     counters.assign(found)
     counters.corruptions += unmended
@@ -347,7 +351,7 @@ def rewrite_snapshots(exam: Examination, counters: Counters) -> None:
         store_table(node, node.snapshots)
     except CowhandError as error:
         counters.check_errors += 1
-        exam.say(f"ERROR failed to update snapshot table: {error.qemu_message}")
+        _say_failed(exam, f"ERROR failed to update snapshot table: {error.qemu_message}")
         raise Stopped(error) from error
     counters.corruptions_fixed += counters.corruptions
     counters.corruptions = 0
@@ -377,7 +381,11 @@ def repair_dirty(node: Qcow2Node) -> None:
     """Put right the counts of an image that was not closed, with lazy reference counts, before it is written. Raises ImageCorrupt."""
     from cowhand.block.formats.qcow2.check import check
 
-    result = check(node, "all", diagnostics.report, spare_bitmaps=True)
+    def report(finding: Finding) -> None:
+        for line in finding.text.split("\n"):
+            diagnostics.report(line)
+
+    result = check(node, "all", report, spare_bitmaps=True)
     if result.failure is not None or result.check_errors or result.corruptions:
         raise ImageCorrupt(
             "the image was not closed properly, and its reference counts cannot be repaired", qemu="Could not repair dirty image: Input/output error",

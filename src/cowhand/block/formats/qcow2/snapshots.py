@@ -5,14 +5,13 @@ What is done with snapshots (create, apply, delete, read) is in ``snapshotting``
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.core import diagnostics
 from cowhand.core.errors import InvalidFormat
 
 if TYPE_CHECKING:
+    from cowhand.block.findings import Finding, Say
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.snapshots import SnapshotInfo
 
@@ -174,10 +173,8 @@ class _Window:
         return self._data[begin : begin + length]
 
 
-def read_table(
-    node: Qcow2Node, reading: Reading, *, repair: bool, say: Callable[[str], None] = diagnostics.report
-) -> list[Snapshot]:
-    """Read the table that the header names. With *repair*, what is too much is left out and counted in *reading*, else InvalidFormat."""
+def read_table(node: Qcow2Node, reading: Reading, repair: Say | None = None) -> list[Snapshot]:
+    """Read the table that the header names. What is too much is left out, counted in *reading* and told to *repair*; without that InvalidFormat."""
     header, path = node.header, node.filename
     count, begin = header.snapshot_count, header.snapshots_offset
     window = _Window(node)
@@ -194,22 +191,20 @@ def read_table(
             offset += size
         else:
             at = offset
-            snapshot, offset, size = _read_entry(
-                window, offset, index, node.header.size, reading, repair=repair, path=path, say=say
-            )
+            snapshot, offset, size = _read_entry(window, offset, index, node.header.size, reading, repair, path)
             alike = (window.read(at, size), snapshot) if size == offset - at < _READ_AHEAD else None
         length += size
         text += snapshot.text_bytes
         if length > L.MAX_SNAPSHOT_TABLE_BYTES or offset - begin > _MAX_TABLE_SPAN or text > L.MAX_SNAPSHOT_TEXT_BYTES:
             left = count - index
-            if not repair:
+            if repair is None:
                 raise InvalidFormat(
                     f"the snapshot table is larger than {L.MAX_SNAPSHOT_TABLE_BYTES} bytes, or its text than {L.MAX_SNAPSHOT_TEXT_BYTES}",
                     qemu="Snapshot table is too big",
                     path=path, offset=begin, hint=f"A repair of everything removes the {left} snapshots that are too many.", errno=27,
                     advice=f"You can force-remove all {left} overhanging snapshots with qemu-img check -r all",
                 )  # fmt: skip
-            say(f"Discarding {left} overhanging snapshots (snapshot table is too big)")
+            repair(_left_out("SNAPSHOTS_TOO_BIG", before, count=left))
             reading.overhanging += left
             offset = before
             break
@@ -224,10 +219,8 @@ def _read_entry(
     index: int,
     disk_size: int,
     reading: Reading,
-    *,
-    repair: bool,
+    repair: Say | None,
     path: str,
-    say: Callable[[str], None],
 ) -> tuple[Snapshot, int, int]:
     """Return (snapshot, offset behind its entry, size that the entry has when it is written again)."""
     (l1_offset, l1_size, id_length, name_length, date_sec, date_nsec, clock, state_size, extra_size) = (
@@ -237,16 +230,14 @@ def _read_entry(
     offset += L.SNAPSHOT_HEADER.size
     kept = extra_size
     if extra_size > L.MAX_SNAPSHOT_EXTRA:
-        if not repair:
+        if repair is None:
             raise InvalidFormat(
                 f"entry {index} of the snapshot table has {extra_size} bytes of extra data, more than {L.MAX_SNAPSHOT_EXTRA}",
                 qemu=f"Too much extra metadata in snapshot table entry {index}", path=path, offset=at,
                 hint="A repair of everything cuts it.", errno=27,
                 advice="You can force-remove this extra metadata with qemu-img check -r all",
             )  # fmt: skip
-        say(
-            f"Discarding too much extra metadata in snapshot table entry {index} ({extra_size} > {L.MAX_SNAPSHOT_EXTRA})"
-        )
+        repair(_left_out("SNAPSHOT_EXTRA", at, index=index, size=extra_size, limit=L.MAX_SNAPSHOT_EXTRA))
         reading.extra_dropped += 1
         kept = L.MAX_SNAPSHOT_EXTRA
     extra = window.read(offset, kept)
@@ -267,6 +258,13 @@ def _read_entry(
     return snapshot, offset + len(text), L.SNAPSHOT_HEADER.size + kept + len(text)
 
 
+def _left_out(kind: str, offset: int, **facts: int) -> Finding:
+    from cowhand.block.findings import REPAIRED, Finding
+    from cowhand.block.formats.qcow2 import findings
+
+    return Finding(getattr(findings, kind), REPAIRED, offset=offset, owner="the snapshot table", **facts)
+
+
 def read_snapshots(node: Qcow2Node, *, for_repair: bool) -> tuple[list[Snapshot], int]:
     """Return the snapshots of *node* and the bytes of their table. Raises InvalidFormat naming entry and limit.
 
@@ -275,7 +273,7 @@ def read_snapshots(node: Qcow2Node, *, for_repair: bool) -> tuple[list[Snapshot]
     if for_repair or not node.header.snapshot_count:
         return [], 0
     reading = Reading()
-    return read_table(node, reading, repair=False), reading.table_bytes
+    return read_table(node, reading), reading.table_bytes
 
 
 def check_l1(node: Qcow2Node, snapshot: Snapshot) -> None:

@@ -16,6 +16,7 @@ from cowhand.core.errors import CowhandError, NotSupported
 
 if TYPE_CHECKING:
     from cowhand.block.check import CheckResult
+    from cowhand.block.findings import Finding
 
 _UNSUPPORTED = 63
 
@@ -92,7 +93,7 @@ def _check(
             format=format,
             options=options,
             backing=True,
-            on_message=_say,
+            on_finding=_say,
             on_repaired=on_repaired,
         )
     except NotSupported as error:
@@ -105,10 +106,9 @@ def _check(
         raise Failure(f"Could not open '{name}': {error.qemu()}") from error
 
 
-def _say(line: str) -> None:
-    from cowhand.block.check import ToolLine
-
-    (program.error if isinstance(line, ToolLine) else program.plain)(line)
+def _say(finding: Finding) -> None:
+    for line in finding.text.split("\n"):
+        (program.error if finding.kind.as_tool else program.plain)(line)
 
 
 def _say_repaired(result: CheckResult) -> None:
