@@ -185,3 +185,27 @@ class TestAllocation:
             qemu_img("resize", "-q", "-f", "qcow2", theirs, str(size))
         fill(ours, theirs, [("write", 100, size - 200)])
         assert_same_bytes(ours, theirs)
+
+
+class TestFreedSpace:
+    """Space that was freed in the same session is used again before the file grows by much, and what a shrink frees is given back."""
+
+    def test_discards_of_more_than_some_mib_are_followed_by_writes(self, tmp_path: Path) -> None:
+        size, piece = 260 << 20, 10 << 20
+        ours, theirs = both_create(tmp_path, str(size), {"cluster_size": "1M", "preallocation": "metadata"})
+        end = size - piece
+        qemu_io(theirs, f"discard 0 {piece}", f"discard {end} {piece}", f"write {end} {piece}", f"write 0 {piece}")
+        with cowhand.open(ours, writable=True, format="qcow2") as disk:
+            disk.discard(0, piece)
+            disk.discard(end, piece)
+            disk.write(end, b"x" * piece)
+            disk.write(0, b"x" * piece)
+        places = [(row["start"], row["length"], row.get("offset")) for row in qemu_map(ours) if row["data"]]
+        assert places == [(row["start"], row["length"], row.get("offset")) for row in qemu_map(theirs) if row["data"]]
+        before = ours.stat().st_blocks
+        with cowhand.open(ours, writable=True, format="qcow2") as disk:
+            disk.resize(5 << 20, shrink=True)
+        qemu_img("resize", "-q", "--shrink", "-f", "qcow2", theirs, "5M")
+        assert abs(ours.stat().st_blocks - theirs.stat().st_blocks) <= 64
+        assert (before - ours.stat().st_blocks) * 512 >= 15 << 20
+        assert_clean(ours)

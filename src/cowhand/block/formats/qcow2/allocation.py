@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.options import hands_down
 from cowhand.block.reserving import Kind, Reservation, Unprepared
 from cowhand.core.errors import CowhandError, NotSupported
 
@@ -387,9 +388,7 @@ def _reserve_empty(node: Qcow2Node, offset: int, length: int, kind: Kind) -> Res
     if new == old:
         return Reservation(offset, count << mapping.cluster_bits, kind, state=NothingToDo())
     new.byteswap()
-    options = node.options
-    passes = options.pass_discard_request if options.pass_discard_request is not None else options.discard == "unmap"
-    change = EntryChange(table, first, new.tobytes(), discard=passes and kind != Kind.EMPTY)
+    change = EntryChange(table, first, new.tobytes(), discard=hands_down(node.options, kind))
     return Reservation(offset, count << mapping.cluster_bits, kind, state=change)
 
 

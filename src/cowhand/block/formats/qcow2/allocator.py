@@ -19,8 +19,10 @@ from cowhand.core.errors import CowhandError
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
-#: Bytes in quarantine past which the allocator flushes by itself.
-QUARANTINE_LIMIT = 64 << 20
+#: Bytes in quarantine past which the allocator flushes by itself: what a file may grow by for want of a flush. More of it for large files (this
+#: part of them), so that discarding all of one does not flush without end, up to the second number.
+QUARANTINE_LIMITS = (8 << 20, 64 << 20)
+_QUARANTINE_SHIFT = 8
 
 
 class Freed(NamedTuple):
@@ -208,6 +210,13 @@ class Allocator:
         """That flush has ended: the disk no longer refers to *freed*; requests in flight still may."""
         if freed:
             self._stamped.append((next_number(), freed))
+
+    @property
+    def crowded(self) -> bool:
+        """True when so much waits for a flush that one is worth its time."""
+        least, most = QUARANTINE_LIMITS
+        waiting = self.unflushed_bytes
+        return waiting > least and waiting > min(most, self.high_water >> _QUARANTINE_SHIFT)
 
     @property
     def ripe(self) -> bool:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cowhand.block.createoptions import CreateOption
 from cowhand.block.format import FormatNode
 from cowhand.block.formats.qcow2 import layout as L, loading, overlap
-from cowhand.block.formats.qcow2.allocator import QUARANTINE_LIMIT
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create, plan
 from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.metadata import MetadataNode
@@ -323,7 +322,7 @@ class Qcow2Node(MetadataNode):
         self.refcounts.cache.trim()
         if tables.trim() and len(tables.dirty) * self.cluster_size > tables.limit // 2:
             raise Unprepared(self.write_back.flush)
-        if allocator.unflushed_bytes > QUARANTINE_LIMIT:
+        if allocator.crowded:
             raise Unprepared(self.write_back.flush)
         if allocator.ripe:
             raise Unprepared(self.release_quarantine)

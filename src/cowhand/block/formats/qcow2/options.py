@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.options import NodeOptions, option
+from cowhand.block.reserving import Kind
 from cowhand.core.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Qcow2Options(NodeOptions):
     )
     pass_discard_request: bool | None = option(kind="bool", help="hand the guest's discards down", strong=False)
     pass_discard_snapshot: bool = option(
-        True, kind="bool", help="hand down what deleting a snapshot frees", strong=False
+        True, kind="bool", help="hand down what a deleted snapshot, a commit or a shrink frees", strong=False
     )
     pass_discard_other: bool = option(False, kind="bool", help="hand down what else is freed", strong=False)
     overlap_check: str | None = option(
@@ -70,6 +71,13 @@ _OVERLAP = ("overlap-check", "overlap-check.template")
 #: QEMU counts a cache's entries, and the seconds of an interval, in words of 32 bits.
 _MAX_ENTRIES = (1 << 31) - 1
 _MAX_INTERVAL = (1 << 32) - 1
+
+
+def hands_down(options: Qcow2Options, kind: Kind) -> bool:
+    """Tell whether the file below hears of what a reservation of *kind* frees: discards if asked for, what a shrink or a commit frees by default."""
+    if kind == Kind.EMPTY:
+        return options.pass_discard_snapshot
+    return options.pass_discard_request if options.pass_discard_request is not None else options.discard == "unmap"
 
 
 def check_options(options: Qcow2Options, header: Header, entry_size: int) -> None:

@@ -21,6 +21,7 @@ from cowhand.block.formats.qcow2.mapping import (
     Mapping,
     ramp,
 )
+from cowhand.block.formats.qcow2.options import hands_down
 from cowhand.block.reserving import Kind, Reservation
 from cowhand.core.errors import CowhandError, NotSupported
 from cowhand.core.extents import IN_PLACE, MAX_ROWS, NO_HOST, OFFSET, ExtentBatch
@@ -395,11 +396,7 @@ def reserve_empty(
     state: EntryChange | NothingToDo = NothingToDo()
     if new != old:
         new.byteswap()
-        options = node.options
-        passes = (
-            options.pass_discard_request if options.pass_discard_request is not None else options.discard == "unmap"
-        )
-        state = EntryChange(table, first * 2, new.tobytes(), discard=passes and kind != Kind.EMPTY)
+        state = EntryChange(table, first * 2, new.tobytes(), discard=hands_down(node.options, kind))
     made = Reservation(begin, count * size, kind, state=state)
     if part:
         made.begin, made.end = offset, min(offset + length, begin + size)
