@@ -16,6 +16,8 @@ from pathlib import Path
 
 import atheris
 
+from tests.fuzz.budget import Exceeded, TooSlow
+
 ADDRESS_SPACE = 3 << 30
 _ROOMS = ("cowhand.core", "cowhand.block", "cowhand.crypto")
 
@@ -35,14 +37,20 @@ def place_of(problem: BaseException) -> str:
     frames = traceback.extract_tb(problem.__traceback__)
     inside = [frame for frame in frames if "/cowhand/" in frame.filename] or frames
     last = inside[-1] if inside else None
-    where = "" if last is None or type(problem).__name__ == "Exceeded" else f"{Path(last.filename).name}:{last.lineno}"
+    if last is None:
+        where = ""
+    elif isinstance(problem, Exceeded):
+        where = f"{Path(last.filename).name}:{last.name}"  # whichever line of it the time ran out in
+    else:
+        where = f"{Path(last.filename).name}:{last.lineno}"
     text = str(problem).partition(":")[0] if type(problem).__module__.startswith("tests.") else ""
     return f"{type(problem).__name__} {text} {where}"
 
 
 def keep(problem: BaseException, data: bytes, folder: Path) -> None:
-    """Write the input and the traceback of a finding that is not there yet."""
-    name = "finding-" + hashlib.sha256(place_of(problem).encode()).hexdigest()[:12]
+    """Write the input and the traceback of a finding that is not there yet; of one that was slow, which is to be judged without instruments."""
+    kind = "finding" if not isinstance(problem, TooSlow) else "slow"
+    name = f"{kind}-" + hashlib.sha256(place_of(problem).encode()).hexdigest()[:12]
     if not (folder / name).exists():
         (folder / name).write_bytes(data)
         (folder / f"{name}.txt").write_text("".join(traceback.format_exception(problem)))

@@ -134,3 +134,5 @@ def test_a_finding_is_kept_once_for_each_place(tmp_path: Path) -> None:
     kept = sorted(tmp_path.iterdir())
     assert [path.suffix for path in kept] == ["", ".txt"]
     assert kept[0].read_bytes() == b"first" and "ValueError" in kept[1].read_text()
+    target.keep(budget.TooSlow("step: more than 6 s"), b"third", tmp_path)
+    assert [path.name.partition("-")[0] for path in sorted(tmp_path.glob("slow-*"))] == ["slow", "slow"]
