@@ -12,7 +12,7 @@ from cowhand.block.opening import Opening
 from cowhand.block.policy import UNTRUSTED
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import AccessDenied
-from cowhand.crypto import luks, secrets, volume
+from cowhand.crypto import effort, secrets, volume
 from cowhand.drivers import REGISTRY
 from tests.fuzz.exercise import PASSPHRASE, SECRET, Finding, Medium, Steps, read_all, remembered, write_and_read
 
@@ -36,7 +36,7 @@ def exercise(data: bytes) -> dict[str, str]:
 def _cheap() -> Iterator[None]:
     """Bound what unlocking costs, and take the lowest number of iterations for new passphrases without trying the machine's speed."""
     with (
-        mock.patch.object(luks, "MAX_ITERATIONS", _ITERATIONS),
+        mock.patch.object(effort, "MAX_EFFORT", _ITERATIONS),
         mock.patch.object(volume, "iterations_for", return_value=volume.MIN_ITERATIONS),
     ):
         yield

@@ -22,8 +22,6 @@ HEADER_BYTES = SLOTS_AT + SLOTS * SLOT.size
 STRIPES = 4000  #: specified; QEMU refuses others
 ENABLED, DISABLED = 0x00AC71F3, 0x0000DEAD
 SLOT_AREA_AT = 4096  #: where the first key material lies, and what the others are aligned to (specified)
-#: Ours: iterations that all active slots and the digest may ask for together. Some minutes of a fast machine at most.
-MAX_ITERATIONS = 1 << 28
 
 _MODE_OFFSET, _HASH_OFFSET, _PAYLOAD_OFFSET, _KEY_BYTES_OFFSET, _DIGEST_ITERATIONS_OFFSET = 40, 72, 104, 108, 164
 
@@ -176,7 +174,6 @@ def _slot(data: bytes, index: int) -> Slot:
 
 def _check_slots(header: Header, data: bytes, wrong: Callable[[str, int], CowhandError]) -> None:
     length = header.material_bytes // SECTOR
-    total = header.digest_iterations
     for index, slot in enumerate(header.slots):
         at = slot_at(index)
         state = int.from_bytes(data[at : at + 4], "big")
@@ -193,9 +190,3 @@ def _check_slots(header: Header, data: bytes, wrong: Callable[[str, int], Cowhan
         for number, other in enumerate(header.slots[index + 1 :], index + 1):
             if slot.offset < other.offset + length and other.offset < slot.offset + length:
                 raise wrong(f"Keyslots {index} and {number} are overlapping in the header", at + 40)
-        total += slot.iterations if slot.active else 0
-    if total > MAX_ITERATIONS:
-        raise wrong(
-            f"the LUKS header asks for {total} iterations to unlock it, more than {MAX_ITERATIONS}",
-            _DIGEST_ITERATIONS_OFFSET,
-        )

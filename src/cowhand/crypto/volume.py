@@ -16,10 +16,13 @@ from cowhand.core.errors import AccessDenied, InvalidArgument, InvalidFormat
 from cowhand.crypto import luks, secrets
 from cowhand.crypto.algorithms import HASHES, IV_GENERATORS, MODES, cipher_named, digest_size, one_of
 from cowhand.crypto.derivation import iterations_for, merge, pbkdf2, split
+from cowhand.crypto.effort import MAX_EFFORT, Effort, of_derivation
 from cowhand.crypto.sectors import SECTOR, SectorCipher
 
 MIN_ITERATIONS = 1000  #: specified
 DEFAULT_ITER_TIME = 2000  #: QEMU, milliseconds
+#: Ours, of an open LUKS volume: what :class:`Effort` allows.
+MAX_ITERATIONS_OPTION = "max-iterations"
 #: Each pass is made stable before the next one.
 _ERASE_PASSES = 3
 
@@ -74,11 +77,12 @@ def iter_time(value: int | None) -> int:
 
 
 class Volume:
-    """An unlocked volume: its header, its master key, the cipher of its payload."""
+    """An unlocked volume: its header, its master key, the cipher of its payload; and what trying a passphrase on its slots may cost."""
 
-    def __init__(self, header: luks.Header, key: bytes) -> None:
+    def __init__(self, header: luks.Header, key: bytes, max_iterations: int | None = None) -> None:
         self.header = header
         self.key = key
+        self.max_iterations = max_iterations
         self.cipher = _cipher(header, key)
 
 
@@ -86,15 +90,31 @@ def _cipher(header: luks.Header, key: bytes) -> SectorCipher:
     return SectorCipher(header.cipher, header.mode, header.ivgen, key, ivgen_hash=header.ivgen_hash)
 
 
-def unlock(header: luks.Header, store: Store, passphrases: Sequence[bytes], path: str) -> Volume:
-    """Open the volume with the first slot that one of *passphrases* fits. Raises AccessDenied when none does."""
+def unlock(
+    header: luks.Header,
+    store: Store,
+    passphrases: Sequence[bytes],
+    path: str,
+    max_iterations: int | None = None,
+    option: str = MAX_ITERATIONS_OPTION,
+) -> Volume:
+    """Open the volume with the first slot that one of *passphrases* fits. Raises AccessDenied when none does.
+
+    *max_iterations* bounds what one passphrase may cost (see ``effort``), which *option* sets: UnsupportedFeature when slots were not tried for it.
+    """
     cipher_named(header.cipher)
+    left_out: Effort | None = None
     for passphrase in passphrases:
+        effort = Effort(max_iterations)
         for index, slot in enumerate(header.slots):
-            if slot.active:
+            if slot.active and effort.covers(header, index):
                 key = try_slot(header, store, index, passphrase)
                 if key is not None:
-                    return Volume(header, key)
+                    return Volume(header, key, max_iterations)
+        if effort.left_out:
+            left_out = effort
+    if left_out is not None:
+        raise left_out.refusal(header, path, option)
     raise AccessDenied(
         "the passphrase opens none of the key slots",
         hint="A file of a passphrase counts to its last byte, also a newline at its end.",
@@ -133,7 +153,7 @@ def make(store: Store, choice: Choice, passphrase: bytes, *, detached: bool = Fa
     header = luks.Header(
         choice.cipher, choice.mode, choice.ivgen, choice.ivgen_hash, choice.hash,
         0 if detached else header_bytes(choice) // SECTOR, size,
-        pbkdf2(choice.hash, key, salt, _within_limit(iterations), 20), salt, iterations, str(uuid.uuid4()), empty,
+        pbkdf2(choice.hash, key, salt, _within_limit(choice.hash, iterations, 20), 20), salt, iterations, str(uuid.uuid4()), empty,
     )  # fmt: skip
     volume = Volume(header, key)
     store.write(0, header.encode().ljust(luks.SLOT_AREA_AT, b"\0"))
@@ -141,10 +161,12 @@ def make(store: Store, choice: Choice, passphrase: bytes, *, detached: bool = Fa
     return volume
 
 
-def _within_limit(iterations: int) -> int:
-    if iterations > luks.MAX_ITERATIONS // luks.SLOTS:
+def _within_limit(name: str, iterations: int, length: int) -> int:
+    """Return *iterations* if a volume that asks for so many opens again without a word of permission; raises InvalidArgument."""
+    effort = of_derivation(name, iterations, length)
+    if effort > MAX_EFFORT * 7 // 8 or iterations >= 1 << 32:
         raise InvalidArgument(
-            f"{iterations} iterations are more than {luks.MAX_ITERATIONS // luks.SLOTS}",
+            f"{iterations} iterations of {name} are more than opening a volume may cost",
             hint="Choose a shorter iter-time.",
         )
     return iterations
@@ -154,7 +176,8 @@ def activate(volume: Volume, store: Store, index: int, passphrase: bytes, millis
     """Put the master key into slot *index* under *passphrase*; what the slot held is lost from the first write on."""
     header = volume.header
     size = header.key_bytes
-    iterations = _within_limit(max(MIN_ITERATIONS, iterations_for(header.hash, size, milliseconds)))
+    iterations = max(MIN_ITERATIONS, iterations_for(header.hash, size, milliseconds))
+    _within_limit(header.hash, iterations, size)
     slot = header.slots[index]._replace(active=False, iterations=iterations, salt=os.urandom(32))
     wrapping = pbkdf2(header.hash, passphrase, slot.salt, iterations, size)
     material = split(header.hash, volume.key, luks.STRIPES, os.urandom(size * (luks.STRIPES - 1)))
@@ -245,7 +268,7 @@ def _remove(volume: Volume, store: Store, chosen: Mapping[str, Any], force: bool
     if chosen["keyslot"] is not None:
         doomed = [_erasable(volume, store, _slot_number(chosen["keyslot"]), old, active, force)]
     elif old is not None:
-        doomed = [index for index in active if try_slot(volume.header, store, index, old) is not None]
+        doomed = _opened_by(volume, store, active, old)
         if not doomed:
             raise InvalidArgument("No keyslots match given (old) password for erase operation")
         if len(doomed) == len(active) and not force:
@@ -261,8 +284,18 @@ def _remove(volume: Volume, store: Store, chosen: Mapping[str, Any], force: bool
         erase(volume, store, index)
 
 
+def _opened_by(volume: Volume, store: Store, slots: list[int], passphrase: bytes) -> list[int]:
+    """Return those of the *slots* that *passphrase* opens. Raises UnsupportedFeature before the first when to try all costs too much."""
+    effort = Effort(volume.max_iterations)
+    for index in slots:
+        effort.covers(volume.header, index)
+    if effort.left_out:
+        raise effort.refusal(volume.header, None, MAX_ITERATIONS_OPTION)
+    return [index for index in slots if try_slot(volume.header, store, index, passphrase) is not None]
+
+
 def _erasable(volume: Volume, store: Store, index: int, old: bytes | None, active: list[int], force: bool) -> int:
-    if old is not None and (index not in active or try_slot(volume.header, store, index, old) is None):
+    if old is not None and (index not in active or not _opened_by(volume, store, [index], old)):
         raise InvalidArgument(f"Given keyslot {index} doesn't contain the given old password for erase operation")
     if index not in active and not force:
         raise InvalidArgument(f"Given keyslot {index} is already erased (inactive) ")

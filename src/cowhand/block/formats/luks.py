@@ -32,6 +32,11 @@ class LuksOptions(NodeOptions):
     """Options of a LUKS image (QEMU ``qapi/block-core.json``, BlockdevOptionsLUKS)."""
 
     key_secret: str | None = option(help="id of the secret that opens a key slot")
+    max_iterations: int | None = option(
+        kind="int",
+        help="iterations of SHA-256, or what takes as long, that one passphrase may cost; 0 for any number (150000000: half a minute)",
+        strong=False,
+    )
 
 
 _AMENDABLE = (
@@ -169,7 +174,9 @@ class LuksNode(BlockNode):
         from cowhand.crypto import secrets, volume as volumes
 
         tried = secrets.candidates(self.options.key_secret, "key-secret", self.filename)
-        self.volume = volumes.unlock(self.encryption, ChildStore(self.header_child), tried, self.filename)
+        self.volume = volumes.unlock(
+            self.encryption, ChildStore(self.header_child), tried, self.filename, self.options.max_iterations
+        )
         return self.volume
 
     @property

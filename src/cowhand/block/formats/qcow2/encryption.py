@@ -80,6 +80,7 @@ class Encryption:
         self._at = self._length = 0
         self.volume: Volume | None = None
         self._secret: str | None = given.get("key-secret")
+        self._max_iterations = _number(given.get("max-iterations"))
         self._cipher: SectorCipher | None = None
         asked = given.get("format")
         if asked is not None and asked != self.format:
@@ -126,7 +127,7 @@ class Encryption:
             return self._cipher
         from cowhand.crypto import secrets
         from cowhand.crypto.sectors import SectorCipher
-        from cowhand.crypto.volume import unlock
+        from cowhand.crypto.volume import MAX_ITERATIONS_OPTION, unlock
 
         tried = secrets.candidates(self._secret, "encrypt.key-secret", self._node.filename)
         if self.luks is None:
@@ -134,7 +135,9 @@ class Encryption:
             key = tried[0][:_AES_KEY_BYTES].ljust(_AES_KEY_BYTES, b"\0")
             self._cipher = SectorCipher("aes-128", "cbc", "plain64", key)
         else:
-            self.volume = unlock(self.luks, self.header_store(), tried, self._node.filename)
+            self.volume = unlock(
+                self.luks, self.header_store(), tried, self._node.filename, self._max_iterations, f"encrypt.{MAX_ITERATIONS_OPTION}"
+            )  # fmt: skip
             self._cipher = self.volume.cipher
         return self._cipher
 
@@ -196,11 +199,25 @@ def without_places(batch: ExtentBatch) -> ExtentBatch:
     return out
 
 
+def _number(value: Any) -> int | None:
+    """Return the value of the option encrypt.max-iterations, a number or its digits; raises InvalidArgument for anything else."""
+    if value is None:
+        return None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | str)
+        or not str(value).isdecimal()
+        or len(str(value)) > 20
+    ):
+        raise InvalidArgument("Parameter 'encrypt.max-iterations' expects a number")
+    return int(value)
+
+
 def configure(node: Qcow2Node, given: Any, *, unlocked: bool) -> Encryption | None:
     """Return how *node* is encrypted, or None; *unlocked* asks for the secret at once. Raises InvalidArgument for options that do not fit."""
     options = given if isinstance(given, Mapping) else {}
     for name in options:
-        if name not in ("format", "key-secret"):
+        if name not in ("format", "key-secret", "max-iterations"):
             raise InvalidArgument(f"Block format 'qcow2' does not support the option 'encrypt.{name}'")
     if not node.header.crypt_method:
         if options.get("format") is not None:
