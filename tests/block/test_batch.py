@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import threading
+from pathlib import Path
 
 import pytest
 
+import cowhand
+from cowhand.block import batch as batch_module
+from cowhand.block.check import check
+from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import WRITE_REQUEST
+from cowhand.block.node import READ, WRITE_REQUEST
 from cowhand.block.protocols.memory import MemoryNode
+from cowhand.block.snapshots import create_snapshot
 from cowhand.core.errors import NoSpace
 from cowhand.core.extents import DATA
 from cowhand.testing.faults import FaultNode
@@ -165,3 +172,62 @@ def test_tables_stay_although_the_cache_is_too_small_for_them() -> None:
         assert disk.read(0, disk.size) == model
     keeper.close()
     assert sound_content(file) == model
+
+
+@pytest.mark.parametrize("options", [{}, {"cluster_size": "512"}, {"extended_l2": "on"}, {"data_file": "x.data"}])
+def test_scattered_batches_on_a_file_do_what_single_requests_do(tmp_path: Path, options: dict[str, str]) -> None:
+    chance = random.Random(5)
+    size = 3 << 20
+    if "data_file" in options:
+        options = {**options, "data_file": str(tmp_path / options["data_file"])}
+    create(tmp_path / "x", "qcow2", size, options)
+    model = bytearray(size)
+    with cowhand.open(tmp_path / "x", writable=True) as disk:
+        for turn in range(60):
+            if turn == 20 and "data_file" not in options:
+                create_snapshot(disk, "s")  # every cluster is shared from here on
+            if turn % 10 == 5:
+                at = chance.randrange(0, size - 200_000)
+                disk.write_zeroes(at, 150_000, unmap=bool(turn % 2))
+                model[at : at + 150_000] = bytes(150_000)
+            spots = chance.sample(range(0, size - 8192, 8192), 40)
+            batch = [(WRITE_REQUEST, at, chance.randbytes(chance.choice((512, 4096, 4097, 8000)))) for at in spots]
+            for _, at, data in batch:
+                model[at : at + len(data)] = data
+            disk.submit(batch)
+            reads = [(READ, at + 100, bytearray(chance.choice((1, 512, 4096)))) for at in chance.sample(spots, 40)]
+            disk.submit(reads)
+            for _, at, buffer in reads:
+                assert buffer == model[at : at + len(buffer)]
+        assert disk.read(0, size) == model
+    assert not check(tmp_path / "x").findings
+    with cowhand.open(tmp_path / "x") as disk:
+        assert disk.read(0, size) == model
+
+
+def test_a_file_that_ends_early_reads_as_zeroes_and_an_interrupted_write_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(tmp_path / "x", "qcow2", 1 << 20, {})
+    with cowhand.open(tmp_path / "x", writable=True) as disk:
+        disk.write(0, b"a" * (1 << 20))
+        os.truncate(tmp_path / "x", (tmp_path / "x").stat().st_size - 65536 - 1000)
+        spots = (0, 1 << 19, (15 << 16) - 1100, (15 << 16) + 5000)
+        reads = [(READ, at, bytearray(b"?" * 4096)) for at in spots]
+        disk.submit(reads)
+        shown = [bytes(buffer) for _, _, buffer in reads]
+        assert shown == [disk.read(at, 4096) for at in spots]
+        assert shown[0] == b"a" * 4096 and shown[3] == bytes(4096)
+
+        short = iter((1000, -1, 4096, 0, 4096))
+
+        def pwritev(descriptor: int, buffers: tuple[bytes, ...], offset: int) -> int:
+            count = next(short)
+            if count < 0:
+                raise InterruptedError
+            return os.pwritev(descriptor, [buffers[0][:count]], offset)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(batch_module, "_pwritev", pwritev)
+            disk.submit([(WRITE_REQUEST, at, b"b" * 4096) for at in range(0, 5 << 16, 1 << 16)])
+        assert [disk.read(at, 4096) for at in range(0, 5 << 16, 1 << 16)] == [b"b" * 4096] * 5

@@ -36,11 +36,16 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
         one_by_one(node, batch)
         return
     failure: Exception | None = None
+    index, count = 0, len(batch)
+    gathered = _Gathered(node, count)
+    if count > 1 and (places := node.places(batch)) is not None:
+        failure = gathered.allocate(_one_after_another(node, batch, places, gathered))
+        if failure is not None:
+            raise failure
+        return
     look = node.map
     read_mask, read_flags = node.DIRECT_READ
     write_mask, write_flags = node.DIRECT_WRITE
-    gathered = _Gathered(node, len(batch))
-    index, count = 0, len(batch)
     while index < count:
         kind, offset, what = batch[index]
         done = 0
@@ -74,6 +79,34 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
     failure = gathered.allocate(failure)
     if failure is not None:
         raise failure
+
+
+def _one_after_another(
+    node: FormatNode, batch: Sequence[Request], places: tuple[int, list[int]], gathered: _Gathered
+) -> Exception | None:
+    """Do *batch*, all reads or all writes of which no two adjoin, at their *places*; return the first error."""
+    failure: Exception | None = None
+    descriptor, hosts = places
+    writing = batch[0][0] != READ
+    move: Any = _pwritev if writing else _preadv
+    try:
+        for request, host in zip(batch, hosts, strict=True):
+            if host >= 0:
+                what = request[2]
+                try:
+                    if move(descriptor, (what,), host) == len(what):
+                        continue
+                except OSError:
+                    pass  # the long way meets the same, and deals with it
+                except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+                    failure = failure or error
+                    continue
+            failure = gathered.take_or_do(request, failure)
+    finally:
+        # After the writes: a flush that begins before they have ended does not count for them.
+        if writing:
+            node.changed = True
+    return failure
 
 
 class _Gathered:

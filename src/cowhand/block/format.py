@@ -186,6 +186,14 @@ class FormatNode(ReservingNode):
             offset = batch.end
         return True
 
+    def places(self, batch: Sequence[Request]) -> tuple[int, list[int]] | None:
+        """Return a descriptor and where in it each request of *batch* lies, -1 for one that goes the long way; or None.
+
+        None where the batch is not all reads or all writes, where two requests that follow one another adjoin in the file (they are better
+        done together), or where nothing can be told of many at once. What is told holds as long as the caller's lease.
+        """
+        return None
+
     # -- writing
 
     @property

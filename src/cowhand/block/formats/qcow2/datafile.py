@@ -13,14 +13,14 @@ from cowhand.block.cache import Table
 from cowhand.block.format import FormatNode
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.mapping import DAMAGED, NORMAL, ZERO_HOST, ZERO_PLAIN, Mapping
-from cowhand.block.node import Child, Role, Zeroing
+from cowhand.block.node import Child, Request, Role, Zeroing
 from cowhand.block.reserving import Kind, Reservation
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 from cowhand.core.errors import CowhandError, InvalidArgument, InvalidFormat, NotSupported
 from cowhand.core.extents import IN_PLACE, NO_HOST, OFFSET, ExtentBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping as Mapping_
+    from collections.abc import Callable, Mapping as Mapping_, Sequence
 
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.formats.qcow2.header import Header
@@ -90,6 +90,9 @@ def missing(node: Qcow2Node) -> CowhandError:
 
 class ExternalMapping(Mapping):
     """The mapping of an image whose data lies in another file: an entry in use names its own guest offset, and at offset 0 only COPIED says so."""
+
+    def places(self, batch: Sequence[Request]) -> tuple[int, list[int]] | None:
+        return None
 
     def run(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
         index = offset >> self.table_shift

@@ -14,7 +14,7 @@ from cowhand.block.formats.qcow2.mapping import Mapping
 from cowhand.block.formats.qcow2.metadata import MetadataNode
 from cowhand.block.formats.qcow2.options import Qcow2Options
 from cowhand.block.formats.qcow2.refcounts import Refcounts
-from cowhand.block.node import BlockNode, Child, Reopening
+from cowhand.block.node import BlockNode, Child, Reopening, Request
 from cowhand.block.options import NodeOptions
 from cowhand.block.reserving import Kind, Reservation, Unprepared
 from cowhand.core import diagnostics
@@ -213,6 +213,9 @@ class Qcow2Node(MetadataNode):
 
     def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
         return self.mapping.run(offset, length)
+
+    def places(self, batch: Sequence[Request]) -> tuple[int, list[int]] | None:
+        return self.mapping.places(batch) if self.encryption is None else None
 
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
         if self.encryption is not None:

@@ -27,9 +27,11 @@ from cowhand.core.errors import CowhandError, NotSupported
 from cowhand.core.extents import IN_PLACE, MAX_ROWS, NO_HOST, OFFSET, ExtentBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cowhand.block.formats.qcow2.allocation import EntryChange
     from cowhand.block.formats.qcow2.driver import Qcow2Node
-    from cowhand.block.node import BlockNode, Child
+    from cowhand.block.node import BlockNode, Child, Request
 
 #: An entry and its bitmap. One call reads or writes both, which the interpreter does not interrupt.
 PAIR = struct.Struct(">QQ")
@@ -76,6 +78,9 @@ class ExtendedMapping(Mapping):
         if entry & L.ENTRY_COMPRESSED:
             return False
         return bool(entry & L.L2_OFFSET_MASK) or (self.node.external and bool(entry & L.COPIED))
+
+    def places(self, batch: Sequence[Request]) -> tuple[int, list[int]] | None:
+        return None
 
     def run(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
         index = offset >> self.table_shift
