@@ -18,6 +18,7 @@ from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported, Uns
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.header import Header
 
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _TAKEN = (
@@ -75,7 +76,8 @@ def amend(
             from cowhand.block.formats.qcow2.snapshotting import complete_table
 
             complete_table(node)
-            _rewrite(node, lambda: _upgrade(node))
+            with node.rewriting_header():
+                _upgrade(header)
         if encrypting.amends(options):
             encrypting.amend(node, options, force=force)
         bits = options.get("refcount_bits")
@@ -91,7 +93,8 @@ def amend(
 
             switch = amend_data_file(options, header)
             if switch is not None:
-                _rewrite(node, switch)
+                with node.rewriting_header():
+                    switch()
         if options.get("size") is not None and options["size"] != header.size:
             from cowhand.block.formats.qcow2.resize import resize
 
@@ -125,26 +128,7 @@ def _refuse(node: Qcow2Node, options: Mapping[str, Any], version: int) -> None:
             )
 
 
-def _rewrite(node: Qcow2Node, change: Callable[[], None]) -> None:
-    """Change the header in memory, then on disk at once; on an error the old one stands."""
-    header = node.header
-    with node.exclusive():
-        old = header.encode()
-        before = {name: getattr(header, name) for name in header.__slots__}
-        try:
-            change()
-            header.encode()  # raises when there is no room, before anything is written
-            with node.publishing(0, old):
-                node.update_header()
-                node.flush_file()
-        except BaseException:
-            for name, value in before.items():
-                setattr(header, name, value)
-            raise
-
-
-def _upgrade(node: Qcow2Node) -> None:
-    header = node.header
+def _upgrade(header: Header) -> None:
     header.version = 3
     header.header_length = L.HEADER_LENGTH_WRITTEN
     header.incompatible = header.compatible = header.autoclear = 0
@@ -153,12 +137,11 @@ def _upgrade(node: Qcow2Node) -> None:
 def _set_lazy(node: Qcow2Node, lazy: bool) -> None:
     if not lazy:
         _write_counts(node)
-    bit = L.COMPAT_LAZY_REFCOUNTS
-
-    def change() -> None:
-        node.header.compatible = node.header.compatible | bit if lazy else node.header.compatible & ~bit
-
-    _rewrite(node, change)
+    with node.rewriting_header() as header:
+        if lazy:
+            header.compatible |= L.COMPAT_LAZY_REFCOUNTS
+        else:
+            header.compatible &= ~L.COMPAT_LAZY_REFCOUNTS
 
 
 def _write_counts(node: Qcow2Node) -> None:
@@ -199,11 +182,11 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], None] | None) -> 
     from cowhand.block.formats.qcow2.bitmapstore import remove_all
 
     remove_all(node)  # version 2 has no way to say that they are up to date
-    _rewrite(node, lambda: _become_version_2(node))
+    with node.rewriting_header():
+        _become_version_2(header)
 
 
-def _become_version_2(node: Qcow2Node) -> None:
-    header = node.header
+def _become_version_2(header: Header) -> None:
     header.version = 2
     header.header_length = L.HEADER_V2_LENGTH
     header.incompatible = header.compatible = header.autoclear = 0

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _SECTOR = 512
 _OFFSET_BACKING = 8
-_OFFSET_AUTOCLEAR = 88
 _HEAD = 8  #: of an extension: kind and length
 
 
@@ -68,7 +67,7 @@ def _switch(node: Qcow2Node, old: bytes, new: bytes, extension: bytes | None) ->
     else:
         # An extension of somebody else follows, or the room is only just enough: the header is laid out anew.
         plain = bytearray(new)
-        L.U64.pack_into(plain, _OFFSET_AUTOCLEAR, _autoclear(old) & ~L.AUTOCLEAR_BITMAPS)
+        L.U64.pack_into(plain, L.OFFSET_AUTOCLEAR, _autoclear(old) & ~L.AUTOCLEAR_BITMAPS)
         _put(node, 0, bytes(plain))
     if extension is not None:
         _set_autoclear(node, old, on=True)
@@ -86,7 +85,7 @@ def _append(node: Qcow2Node, old: bytes, end: int, extension: bytes) -> None:
         if moved < name_at + name_length or moved + name_length > node.cluster_size:
             # The old and the new place overlap, or there is no room: all of it is laid out anew.
             plain = bytearray(node.header.encode())
-            L.U64.pack_into(plain, _OFFSET_AUTOCLEAR, _autoclear(old) & ~L.AUTOCLEAR_BITMAPS)
+            L.U64.pack_into(plain, L.OFFSET_AUTOCLEAR, _autoclear(old) & ~L.AUTOCLEAR_BITMAPS)
             _put(node, 0, bytes(plain))
             return
         _put(node, moved, old[name_at : name_at + name_length])
@@ -115,14 +114,14 @@ def _length_at(data: bytes, at: int) -> int:
 
 
 def _autoclear(data: bytes) -> int:
-    bits: int = L.U64.unpack_from(data, _OFFSET_AUTOCLEAR)[0]
+    bits: int = L.U64.unpack_from(data, L.OFFSET_AUTOCLEAR)[0]
     return bits
 
 
 def _set_autoclear(node: Qcow2Node, old: bytes, *, on: bool) -> None:
     known = L.AUTOCLEAR_BITMAPS | L.AUTOCLEAR_RAW_DATA
     bits = _autoclear(old) & known & ~L.AUTOCLEAR_BITMAPS
-    _put(node, _OFFSET_AUTOCLEAR, L.U64.pack(bits | (L.AUTOCLEAR_BITMAPS if on else 0)))
+    _put(node, L.OFFSET_AUTOCLEAR, L.U64.pack(bits | (L.AUTOCLEAR_BITMAPS if on else 0)))
 
 
 def _put(node: Qcow2Node, offset: int, data: bytes) -> None:

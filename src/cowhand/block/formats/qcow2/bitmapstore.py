@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
 _FLAGS_IN_ENTRY = 12
-_OFFSET_AUTOCLEAR = 88
 #: Flags in the directory that are written one by one.
 _FEW_FLAGS = 64
 
@@ -50,9 +49,7 @@ def begin(node: Qcow2Node) -> None:
         return
     if not directory.readable:
         # Nothing can be said of a single bitmap, and none may be trusted after this.
-        node.header.autoclear &= ~L.AUTOCLEAR_BITMAPS
-        node.write_metadata(_OFFSET_AUTOCLEAR, L.U64.pack(node.header.autoclear))
-        node.flush_file()
+        node.set_autoclear(node.header.autoclear & ~L.AUTOCLEAR_BITMAPS)
         return
     claim(node, [entry for entry in directory if entry.flags & AUTO])
     if directory.broken or directory.crowded:

@@ -97,9 +97,7 @@ def _refcount_blocks(node: Qcow2Node) -> int:
                 node.flush_file()
                 at = node.header.refcount_table_offset + index * 8
                 entry = L.U64.pack(place * node.cluster_size)
-                with node.publishing(at, bytes(refcounts.table[index * 8 : index * 8 + 8])):
-                    node.write_metadata(at, entry)
-                    node.flush_file()
+                node.switch(at, bytes(refcounts.table[index * 8 : index * 8 + 8]), entry)
             except CowhandError:
                 node.allocator.untake(place, 1)
                 raise

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
 _CODES: dict[int, Literal["B", "H", "I", "Q"]] = {0: "B", 1: "B", 2: "B", 3: "B", 4: "H", 5: "I", 6: "Q"}
-#: The fields of the header from the refcount table's offset to the width.
-_FIELDS_END = 100
 #: Bytes of blocks that are written before the next are made.
 _PIECE = 4 << 20
 
@@ -184,16 +182,13 @@ class _Change:
     def switch(self) -> None:
         """Have the header name the new counts."""
         node, header = self.node, self.node.header
-        fields = header.encode()[L.OFFSET_REFCOUNT_TABLE : _FIELDS_END]
-        offset = self.table_first * node.cluster_size
-        new = L.U64.pack(offset) + L.U32.pack(self.table_clusters) + fields[12:-4] + L.U32.pack(self.order)
-        with node.publishing(L.OFFSET_REFCOUNT_TABLE, fields):
-            node.write_metadata(L.OFFSET_REFCOUNT_TABLE, new)
-            node.flush_file()
-        self.switched = True
         self._old_table = header.refcount_table_offset // node.cluster_size, header.refcount_table_clusters
-        header.refcount_table_offset, header.refcount_table_clusters = offset, self.table_clusters
-        header.refcount_order = self.order
+        node.switch_header(
+            refcount_table_offset=self.table_first * node.cluster_size,
+            refcount_table_clusters=self.table_clusters,
+            refcount_order=self.order,
+        )
+        self.switched = True
         counts = Refcounts(node, self._table())
         counts.cache.limit = self.old.cache.limit
         node.refcounts = node.allocator.refcounts = counts

@@ -194,5 +194,5 @@ def _grow(node: Qcow2Node, size: int, header: Header, preallocation: str) -> Non
     resize(node, size, preallocation=preallocation)
     node.header.backing_name, node.header.backing_format = header.backing_name, header.backing_format
     with node.exclusive():
-        node.update_header()
+        node.write_metadata(0, node.header.encode())
     node.flush()

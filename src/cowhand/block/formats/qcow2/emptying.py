@@ -91,10 +91,7 @@ def _move_tables(node: Qcow2Node, clusters: int) -> None:
     node.file.flush()
     node.fire("l1_update")
     node.fire("reftable_update")
-    header.l1_offset, header.refcount_table_offset, header.refcount_table_clusters = _BEFORE_L1 * unit, unit, 1
-    fields = L.U64.pack(header.l1_offset) + L.U64.pack(unit) + L.U32.pack(1)
-    node.file.write(L.OFFSET_L1_SIZE + 4, (fields,))
-    node.file.flush()
+    node.switch_header(l1_offset=_BEFORE_L1 * unit, refcount_table_offset=unit, refcount_table_clusters=1)
     mapping.l1 = Table(mapping.l1.data, header.l1_offset)
 
 

@@ -82,7 +82,7 @@ def header_length(options: Mapping[str, Any]) -> int:
 
 def make(node: Qcow2Node, plan: EncryptionPlan) -> None:
     """Have *node*, a new image that nobody uses, encrypted as *plan* says; clusters that it has hold garbage afterwards."""
-    header = node.header
+    place = None
     if plan.choice is not None:
         from cowhand.crypto import volume
 
@@ -92,11 +92,11 @@ def make(node: Qcow2Node, plan: EncryptionPlan) -> None:
             node.write_back.flush_refcounts()
         _clear(node, at, -(-length // node.cluster_size) * node.cluster_size)
         volume.make(HeaderStore(node, at, length), plan.choice, plan.passphrase)
-        header.set(L.EXT_CRYPTO, L.U64.pack(at) + L.U64.pack(length))
-    header.crypt_method = plan.method
-    with node.exclusive():
-        node.update_header()
-        node.flush_file()
+        place = L.U64.pack(at) + L.U64.pack(length)
+    with node.rewriting_header() as header:
+        if place is not None:
+            header.set(L.EXT_CRYPTO, place)
+        header.crypt_method = plan.method
 
 
 def _clear(node: Qcow2Node, at: int, length: int) -> None:

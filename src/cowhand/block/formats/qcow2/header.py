@@ -5,7 +5,8 @@ Parsed with every field checked before it is used, and written so that what is n
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.core.errors import InvalidArgument, InvalidFormat, UnsupportedFeature
@@ -20,6 +21,14 @@ class Extension(NamedTuple):
 
     kind: int
     data: bytes
+
+
+#: Where the fields lie that are changed alone, or a few together: byte, length. The specification's "Header".
+_FIELDS = {
+    "size": (24, 8), "crypt_method": (32, 4), "l1_size": (36, 4), "l1_offset": (40, 8), "refcount_table_offset": (48, 8),
+    "refcount_table_clusters": (56, 4), "snapshot_count": (60, 4), "snapshots_offset": (64, 8), "incompatible": (72, 8),
+    "compatible": (80, 8), "autoclear": (88, 8), "refcount_order": (96, 4),
+}  # fmt: skip
 
 
 class Header:
@@ -66,6 +75,11 @@ class Header:
         """Bytes of an L2 entry."""
         return 2 * L.ENTRY_SIZE if self.incompatible & L.INCOMPAT_EXTENDED_L2 else L.ENTRY_SIZE
 
+    def assign(self, fields: Mapping[str, Any]) -> None:
+        """Give *fields* the values that they are mapped to."""
+        for name, value in fields.items():
+            setattr(self, name, value)
+
     def find(self, kind: int) -> bytes | None:
         """Return the data of the first extension of *kind*, or None."""
         for extension in self.extensions:
@@ -97,19 +111,28 @@ class Header:
                 qemu="Header is too large for a cluster",
                 hint="Use a larger cluster size or a shorter backing file name.",
             )
-        fixed = L.HEADER_V2.pack(
-            L.MAGIC, self.version, length + len(body) if name else 0, len(name), self.cluster_bits, self.size,
-            self.crypt_method, self.l1_size, self.l1_offset, self.refcount_table_offset, self.refcount_table_clusters,
-            self.snapshot_count, self.snapshots_offset,
-        )  # fmt: skip
-        if self.version >= 3:
-            fixed += L.HEADER_V3_TAIL.pack(
-                self.incompatible, self.compatible, self.autoclear, self.refcount_order, length
-            )
-            if length > L.HEADER_V3_LENGTH:
-                fixed += bytes([self.compression_type]) + bytes(7)
-            fixed += self.unknown_tail
+        fixed = self._fields(length + len(body) if name else 0, len(name))
         return (fixed + body + name).ljust(self.cluster_size, b"\0")
+
+    def _fields(self, name_at: int = 0, name_length: int = 0) -> bytes:
+        fixed = L.HEADER_V2.pack(
+            L.MAGIC, self.version, name_at, name_length, self.cluster_bits, self.size, self.crypt_method, self.l1_size, self.l1_offset,
+            self.refcount_table_offset, self.refcount_table_clusters, self.snapshot_count, self.snapshots_offset,
+        )  # fmt: skip
+        if self.version < 3:
+            return fixed
+        fixed += L.HEADER_V3_TAIL.pack(
+            self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.header_length
+        )
+        if self.header_length > L.HEADER_V3_LENGTH:
+            fixed += bytes([self.compression_type]) + bytes(7)
+        return fixed + self.unknown_tail
+
+    def encode_fields(self, names: Iterable[str]) -> tuple[int, bytes]:
+        """Return where the fields *names* begin in the header, and the bytes from the first to the last of them."""
+        places = [_FIELDS[name] for name in names]
+        begin, end = min(at for at, _ in places), max(at + length for at, length in places)
+        return begin, self._fields()[begin:end]
 
     def _encode_extensions(self) -> bytes:
         # The order is QEMU's: backing format first, the feature names before whatever else there is.

@@ -5,6 +5,7 @@ Source: QEMU ``docs/interop/qcow2``, "Header" (incompatible and autoclear featur
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,42 @@ class MetadataNode(FormatNode):
             self.set_poison(error)
             raise
 
+    def switch(self, offset: int, before: bytes, after: bytes) -> None:
+        """Write *after* over *before* at host *offset*: what says which tables hold, inside one sector. It is stable when this returns.
+
+        A lock that excludes other writers of the place is held. Raises what writing raises; then *before* stands there, or the node is poisoned.
+        """
+        with self.publishing(offset, before):
+            self.write_metadata(offset, after)
+            self.flush_file()
+
+    def switch_header(self, **fields: int) -> None:
+        """Give *fields* of the header, by their names in :class:`Header`, new values together: in the file as :meth:`switch` does, then in memory."""
+        wanted = copy.copy(self.header)
+        wanted.assign(fields)
+        at, before = self.header.encode_fields(fields)
+        self.switch(at, before, wanted.encode_fields(fields)[1])
+        self.header.assign(fields)
+
+    @contextmanager
+    def rewriting_header(self) -> Iterator[headers.Header]:
+        """Change the header in the ``with`` block; at its end it is written anew, whole. For what switches no table: names, extensions, features.
+
+        Takes the write-back and the allocation lock. Raises InvalidArgument when there is no room, and what writing raises; after an error, also of
+        the block, the old header stands, in the file and in memory.
+        """
+        with self.exclusive():
+            header = self.header
+            before = header.encode()
+            old = {name: getattr(header, name) for name in header.__slots__}
+            old["extensions"] = list(header.extensions)
+            try:
+                yield header
+                self.switch(0, before, header.encode())
+            except BaseException:
+                header.assign(old)
+                raise
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the write-back and the allocation lock: for what writes metadata at once (table growth, snapshots)."""
@@ -171,15 +208,14 @@ class MetadataNode(FormatNode):
         except CowhandError as error:
             diagnostics.report(f"qcow2: the corrupt mark could not be written: {error.qemu()}")
 
-    def update_header(self) -> None:
-        """Write the header's cluster anew (backing file, extensions). Fields that switch tables are written alone, elsewhere."""
-        data = self.header.encode()
-        self.write_metadata(0, data)
+    def set_autoclear(self, bits: int) -> None:
+        """Make *bits* the autoclear features, stably; a lock that excludes other writers of the header is held."""
+        self.header.autoclear = bits
+        self.write_metadata(L.OFFSET_AUTOCLEAR, L.U64.pack(bits))
+        self.flush_file()
 
     def clear_unknown_marks(self) -> None:
         """Take away autoclear bits that are not known: what they vouch for is not kept up here."""
         known = L.AUTOCLEAR_BITMAPS | L.AUTOCLEAR_RAW_DATA
         if self.header.autoclear & ~known and self.header.version >= 3:
-            self.header.autoclear &= known
-            self.write_metadata(88, L.U64.pack(self.header.autoclear))
-            self.flush_file()
+            self.set_autoclear(self.header.autoclear & known)

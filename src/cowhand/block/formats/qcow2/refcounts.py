@@ -268,13 +268,7 @@ class Refcounts:
         node = self.node
         old, old_count = node.header.refcount_table_offset // self.cluster_size, node.header.refcount_table_clusters
         clusters = len(table) // self.cluster_size
-        field = L.U64.pack(cluster * self.cluster_size) + L.U32.pack(clusters)
-        before = L.U64.pack(node.header.refcount_table_offset) + L.U32.pack(old_count)
-        with node.publishing(L.OFFSET_REFCOUNT_TABLE, before):
-            node.write_metadata(L.OFFSET_REFCOUNT_TABLE, field)
-            node.flush_file()
-        node.header.refcount_table_offset = cluster * self.cluster_size
-        node.header.refcount_table_clusters = clusters
+        node.switch_header(refcount_table_offset=cluster * self.cluster_size, refcount_table_clusters=clusters)
         self.table = table
         node.metadata.add(cluster, clusters)
         node.metadata.remove(old, old_count)

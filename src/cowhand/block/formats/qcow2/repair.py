@@ -319,11 +319,9 @@ def _write_structure(exam: Examination) -> None:
             node.write_metadata(cluster * size, encoded(counts, exam.order))
         node.write_metadata(place * size, table)
         node.flush_file()
-        node.write_metadata(L.OFFSET_REFCOUNT_TABLE, L.U64.pack(place * size) + L.U32.pack(new.table_clusters))
-        node.flush_file()
+        node.switch_header(refcount_table_offset=place * size, refcount_table_clusters=new.table_clusters)
     except CowhandError as error:
         raise _failed(exam, f"ERROR writing the new refcount structure: {error.qemu_message}", error) from error
-    node.header.refcount_table_offset, node.header.refcount_table_clusters = place * size, new.table_clusters
     node.refcounts.table = table
     node.refcounts.cache.clear()
     exam.regions = None
@@ -334,9 +332,7 @@ def _write_structure(exam: Examination) -> None:
 
 def cut_snapshots(node: Qcow2Node, count: int) -> None:
     """Leave the table's first *count* snapshots; what the others held is leaked, and freed by what follows."""
-    node.write_metadata(L.OFFSET_SNAPSHOTS, L.U32.pack(count))
-    node.flush_file()
-    node.header.snapshot_count = count
+    node.switch_header(snapshot_count=count)
 
 
 def rewrite_snapshots(exam: Examination, counters: Counters) -> None:
@@ -362,9 +358,7 @@ def mark_sound(node: Qcow2Node) -> None:
     node.flush_file()
     marks = L.INCOMPAT_DIRTY | L.INCOMPAT_CORRUPT
     if node.header.version >= 3 and node.header.incompatible & marks:
-        node.header.incompatible &= ~marks
-        node.write_metadata(L.OFFSET_INCOMPATIBLE, L.U64.pack(node.header.incompatible))
-        node.flush_file()
+        node.set_incompatible(node.header.incompatible & ~marks)
 
 
 def forget(node: Qcow2Node) -> None:

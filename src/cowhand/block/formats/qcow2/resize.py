@@ -55,15 +55,11 @@ def replace_l1(node: Qcow2Node, entries: int) -> None:
         node.write_metadata(first * size, data)
         node.flush_file()
         node.fire("l1_grow_activate_table")
-        before = L.U32.pack(node.header.l1_size) + L.U64.pack(node.header.l1_offset)
-        with node.publishing(L.OFFSET_L1_SIZE, before):
-            node.write_metadata(L.OFFSET_L1_SIZE, L.U32.pack(entries) + L.U64.pack(first * size))
-            node.flush_file()
+        node.switch_header(l1_size=entries, l1_offset=first * size)
     except CowhandError:
         node.allocator.untake(first, clusters)
         raise
     old_first, old_count = old.host // size, -(-len(old.data) // size)
-    node.header.l1_size, node.header.l1_offset = entries, first * size
     node.mapping.l1 = Table(data, first * size)
     node.metadata.add(first, clusters)
     if old_count:
@@ -74,10 +70,7 @@ def replace_l1(node: Qcow2Node, entries: int) -> None:
 def set_size(node: Qcow2Node, size: int) -> None:
     """Write the disk's size into the header, stably."""
     with node.exclusive():
-        with node.publishing(L.OFFSET_SIZE, L.U64.pack(node.header.size)):
-            node.write_metadata(L.OFFSET_SIZE, L.U64.pack(size))
-            node.flush_file()
-        node.header.size = size
+        node.switch_header(size=size)
         if node.dirty_bitmaps is not None:
             node.dirty_bitmaps.resize(size)
 

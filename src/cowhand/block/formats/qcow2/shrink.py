@@ -81,9 +81,7 @@ def drop_refblocks(node: Qcow2Node, first: int = 0) -> int:
         # No entry is left that names what is then freed; nor one for a block that cannot be.
         for index, cluster in unused:
             at = node.header.refcount_table_offset + index * 8
-            with node.publishing(at, bytes(refcounts.table[index * 8 : index * 8 + 8])):
-                node.write_metadata(at, bytes(8))
-                node.flush_file()
+            node.switch(at, bytes(refcounts.table[index * 8 : index * 8 + 8]), bytes(8))
             refcounts.table[index * 8 : index * 8 + 8] = bytes(8)
             refcounts.cache.drop(index)
             node.metadata.remove(cluster, 1)

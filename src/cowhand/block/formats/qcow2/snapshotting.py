@@ -128,22 +128,11 @@ def _undoing(node: Qcow2Node) -> Iterator[_Undo]:
         raise
 
 
-def _switch(node: Qcow2Node, offset: int, field: bytes) -> None:
-    """Write a header field that makes a new state valid. When that fails nobody knows which state the disk has."""
-    try:
-        node.write_metadata(offset, field)
-        node.flush_file()
-    except BaseException as error:
-        node.set_poison(error)
-        raise
-
-
 def _switch_table(node: Qcow2Node, snapshots: list[Snapshot], cluster: int, data: bytes) -> None:
     """Make the table *data*, stable at *cluster*, the image's; the old one is freed in memory."""
     size, header = node.cluster_size, node.header
-    _switch(node, L.OFFSET_SNAPSHOTS, L.U32.pack(len(snapshots)) + L.U64.pack(cluster * size if data else 0))
     old, old_bytes = header.snapshots_offset, node.snapshot_table_bytes
-    header.snapshot_count, header.snapshots_offset = len(snapshots), cluster * size if data else 0
+    node.switch_header(snapshot_count=len(snapshots), snapshots_offset=cluster * size if data else 0)
     node.snapshots, node.snapshot_table_bytes = snapshots, len(data)
     if old_bytes:
         _free(node, old // size, -(-old_bytes // size))
@@ -406,12 +395,10 @@ def _apply(node: Qcow2Node, snapshot: Snapshot) -> None:
         fit_flags(node, counting.counts_now(node, gained), l1, nothing_alone=True)
         node.write_back.run(locked=True)
         if in_place:
-            _switch(node, header.l1_offset, l1)
+            node.switch(header.l1_offset, bytes(node.mapping.l1.data[: len(l1)]), l1)
         else:
-            fields = L.U64.pack(snapshot.disk_size) + L.U32.pack(header.crypt_method) + L.U32.pack(len(l1) // 8)
-            _switch(node, L.OFFSET_SIZE, fields + L.U64.pack(place[0] * size))
+            node.switch_header(size=snapshot.disk_size, l1_size=len(l1) // 8, l1_offset=place[0] * size)
         undo.steps.clear()
-    header.size, header.l1_size, header.l1_offset = snapshot.disk_size, len(l1) // 8, place[0] * size
     node.mapping.l1 = Table(bytearray(l1), header.l1_offset)
     counting.put(node, counting.plan(node, lost, -1))
     if not in_place:
