@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.findings import ERROR, REPAIRED, UNREADABLE, Finding, Kind, Say
@@ -214,11 +215,9 @@ class Walk:
         header = self.node.header
         # Many snapshots of a hostile image can have one L1 table.
         tables = Counter({(header.l1_offset, header.l1_size): 1})
-        tables.update(
-            (snapshot.l1_offset, snapshot.l1_size)
-            for snapshot in self.node.snapshots
-            if snapshot.l1_size and self._snapshot_trouble(snapshot) is None
-        )
+        for snapshot, count in self._snapshots():
+            if snapshot.l1_size and self._snapshot_trouble(snapshot) is None:
+                tables[snapshot.l1_offset, snapshot.l1_size] += count
         uses = self._uses
         for (offset, entries), tables_alike in tables.items():
             try:
@@ -250,18 +249,23 @@ class Walk:
         if self.external and snapshots:
             self.say(Finding(F.SNAPSHOTS_WITH_DATA_FILE, owner="the snapshot table", count=len(snapshots)))
             self.counters.corruptions += 1
-        # Many snapshots of a hostile image can have one L1 table.
         alike = Counter((snapshot.l1_offset, snapshot.l1_size) for snapshot in snapshots)
-        for snapshot in snapshots:
+        for snapshot, count in self._snapshots():
             trouble = self._snapshot_trouble(snapshot)
             if trouble is not None:
                 self.uncertain = True
-                self._wrong(1, trouble)
+                self._wrong(count, trouble)
                 continue
             tables = alike.pop((snapshot.l1_offset, snapshot.l1_size), 0)
             if tables:
                 owner = f"the L1 table of snapshot '{snapshot.name}'"
                 self.walk_l1(snapshot.l1_offset, snapshot.l1_size, owner, active=False, tables=tables)
+
+    def _snapshots(self) -> Iterator[tuple[Snapshot, int]]:
+        """Yield the snapshots, and how often each is in the table on end: the same entry may be there thousands of times."""
+        for _, group in groupby(self.node.snapshots, id):
+            alike = list(group)
+            yield alike[0], len(alike)
 
     def walk_l1(self, offset: int, entries: int, owner: str, *, active: bool, tables: int = 1) -> None:
         """Follow one L1 table, which is *owner*, and which *tables* of the image's are."""

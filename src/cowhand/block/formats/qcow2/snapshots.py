@@ -141,8 +141,10 @@ def _text(data: bytes) -> bytes:
 def encode_table(snapshots: list[Snapshot], *, path: str) -> bytes:
     """Return the table of *snapshots*. Raises InvalidFormat when it would be larger than may be read again."""
     table = bytearray()
+    last: Snapshot | None = None
     for snapshot in snapshots:
-        entry = snapshot.encode()
+        if snapshot is not last:
+            last, entry = snapshot, snapshot.encode()
         table += bytes(-len(table) % 8)
         table += entry
         if len(table) > L.MAX_SNAPSHOT_TABLE_BYTES:
@@ -181,12 +183,19 @@ def read_table(node: Qcow2Node, reading: Reading, repair: Say | None = None) -> 
     snapshots: list[Snapshot] = []
     offset, length, text = begin, 0, 0
     alike: tuple[bytes, Snapshot] | None = None
-    for index in range(min(count, L.MAX_SNAPSHOTS)):
+    most = min(count, L.MAX_SNAPSHOTS)
+    while len(snapshots) < most:
+        index = len(snapshots)
         before = offset
         offset += -offset % 8
         length += -length % 8
+        # A hostile table can be one entry, thousands of times: of zeroes, behind the end of the file.
         if alike is not None and window.read(offset, len(alike[0])) == alike[0]:
-            # A hostile table can be one entry, thousands of times: of zeroes, behind the end of the file.
+            if offset >= node.file.node.size and len(alike[0]) == L.SNAPSHOT_HEADER.size:
+                # No entry is smaller, so they fit into the largest table.
+                offset += (most - index) * L.SNAPSHOT_HEADER.size
+                snapshots += [alike[1]] * (most - index)
+                break
             snapshot, size = alike[1], len(alike[0])
             offset += size
         else:
