@@ -15,6 +15,12 @@ def _probe_luks(data: bytes, filename: str) -> int:
     return 100 if data[:8] == b"LUKS\xba\xbe\0\1" else 0
 
 
+def _probe_bochs(data: bytes, filename: str) -> int:
+    marks = ((0, b"Bochs Virtual HD Image\0"), (32, b"Redolog\0"), (48, b"Growing\0"))
+    versions = (b"\0\0\1\0", b"\0\0\2\0")
+    return 100 if all(data[at : at + len(m)] == m for at, m in marks) and data[64:68] in versions else 0
+
+
 REGISTRY = Registry()
 for _entry in (
     DriverEntry("file", "protocol", "cowhand.block.protocols.file", "FileNode", prefixes=("file",)),
@@ -40,6 +46,7 @@ for _entry in (
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
     DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
+    DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
     DriverEntry(
         "blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False
     ),
