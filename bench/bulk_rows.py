@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from inputs import Inputs
 from measuring import Case, Sample, program, spawn
+
+_BARE = "bytes alone"
 
 
 class Bulk:
@@ -82,8 +85,10 @@ def cases(inputs: Inputs) -> Iterator[Case]:
     parallel = ["-W", "-m", "16"]
     yield bulk.case("convert raw → qcow2, sparse source", 0.7, [*to_qcow2, raw], [*to_qcow2, raw])
     yield bulk.case("the same", 0.7, [*to_qcow2, raw], [*to_qcow2, *parallel, raw], peer_name="qemu-img -W -m 16")
+    yield _bare(bulk, "copy", raw, f"{_BARE} (sparse source)")
     full = str(inputs.full_raw())
     yield bulk.case("convert raw → qcow2, full source", 0.5, [*to_qcow2, full], [*to_qcow2, full])
+    yield _bare(bulk, "copy", full, f"{_BARE} (full source)")
     inputs.path("full.raw").unlink()
     yield _into_existing(bulk, raw)
     qcow2 = str(inputs.qcow2())
@@ -104,7 +109,17 @@ def cases(inputs: Inputs) -> Iterator[Case]:
         unpack = ["-f", "qcow2", "-O", "raw", packed]
         yield bulk.case(f"decompress, {kind}", 0.5, unpack, unpack)
     yield _compare(bulk, raw, qcow2)
+    yield _bare(bulk, "compare", raw, f"{_BARE} (compare)")
     yield _commit(bulk, inputs)
+
+
+def _bare(bulk: Bulk, kind: str, raw: str, name: str) -> Case:
+    """Say what the row before this one would be if nothing but the bytes cost anything."""
+    program = (sys.executable, "-I", "-S", str(Path(__file__).with_name("bare.py")), kind, raw)
+    peer = bulk.peer("-f", "raw", "-O", "qcow2", raw)
+    if kind == "compare":
+        return Case(name, "qemu-img compare", None, lambda: spawn(*program, raw), _qemu_compare(bulk, raw, raw, "raw"))
+    return Case(name, "qemu-img", None, lambda: spawn(*program, bulk.fresh()), peer, bulk.clear)
 
 
 def _into_existing(bulk: Bulk, raw: str) -> Case:
@@ -134,22 +149,29 @@ def _compare(bulk: Bulk, raw: str, qcow2: str) -> Case:
         "qemu-img compare",
         0.6,
         lambda: spawn(bulk.cowhand, "compare", "--quiet", *options),
-        lambda: spawn(bulk.qemu_img, "compare", *options),
+        _qemu_compare(bulk, raw, qcow2, "qcow2"),
         bulk.clear,
     )
 
 
+def _qemu_compare(bulk: Bulk, raw: str, other: str, format: str) -> Callable[[], Sample]:
+    return lambda: spawn(bulk.qemu_img, "compare", "-f", "raw", "-F", format, raw, other)
+
+
 def _commit(bulk: Bulk, inputs: Inputs) -> Case:
     """An overlay that holds half of the disk goes down into an empty base."""
-    base, top, kept = inputs.path("base.qcow2"), inputs.path("top.qcow2"), inputs.path("top.kept")
+    base, top, kept = inputs.path("base.qcow2"), inputs.path("top.qcow2"), inputs.path("kept/top.qcow2")
 
     def prepare() -> None:
         bulk.clear()
         size = str(inputs.sparse_raw().stat().st_size)
         spawn(bulk.qemu_img, "create", "-q", "-f", "qcow2", base, size)
         if not kept.exists():
-            spawn(bulk.qemu_img, "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", kept)
-            spawn(bulk.qemu_img, "convert", "-n", "-f", "raw", "-O", "qcow2", inputs.sparse_raw(), kept)
+            spawn(bulk.qemu_img, "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top)
+            spawn(bulk.qemu_img, "convert", "-n", "-f", "raw", "-O", "qcow2", inputs.sparse_raw(), top)
+            # In a folder of its own: beside the base it would be an overlay that the commit has to warn about.
+            kept.parent.mkdir()
+            top.rename(kept)
         shutil.copyfile(kept, top)
         with open(top, "rb") as file:
             os.fsync(file.fileno())

@@ -33,11 +33,14 @@ class Sample:
 
 @dataclass(slots=True)
 class Case:
-    """One row: what both sides do. ``prepare`` runs before each side, unmeasured (rotating files, removing old results)."""
+    """One row: what both sides do. ``prepare`` runs before each side, unmeasured (rotating files, removing old results).
+
+    *goal* None: the row only says how near a goal can be come.
+    """
 
     name: str
     peer_name: str
-    goal: float
+    goal: float | None
     ours: Callable[[], Sample]
     peer: Callable[[], Sample]
     prepare: Callable[[], None] = lambda: None
@@ -51,7 +54,7 @@ class Row:
 
     name: str
     peer_name: str
-    goal: float
+    goal: float | None
     ours: list[Sample] = field(default_factory=list)
     peer: list[Sample] = field(default_factory=list)
     size_goal: float | None = None
@@ -84,6 +87,8 @@ class Row:
     def reached(self) -> bool:
         """Whether the goal, and that for the size, is reached."""
         size = self.size_ratio
+        if self.goal is None:
+            return True
         return self.ratio <= self.goal and (self.size_goal is None or size is None or size <= self.size_goal)
 
 
@@ -115,7 +120,8 @@ def measure(case: Case, rounds: int, tell: Callable[[str], None]) -> Row:
         if number:  # the first one warms the caches and compiles
             row.ours.append(pair["ours"])
             row.peer.append(pair["peer"])
-    tell(f"{row.name}: {row.ratio:.2f} of {row.peer_name} (goal {row.goal:g})")
+    goal = f" (goal {row.goal:g})" if row.goal is not None else ""
+    tell(f"{row.name}: {row.ratio:.2f} of {row.peer_name}{goal}")
     return row
 
 

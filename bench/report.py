@@ -28,7 +28,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         row.peer_name,
-        f"{row.goal:.2f}",
+        f"{row.goal:.2f}" if row.goal is not None else "",
         mark(row),
         f"{low:.2f}-{high:.2f}",
         f"{ours:.3f}",
@@ -110,7 +110,8 @@ def markdown(rows: Sequence[Row], settings: dict[str, Any]) -> str:
         "",
         "*today* is the median of the ratios of wall time, ours to the peer's, of pairs that ran right after one another in alternating",
         "order; below 1 is faster. ✗: the goal is missed. Seconds are medians; *size* is our output's to the peer's. Machines are",
-        "shared and their speed wanders: look at the quartiles before at the last digit.",
+        "shared and their speed wanders: look at the quartiles before at the last digit. Rows *bytes alone* are no work of cowhand's: two",
+        "threads of a bare Python process that only move or compare the bytes (`bench/bare.py`), which is how near to a goal one can come here.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

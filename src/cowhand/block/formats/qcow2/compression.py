@@ -19,7 +19,7 @@ WINDOW_BITS = 12
 #: loses little where data is loose: where this much from the middle of a cluster shrinks below this part.
 _DENSE, _FAST = 3, 2
 _SAMPLE = 1024
-_LOOSE = _SAMPLE * 45 // 100
+_LOOSE = _SAMPLE * 48 // 100
 
 
 class Codec(Protocol):
