@@ -107,15 +107,15 @@ class Inputs:
             spawn(self.qemu_img, "create", "-q", "-f", "qcow2", path, "10G")
         return path
 
-    def filled(self, size: int) -> Path:
-        """A qcow2 image of *size* bytes with every cluster written, for random requests."""
-        path = self.path(f"filled-{size}.qcow2")
+    def filled(self, size: int, *options: str) -> Path:
+        """A qcow2 image of *size* bytes with every cluster written, for random requests; made with *options* of qemu-img's."""
+        path = self.path(f"filled-{size}{'-'.join(options)}.qcow2")
         if not path.exists():
             raw = self.path("filled.raw")
             block = random.Random(3).randbytes(MIB)
             with open(raw, "wb") as file:
                 for _ in range(size // MIB):
                     file.write(block)
-            spawn(self.qemu_img, "convert", "-f", "raw", "-O", "qcow2", raw, path)
+            spawn(self.qemu_img, "convert", "-f", "raw", "-O", "qcow2", *options, raw, path)
             raw.unlink()
         return path

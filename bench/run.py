@@ -19,6 +19,7 @@ import bulk_rows
 import encrypted_rows
 import random_rows
 import report
+import subcluster_rows
 import table_rows
 from inputs import MIB, Inputs
 from measuring import Case, ProgramFailed, Row, measure
@@ -51,7 +52,9 @@ def all_cases(args: argparse.Namespace, inputs: Inputs) -> Iterator[Case]:
     yield from encrypted_rows.cases(inputs)
     yield from table_rows.cases(inputs)
     size = 256 * MIB if args.quick else 1024 * MIB
-    yield from random_rows.cases(inputs, size, 20_000 if args.quick else 100_000)
+    count = 20_000 if args.quick else 100_000
+    yield from random_rows.cases(inputs, size, count)
+    yield from subcluster_rows.cases(inputs, size, count)
 
 
 def run(args: argparse.Namespace, tell: Callable[[str], None]) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -184,14 +184,17 @@ class Life:
         batch: list[Request] = []
         for quarter in range(4):
             length = self.rng.choice((512, self.shape.cluster))
+            if self.shape.extended:
+                length = self.rng.choice((512, self.shape.cluster // 32, self.shape.cluster // 8, self.shape.cluster))
             offset = quarter * room + self.rng.randrange((room - length) // 512 + 1) * 512
             batch.append((WRITE_REQUEST, offset, self.rng.randbytes(length)))
-        with (
-            self.expected.writing(batch[0][1], batch[0][2]),
-            self.expected.writing(batch[1][1], batch[1][2]),
-            self.expected.writing(batch[2][1], batch[2][2]),
-            self.expected.writing(batch[3][1], batch[3][2]),
-        ):
+            behind = offset + length + self.rng.choice((0, 0, 512, 2048))
+            if self.shape.extended and behind + 1024 <= (quarter + 1) * room:
+                # Another one in the same cluster, mostly: adjoining, in the same subcluster, or in one that follows.
+                batch.append((WRITE_REQUEST, behind, self.rng.randbytes(1024)))
+        with ExitStack() as stack:
+            for _, offset, data in batch:
+                stack.enter_context(self.expected.writing(offset, data))
             self.disk.submit(batch)
 
     def write_compressed(self) -> None:

@@ -112,10 +112,11 @@ class ReservingNode(BlockNode):
     def abandon(self, reservation: Reservation) -> None:
         """Take *reservation* back. Never raises; a leak at worst. Called with the lock held."""
 
-    def reserve_units(self, offsets: Sequence[int]) -> Sequence[Reservation | None]:
-        """Reserve, as kind DATA, the single unit at each of *offsets*, at once; None for those that :meth:`reserve` has to look at.
+    def reserve_units(self, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
+        """Reserve for *writes*, (offset, length) each inside a unit of its own, at once, as kind DATA; None for what :meth:`reserve` has to look at.
 
-        Called with the lock held, for different units that nobody owns. A driver need not have it. Raises as :meth:`reserve`; then nothing is taken.
+        A reservation covers the whole write. Called with the lock held, for units that nobody owns. A driver need not have it. Raises as
+        :meth:`reserve`; then nothing is taken.
         """
         return ()
 
@@ -240,8 +241,8 @@ class ReservingNode(BlockNode):
         for waiter in reservation.waiters:
             waiter.release()
 
-    def claim_units(self, offsets: Sequence[int]) -> Sequence[Reservation | None]:
-        """Reserve the single unit at each of *offsets*, which lie in different ones; None for what :meth:`claim` has to do.
+    def claim_units(self, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
+        """Reserve for *writes*, (offset, length) each inside a unit of its own; None for what :meth:`claim` has to do.
 
         One pass of the lock for all of them, see :mod:`cowhand.block.batch`. They end with :meth:`finish_units`, or :meth:`give_up`.
         """
@@ -249,7 +250,7 @@ class ReservingNode(BlockNode):
             if self.poison is not None or self._reserved:
                 return ()  # somebody may own one of them: the long way finds out who waits for whom
             try:
-                reservations = self.reserve_units(offsets)
+                reservations = self.reserve_units(writes)
             except (CowhandError, Unprepared):
                 return ()  # nothing was taken; the long way meets the same, and deals with it
             except BaseException as error:

@@ -36,7 +36,7 @@ class NothingToDo:
 class EntryChange:
     """New L2 entries for ``count`` guest clusters from entry ``first`` of ``table`` on."""
 
-    __slots__ = ("barrier", "count", "discard", "entries", "first", "table", "taken", "taken_count")
+    __slots__ = ("barrier", "count", "discard", "entries", "first", "same_places", "table", "taken", "taken_count")
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class EntryChange:
         taken_count: int = 0,
         discard: bool = False,
         barrier: bool = False,
+        same_places: bool = False,
     ) -> None:
         self.table = table
         self.first = first
@@ -57,13 +58,14 @@ class EntryChange:
         self.taken_count = taken_count
         self.discard = discard
         self.barrier = barrier or taken_count > 0  #: the entries make bytes visible, which have to be stable first
+        self.same_places = same_places  #: the entries name what the old ones do: only bitmaps of subclusters differ
         table.writing += 1  # stays in the cache until the reservation ends
 
     def link(self, node: Qcow2Node) -> None:
         """Put the entries in place; what the old ones named goes into quarantine."""
         start, end = self.first * 8, (self.first + self.count) * 8
         data = self.table.data
-        old = bytes(data[start:end])
+        old = b"" if self.same_places else bytes(data[start:end])
         data[start:end] = self.entries
         node.mapping.cache.touch(self.table, start, end)
         if self.barrier:
@@ -280,20 +282,24 @@ def _reserve_new(
     return Reservation(begin, count << bits, Kind.DATA, node.data_child, host, fresh=fresh, blank=blank, state=change)
 
 
-def reserve_units(node: Qcow2Node, offsets: Sequence[int]) -> list[Reservation | None]:
-    """See :meth:`cowhand.block.format.FormatNode.reserve_units`: adjoining clusters for all of *offsets* that have none, in their order."""
+def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
+    """See :meth:`cowhand.block.format.FormatNode.reserve_units`: adjoining clusters for all of *writes* that have none, in their order."""
+    if node.extended:
+        from cowhand.block.formats.qcow2 import subclusters
+
+        return subclusters.reserve_units(node, writes)
     mapping = node.mapping
     bits, shift, mask = mapping.cluster_bits, mapping.table_shift, mapping.entries - 1
     places: list[tuple[int, Table, int] | None] = []
     held: list[Table] = []
     try:
-        for offset in offsets:
+        for offset, _ in writes:
             table = writable_table(node, offset >> shift)
             first = offset >> bits & mask
             if L.U64.unpack_from(table.data, first * 8)[0]:
                 places.append(None)
                 continue
-            # The tables of the other offsets must not push this one out of a small cache.
+            # The tables of the other writes must not push this one out of a small cache.
             table.writing += 1
             held.append(table)
             places.append((offset >> bits << bits, table, first))

@@ -311,13 +311,13 @@ class Qcow2Node(MetadataNode):
         self._make_room()
         return allocation.reserve(self, offset, length, kind, nbytes)
 
-    def reserve_units(self, offsets: Sequence[int]) -> Sequence[Reservation | None]:
+    def reserve_units(self, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
         from cowhand.block.formats.qcow2 import allocation
 
-        if self.lazy or self.data_child is not self.file or self.copy_unit != self.allocation_unit:
+        if self.lazy or self.data_child is not self.file:
             return ()
         self._make_room()
-        return allocation.reserve_units(self, offsets)
+        return allocation.reserve_units(self, writes)
 
     def _make_room(self) -> None:
         """Keep caches and quarantine within their limits; what needs a flush for that is done without the lock, and then begun again."""

@@ -302,11 +302,15 @@ class Mapping:
 
     def _run_finder(self, length: int) -> Callable[[array[int], int], list[int]] | None:
         """Return what finds runs by numpy when so many tables are asked for that importing it pays."""
-        if length >> self.table_shift <= _MANY_TABLES or self.l1.data.count(0x80) <= _MANY_TABLES:
+        if not self._many_tables(length):
             return None
         from cowhand.block.formats.qcow2.ramps import ends_of_runs
 
         return ends_of_runs
+
+    def _many_tables(self, length: int) -> bool:
+        """Tell whether *length* bytes of the disk have so many tables that importing numpy pays."""
+        return length >> self.table_shift > _MANY_TABLES and self.l1.data.count(0x80) > _MANY_TABLES
 
     def _alike(self, entries: array[int], l1_entry: int) -> tuple[int, int] | None:
         """Return (*l1_entry*, flags) when the whole table *entries* is unallocated, plain zeroes, or compressed."""

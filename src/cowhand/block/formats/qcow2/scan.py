@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.tally import Tally
 
 _LITTLE = sys.byteorder == "little"
-#: Tables that are read without numpy; one whose clusters are not in order costs as much as eight that are.
+#: Tables that are read without numpy; one whose clusters are not in order costs as much as eight that are, and one of extended entries as two.
 PLAIN_TABLES = 256
 _IRREGULAR_COST = 8
-_BITMAP_LOW = (1 << 32) - 1
+#: of a bitmap of subclusters
+_DATA_BITS = (1 << 32) - 1
 
 
 class Scan(NamedTuple):
@@ -62,13 +63,20 @@ class Scanner:
         self._cost = 0
         self._ones = 0
         self._ramp = 0
+        self._places = 0
+        self._data_bits = 0
         self._steps: Any = None
+
+    def expect(self, tables: int) -> None:
+        """Learn how many tables there are, so that many are read with numpy from the first one on."""
+        if tables * self.stride > PLAIN_TABLES:
+            self.tally.use_numpy()
 
     def scan(self, data: bytes, times: int = 1) -> Scan | None:
         """Count *times* references to every cluster that the table *data* refers to; None, and nothing counted, when something in it is odd."""
         if data == self._zeroes:
             return EMPTY
-        self._cost += 1
+        self._cost += self.stride
         if self.tally.numpy is None and self._cost > PLAIN_TABLES:
             self.tally.use_numpy()
         found = self._ordered(data, times)
@@ -84,31 +92,50 @@ class Scanner:
     def _ordered(self, data: bytes, times: int) -> Scan | None:
         first = L.U64.unpack_from(data)[0]
         host = first ^ L.COPIED
-        if (
-            self.stride != 1
-            or self.external
-            or host & (L.ENTRY_COMPRESSED | L.ENTRY_ZERO | L.COPIED | self._bad)
-            or not host
-        ):
+        if self.external or host & (L.ENTRY_COMPRESSED | self._zero_flag | L.COPIED | self._bad) or not host:
             return None
         last = host + (self.entries - 1) * self.size
-        if L.U64.unpack_from(data, len(data) - 8)[0] != last | L.COPIED or last > self.last:
+        if L.U64.unpack_from(data, len(data) - 8 * self.stride)[0] != last | L.COPIED or last > self.last:
             return None
-        numpy = self.tally.numpy
-        if numpy is not None:
-            if self._steps is None:
-                self._steps = numpy.arange(0, self.entries * self.size, self.size, dtype="u8")
-            if not (numpy.frombuffer(data, ">u8") - numpy.uint64(first) == self._steps).all():
-                return None
-        else:
-            # A table as one large number: first + step * index in every place of it.
-            if not self._ones:
-                self._ones = int.from_bytes(b"\0\0\0\0\0\0\0\1" * self.entries, "big")
-                self._ramp = int.from_bytes(b"".join([L.U64.pack(i << self.bits) for i in range(self.entries)]), "big")
-            if int.from_bytes(data, "big") != self._ramp + first * self._ones:
-                return None
+        if not (self._is_ramp_by_numpy(data, first) if self.tally.numpy is not None else self._is_ramp(data, first)):
+            return None
         self.tally.add(host >> self.bits, self.entries, times)
         return Scan(self.entries, 0, 0, ((host >> self.bits, self.entries),))
+
+    def _is_ramp(self, data: bytes, first: int) -> bool:
+        """Tell whether every entry is the one before plus a cluster, and every bitmap of subclusters sound."""
+        # A table as one large number: first + step * index in every place of it.
+        if not self._ones:
+            rest = bytes(8 * (self.stride - 1))
+            self._ones = int.from_bytes((b"\0\0\0\0\0\0\0\1" + rest) * self.entries, "big")
+            self._ramp = int.from_bytes(
+                b"".join([L.U64.pack(i << self.bits) + rest for i in range(self.entries)]), "big"
+            )
+            self._places = int.from_bytes((b"\xff" * 8 + rest) * self.entries, "big")
+        value = int.from_bytes(data, "big")
+        if self.stride == 2:
+            if self._overlapping(value):
+                return False
+            value &= self._places
+        return value == self._ramp + first * self._ones
+
+    def _overlapping(self, table: int) -> bool:
+        """Tell whether a subcluster is called data and zero at once, in a table of extended entries as one large number."""
+        if not self._data_bits:
+            self._data_bits = int.from_bytes((bytes(12) + b"\xff" * 4) * self.entries, "big")
+        return bool((table >> 32) & table & self._data_bits)
+
+    def _is_ramp_by_numpy(self, data: bytes, first: int) -> bool:
+        numpy = self.tally.numpy
+        if self._steps is None:
+            self._steps = numpy.arange(0, self.entries * self.size, self.size, dtype="u8")
+        words = numpy.frombuffer(data, ">u8")
+        if not (words[:: self.stride] - numpy.uint64(first) == self._steps).all():
+            return False
+        if self.stride == 1:
+            return True
+        halves = numpy.frombuffer(data, "u4")  # any byte order: what is compared has the same
+        return not (halves[2::4] & halves[3::4]).any()
 
     # -- any table, without numpy
 
@@ -116,10 +143,11 @@ class Scanner:
         words = array("Q", data)
         if _LITTLE:
             words.byteswap()
+        bitmaps: array[int] | None = None
         if self.stride == 2:
-            if not self._bitmaps_sound(words):
+            if self._overlapping(int.from_bytes(data, "big")):
                 return None
-            words = words[::2]
+            words, bitmaps = words[::2], words[1::2]
         size, bits, mask = self.size, self.bits, L.L2_OFFSET_MASK
         runs: list[tuple[int, int]] = []
         pieces: list[tuple[int, int]] = []
@@ -130,10 +158,13 @@ class Scanner:
         while position < count:
             entry = words[position]
             position += 1
+            bitmap = bitmaps[position - 1] if bitmaps is not None else 0
             if not entry:
+                if bitmap & _DATA_BITS:
+                    return None
                 continue
             if entry & L.ENTRY_COMPRESSED:
-                if entry & L.COPIED or self.external:
+                if entry & L.COPIED or self.external or bitmap:
                     return None
                 host, nbytes = L.compressed_location(entry, bits)
                 if host + nbytes > self.end:
@@ -145,6 +176,8 @@ class Scanner:
                 return None
             host = entry & mask
             if not host and not (self.external and entry & L.COPIED):
+                if bitmap & _DATA_BITS:
+                    return None
                 continue
             begin = position - 1
             following_entry = entry + size
@@ -166,29 +199,20 @@ class Scanner:
         known = tuple(runs) if copied and len(runs) <= _FEW and not self.external else None
         return Scan(allocated + compressed, fragmented + compressed, compressed, known)
 
-    def _bitmaps_sound(self, words: array[int]) -> bool:
-        """Tell whether the subcluster bitmaps of extended entries agree with their entries."""
-        for entry, bitmap in zip(words[::2], words[1::2], strict=True):
-            if entry & L.ENTRY_COMPRESSED:
-                sound = not bitmap
-            elif entry & L.L2_OFFSET_MASK:
-                sound = not (bitmap >> 32) & bitmap
-            else:
-                sound = not bitmap & _BITMAP_LOW
-            if not sound:
-                return False
-        return True
-
     # -- any table, with numpy
 
     def _vector(self, data: bytes, times: int) -> Scan | None:
         numpy = self.tally.numpy
         words = numpy.frombuffer(data, ">u8").astype("u8")
         if self.stride == 2:
-            pairs = array("Q", words.tobytes())
-            if not self._bitmaps_sound(pairs):
+            words, bitmaps = words[::2], words[1::2]
+            if ((bitmaps >> numpy.uint64(32)) & bitmaps).any():
                 return None
-            words = words[::2]
+            nowhere = words & numpy.uint64(L.L2_OFFSET_MASK | L.ENTRY_COMPRESSED) == 0
+            if (bitmaps[nowhere] & numpy.uint64(_DATA_BITS)).any():
+                return None
+            if bitmaps[words & numpy.uint64(L.ENTRY_COMPRESSED) != 0].any():
+                return None
         squeezed = (words & numpy.uint64(L.ENTRY_COMPRESSED)) != 0
         compressed = int(numpy.count_nonzero(squeezed))
         packed = words[squeezed]

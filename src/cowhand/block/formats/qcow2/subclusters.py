@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
@@ -56,6 +57,8 @@ class ExtendedMapping(Mapping):
         self.table_shift = self.cluster_bits + self.table_bits
         self.entries = 1 << self.table_bits
         self.sub_bits = self.cluster_bits - COUNT_BITS
+        #: What :meth:`run` looks at to find data where it can be written; nothing of a data file, whose place may be missing, looks like it.
+        self._plain = -1 if node.external else L.COPIED | L.ENTRY_COMPRESSED | self._bad
 
     def pair(self, table: Table, position: int) -> tuple[int, int]:
         """Return entry *position* of *table* and its bitmap."""
@@ -93,6 +96,14 @@ class ExtendedMapping(Mapping):
         within = offset & self._within
         at = (offset >> self.cluster_bits & (self.entries - 1)) << 4
         entry, bitmap = _unpack(data, at)
+        if entry & self._plain == L.COPIED and not (bitmap >> 32) & bitmap and 0 < length <= size - within:
+            # A request inside one cluster that is all data and nobody else's: what is asked for most.
+            host = (entry & L.L2_OFFSET_MASK) + within
+            wanted = (2 << (within + length - 1 >> self.sub_bits)) - (1 << (within >> self.sub_bits))
+            if bitmap & wanted == wanted and host >= size:
+                if host >> self.cluster_bits in node.metadata_clusters:
+                    return length, NORMAL, node.data_child, host
+                return length, NORMAL | IN_PLACE, node.data_child, host
         if not self.sound(entry, bitmap, offset - within):
             return min(size - within, length), DAMAGED, node.file, at
         if entry & L.ENTRY_COMPRESSED:
@@ -162,8 +173,10 @@ class ExtendedMapping(Mapping):
         words.byteswap()
         return words
 
-    def _run_finder(self, length: int) -> None:
-        return None
+    def _run_finder(self, length: int) -> Callable[[array[int], int], list[int]] | None:
+        if self.node.external or not self._many_tables(length):
+            return None
+        return lambda entries, step: []  # no ends are needed: _rows_by_numpy finds them with the rest
 
     def _alike(self, entries: array[int], l1_entry: int) -> tuple[int, int] | None:
         entry, bitmap = entries[0], entries[1]
@@ -180,6 +193,10 @@ class ExtendedMapping(Mapping):
     def _rows(
         self, out: ExtentBatch, entries: array[int], table: Table, first: int, offset: int, stop: int, recurse: int, ends: list[int] | None
     ) -> int:  # fmt: skip
+        if ends is not None:
+            done = self._rows_by_numpy(out, entries, offset, stop, recurse)
+            if done:
+                return done
         places, bitmaps = entries[::2], entries[1::2]
         node, size = self.node, self.cluster_size
         position, count = 0, len(places)
@@ -215,8 +232,35 @@ class ExtendedMapping(Mapping):
                     number += run
         return min(stop, base + position * size)
 
+    def _rows_by_numpy(self, out: ExtentBatch, entries: array[int], offset: int, stop: int, recurse: int) -> int:
+        """Add the rows of *entries*; return up to where, 0 when an entry cannot be followed (who comes next tells of it)."""
+        from cowhand.block.formats.qcow2 import subclusterruns as runs
+
+        found = runs.runs(entries, self.cluster_size, self._bad)
+        if found is None:
+            return 0
+        starts, kinds, hosts = (column.tolist() for column in found)
+        flags = {
+            what: COMPRESSED_CLUSTER
+            if what == runs.PACKED
+            else self._meaning(what & 3, bool(what & runs.PLACED), recurse)
+            for what in set(kinds)
+        }
+        base = offset - (offset & self._within)
+        starts.append(stop - base)
+        node, end = self.node, offset
+        for number, what in enumerate(kinds):
+            if len(out) >= MAX_ROWS:
+                break
+            end = base + starts[number + 1]
+            self._row(out, base + starts[number], end, flags[what], hosts[number], node, offset, stop)
+        return min(stop, end)
+
     def _flags(self, entry: int, kind: int, recurse: int) -> int:
-        placed = self.placed(entry)
+        return self._meaning(kind, self.placed(entry), recurse)
+
+    @staticmethod
+    def _meaning(kind: int, placed: bool, recurse: int) -> int:
         if kind == 1:
             return NORMAL | recurse
         if kind == 2:
@@ -296,7 +340,7 @@ def reserve_data(node: Qcow2Node, table: Table, first: int, count: int, offset: 
             high = (taken & -taken).bit_length() - 1
         marked = bits(low, high)
         new = PAIR.pack(entry, (bitmap | marked) & ~(marked << 32))
-        change = EntryChange(table, first * 2, new, barrier=True)
+        change = EntryChange(table, first * 2, new, barrier=True, same_places=True)
         return _reservation(
             node, begin, 1, entry & L.L2_OFFSET_MASK, begin + (low << sub), begin + (high << sub), change
         )
@@ -351,6 +395,87 @@ def _reserve_new(
     )
     made.fresh, made.blank = fresh, blank
     return made
+
+
+def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> list[Reservation | None]:
+    """See :meth:`cowhand.block.reserving.ReservingNode.reserve_units`: a write goes into its cluster's own place, or all others into adjoining ones.
+
+    What has data already where it is written, or data that has to move with it, is left to :func:`reserve_data`.
+    """
+    from cowhand.block.formats.qcow2.allocation import writable_table
+
+    mapping = node.mapping
+    assert isinstance(mapping, ExtendedMapping)
+    bits_, shift, mask, sub = mapping.cluster_bits, mapping.table_shift, mapping.entries - 1, mapping.sub_bits
+    within, metadata = mapping.cluster_size - 1, node.metadata_clusters
+    #: (table, number of the entry, entry, bitmap, data bits of the write); entry 0: to be taken
+    places: list[tuple[Table, int, int, int, int] | None] = []
+    held: list[Table] = []
+    new = 0
+    try:
+        for offset, length in writes:
+            table = writable_table(node, offset >> shift)
+            first = offset >> bits_ & mask
+            entry, bitmap = _unpack(table.data, first << 4)
+            begin = offset & within
+            marked = (1 << (begin + length - 1 >> sub) + 1) - (1 << (begin >> sub))
+            host = entry & L.L2_OFFSET_MASK
+            if bitmap & (marked | bitmap >> 32) & ALL_DATA or entry & (L.ENTRY_COMPRESSED | mapping._bad):
+                places.append(None)
+                continue
+            if host:
+                if not entry & L.COPIED or host >> bits_ in metadata:
+                    places.append(None)
+                    continue
+            elif bitmap & ALL_DATA:
+                places.append(None)
+                continue
+            else:
+                entry = 0
+                new += 1
+            # The tables of the other writes must not push this one out of a small cache.
+            table.writing += 1
+            held.append(table)
+            places.append((table, first, entry, bitmap, marked))
+        return _reserve_places(node, mapping, writes, places, new) if held else []
+    finally:
+        for table in held:
+            table.writing -= 1
+
+
+def _reserve_places(
+    node: Qcow2Node,
+    mapping: ExtendedMapping,
+    writes: Sequence[tuple[int, int]],
+    places: list[tuple[Table, int, int, int, int] | None],
+    new: int,
+) -> list[Reservation | None]:
+    from cowhand.block.formats.qcow2.allocation import EntryChange
+
+    size, sub, child, bare = mapping.cluster_size, mapping.sub_bits, node.data_child, node.backing is None
+    cluster = node.allocator.take(new) if new else 0
+    fresh = bool(new) and node.allocator.fresh
+    reservations: list[Reservation | None] = []
+    for (offset, length), place in zip(writes, places, strict=True):
+        if place is None:
+            reservations.append(None)
+            continue
+        table, first, entry, bitmap, marked = place
+        taken = 0
+        if not entry:
+            taken, entry = cluster, cluster * size | L.COPIED
+            cluster += 1
+        pair = PAIR.pack(entry, (bitmap | marked) & ~(marked << 32))
+        change = EntryChange(
+            table, first * 2, pair, taken=taken, taken_count=bool(taken), barrier=True, same_places=not taken
+        )
+        begin = offset - offset % size
+        made = Reservation(begin, size, Kind.DATA, child, entry & L.L2_OFFSET_MASK, state=change)
+        made.begin, made.end = offset >> sub << sub, -(-(offset + length) >> sub) << sub
+        if taken:
+            made.fresh, made.blank = fresh, bare and not bitmap
+        reservations.append(made)
+    return reservations
 
 
 def _held(entry: int, bitmap: int) -> tuple[int, int]:
