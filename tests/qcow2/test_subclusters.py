@@ -145,6 +145,24 @@ def test_adjoining_writes_to_one_cluster_are_one_write() -> None:
     sound_content(file, b"b" * SIZE)
 
 
+def test_a_later_write_in_place_does_not_overtake_one_that_needs_space_beside_it() -> None:
+    file = extended()
+    keeper = Disk(file)
+    with Disk(qcow2_node(file), writable=True) as disk:
+        disk.write(5 * SUB, b"o" * SUB)
+        disk.submit(
+            [
+                (WRITE_REQUEST, 4 * SUB, b"a" * 2 * SUB),  # one subcluster is new, the other is not
+                (WRITE_REQUEST, 5 * SUB + 100, b"b" * 100),
+                (WRITE_REQUEST, 40 * SUB, b"c" * SUB),
+            ]
+        )
+        expected = (bytes(4 * SUB) + b"a" * (SUB + 100) + b"b" * 100 + b"a" * (SUB - 200)).ljust(40 * SUB, b"\0")
+        assert disk.read(0, 41 * SUB) == expected + b"c" * SUB
+    keeper.close()
+    sound_content(file)
+
+
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("placed", [False, True])
 def test_one_that_fails_leaves_the_others(nth: int, placed: bool) -> None:

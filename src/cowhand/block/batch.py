@@ -180,10 +180,12 @@ def _meets(gathered: dict[int, _Write], unit: int, kind: int, offset: int, what:
 
 
 def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
-    """Tell whether a write lies in one unit that holds nothing there yet."""
+    """Tell whether a write lies in one unit that holds nothing yet in all of that place."""
     if not 0 < length <= node.allocation_unit - offset % node.allocation_unit:
         return False
-    return not node.map(offset, length)[1] & DATA
+    found, flags, _, _ = node.map(offset, length)
+    # A part that holds data is written at once by those who come later in the batch: they must not overtake it.
+    return found == length and not flags & DATA
 
 
 def _allocate(node: FormatNode, writes: list[_Write], failure: Exception | None) -> Exception | None:

@@ -23,13 +23,12 @@ from cowhand.block.formats.qcow2.mapping import (
     ramp,
 )
 from cowhand.block.formats.qcow2.options import hands_down
+from cowhand.block.node import READ, WRITE_REQUEST
 from cowhand.block.reserving import Kind, Reservation
 from cowhand.core.errors import CowhandError, NotSupported
 from cowhand.core.extents import IN_PLACE, MAX_ROWS, NO_HOST, OFFSET, ExtentBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cowhand.block.formats.qcow2.allocation import EntryChange
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.node import BlockNode, Child, Request
@@ -41,6 +40,7 @@ COUNT_BITS = 5
 ALL_DATA = 0xFFFFFFFF
 ALL_ZERO = 0xFFFFFFFF << 32
 _unpack = PAIR.unpack_from
+_HOST = L.L2_OFFSET_MASK
 
 
 def bits(first: int, last: int) -> int:
@@ -83,7 +83,38 @@ class ExtendedMapping(Mapping):
         return bool(entry & L.L2_OFFSET_MASK) or (self.node.external and bool(entry & L.COPIED))
 
     def places(self, batch: Sequence[Request]) -> tuple[int, list[int]] | None:
-        return None
+        node = self.node
+        lane = node.data_child.lane
+        kind = batch[0][0]
+        writing = kind != READ
+        if node.external or lane is None or lane.lane_fd < 0 or kind > WRITE_REQUEST:
+            return None
+        if writing and not node.may_write_directly:
+            return None
+        get, unpack, metadata = self.tables.get, _unpack, node.metadata_clusters
+        shift, bits_, sub, last = self.table_shift, self.cluster_bits, self.sub_bits, self.entries - 1
+        within_mask, size, unfit = self._within, self.cluster_size, L.ENTRY_COMPRESSED | self._bad
+        hosts: list[int] = []
+        end = -1
+        for each, offset, what in batch:
+            if each != kind:
+                return None
+            found = get(offset >> shift)
+            host = -1
+            if found is not None:
+                entry, bitmap = unpack(found.data, (offset >> bits_ & last) << 4)
+                place = entry & _HOST
+                if not entry & unfit and place and not (writing and (not entry >> 63 or place >> bits_ in metadata)):
+                    within, length = offset & within_mask, len(what)
+                    if 0 < length <= size - within:
+                        wanted = (2 << (within + length - 1 >> sub)) - (1 << (within >> sub))
+                        if bitmap & wanted == wanted and not bitmap >> 32 & bitmap:
+                            host = place + within
+                            if host == end:
+                                return None  # neighbours are done together
+                            end = host + length
+            hosts.append(host)
+        return lane.lane_fd, hosts
 
     def run(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
         index = offset >> self.table_shift
