@@ -260,6 +260,34 @@ class ReservingNode(BlockNode):
             self.changed = True
             return reservations
 
+    def claim_compressed(self, pieces: Sequence[tuple[int, int]]) -> list[Reservation]:
+        """Reserve, as kind COMPRESSED, a unit for each of *pieces* (guest offset, bytes), in rising order; as many of the first as go at once.
+
+        :meth:`claim` does the others, and waits for whom it has to. They end with :meth:`finish_units`, or :meth:`give_up`.
+        """
+        made: list[Reservation] = []
+        with self.lock:
+            if self.poison is not None or not pieces:
+                return made
+            unit = self.allocation_unit
+            if self._owner_of(pieces[0][0], pieces[-1][0] + unit)[0] is not None:
+                return made
+            self.continues = False
+            try:
+                for offset, nbytes in pieces:
+                    reservation = self.reserve(offset, unit, Kind.COMPRESSED, nbytes)
+                    if reservation is None:
+                        break
+                    made.append(reservation)
+            except (CowhandError, Unprepared):
+                pass  # for this one nothing was taken; the long way meets the same, and deals with it
+            except BaseException as error:
+                self.set_poison(error)
+                raise
+            self._reserved += made
+            self.changed = True
+        return made
+
     def finish_units(self, reservations: Sequence[Reservation]) -> CowhandError | None:
         """Link *reservations*, whose bytes are in place, under one lock; return the first error, after the others are linked."""
         failure: CowhandError | None = None

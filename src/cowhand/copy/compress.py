@@ -5,6 +5,7 @@ Compression releases the interpreter lock, so it uses every core. What the forma
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from cowhand.block.disk import Disk
@@ -59,12 +60,11 @@ class CompressedSink(LaneSink):
         placed: list[tuple[_Unit, Reservation]] = []
         plain: list[_Unit] = []
         try:
-            for unit in units:
-                reservation = self._claim(offset, unit)
-                if reservation is None:
-                    plain.append(unit)
+            for shrunk, stretch in groupby(units, lambda unit: unit.payload is not None):
+                if shrunk:
+                    self._claim_all(offset, list(stretch), placed, plain)
                 else:
-                    placed.append((unit, reservation))
+                    plain += stretch
             moves = self.place_parts(offset, [(unit.begin, unit.end) for unit in plain])
         except BaseException as error:
             for _, reservation in placed:
@@ -72,28 +72,45 @@ class CompressedSink(LaneSink):
             raise
         return placed, moves
 
-    def _claim(self, offset: int, unit: _Unit) -> Reservation | None:
-        if unit.payload is None:
-            return None
-        start = offset + unit.begin
-        if self.node.map(start, unit.end - unit.begin)[1] & DATA:
-            return (
-                None  # in an existing image: over data that is there, compressed clusters cannot be placed everywhere
-            )
-        return self.node.claim(start, self.unit, Kind.COMPRESSED, len(unit.payload))
+    def _claim_all(
+        self, offset: int, units: list[_Unit], placed: list[tuple[_Unit, Reservation]], plain: list[_Unit]
+    ) -> None:
+        """Take space for *units*, which shrank and lie side by side, and add each to *placed*, or else to *plain*."""
+        node, size = self.node, self.unit
+        pieces = [(offset + unit.begin, len(unit.payload or b"")) for unit in units]
+        begin, end = pieces[0][0], pieces[-1][0] + size
+        made = node.claim_compressed(pieces) if self._nothing_at(begin, min(end, node.size) - begin) else []
+        placed += zip(units, made, strict=False)
+        for unit, (start, nbytes) in zip(units[len(made) :], pieces[len(made) :], strict=True):
+            # In an existing image: over data that is there, compressed clusters cannot be placed everywhere.
+            free = self._nothing_at(start, unit.end - unit.begin)
+            reservation = node.claim(start, size, Kind.COMPRESSED, nbytes) if free else None
+            if reservation is None:
+                plain.append(unit)
+            else:
+                placed.append((unit, reservation))
+
+    def _nothing_at(self, start: int, length: int) -> bool:
+        end = start + length
+        while start < end:
+            count, flags, _, _ = self.node.map(start, end - start)
+            if flags & DATA:
+                return False
+            start += count
+        return True
 
     def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
         reservations, moves = placed
-        done = 0
+        written = False
         try:
             for child, host, payloads in _adjoining(reservations):
                 child.write(host, payloads)
-            self.node.changed = True
-            for _, reservation in reservations:
-                done += 1
-                self.node.finish(reservation)
+            written = True  # from here on finish_units ends the reservations, whatever happens
+            failure = self.node.finish_units([reservation for _, reservation in reservations])
+            if failure is not None:
+                raise failure
         except BaseException as error:
-            for _, reservation in reservations[done:]:
+            for _, reservation in () if written else reservations:
                 self.node.give_up(reservation, error)
             self.give_up(moves, error)
             raise
