@@ -20,6 +20,9 @@ _LASTING = ("execnet-", "Dummy-")
 _GRACE_SECONDS = 2.0
 
 locks.enforce()
+# Processes that tests start keep their compiled bytecode, whatever the caller's surroundings say: to compile the sources takes longer than most
+# commands run.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from cowhand.core.errors import ImageExists, InvalidArgument
 from tests.copy.images import content, sparse_file
 from tests.tools.qemu import assert_identical, qemu_img, require_qemu
 
-SIZE = 50_000
+SIZE = 20_000
 
 
 @require_qemu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,12 +13,13 @@ PACKAGE = "cowhand"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file: its module name, its room (the package that it lies in) and its tree."""
+    """One file: its module name, its room (the package that it lies in), its tree, and all nodes of that."""
 
     path: Path
     module: str
     room: str
     tree: ast.Module
+    nodes: tuple[ast.AST, ...] = field(repr=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -34,7 +35,8 @@ def sources() -> tuple[Source, ...]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         room = ".".join(parts[:-1])
         module = room if parts[-1] == "__init__" else ".".join(parts)
-        found.append(Source(path, module, room, ast.parse(path.read_text(encoding="utf-8"), str(path))))
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        found.append(Source(path, module, room, tree, tuple(ast.walk(tree))))
     return tuple(found)
 
 
@@ -46,7 +48,7 @@ def is_private(name: str) -> bool:
 def imports(source: Source) -> list[tuple[int, str, str | None]]:
     """Return (line, module, name or None) of each import of the package's own modules, at any depth of the file."""
     found: list[tuple[int, str, str | None]] = []
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import lru_cache
 
 import pytest
 
@@ -29,9 +30,15 @@ DOCUMENTED = {
 }
 
 
+@lru_cache
+def rooms() -> frozenset[str]:
+    """Return the names of all rooms."""
+    return frozenset(source.room for source in sources())
+
+
 def room_of(module: str) -> str:
     """Return the room that a module lies in; a package is its own room."""
-    packages = {source.room for source in sources()}
+    packages = rooms()
     return module if module in packages else module.rpartition(".")[0]
 
 
@@ -46,13 +53,14 @@ def test_private_names_are_imported_inside_their_room_only(source: Source) -> No
     assert crossings == []
 
 
-def defined_private_names(room: str) -> set[str]:
+@lru_cache
+def defined_private_names(room: str) -> frozenset[str]:
     """Return the private names that a room's files define: variables, attributes, functions, classes, slots, arguments."""
     names: set[str] = set()
     for source in sources():
         if source.room != room:
             continue
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -61,7 +69,7 @@ def defined_private_names(room: str) -> set[str]:
                 names.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # __slots__
                 names.add(node.value)
-    return {name for name in names if is_private(name)}
+    return frozenset(name for name in names if is_private(name))
 
 
 @every()
@@ -69,7 +77,7 @@ def test_private_attributes_are_used_inside_their_room_only(source: Source) -> N
     own = defined_private_names(source.room)
     crossings = [
         f"{source.where}:{node.lineno}: .{node.attr}"
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, ast.Attribute)
         and is_private(node.attr)
         and node.attr not in own | DOCUMENTED
@@ -93,7 +101,7 @@ def test_block_layer_imports_no_driver(source: Source) -> None:
 def test_library_does_not_print(source: Source) -> None:
     calls = [
         f"{source.where}:{node.lineno}"
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id in ("print", "input", "breakpoint")

@@ -39,10 +39,10 @@ def both_create(folder: Path, size: str, options: dict[str, str], backing: str |
 
 
 def combinations() -> Iterator[tuple[dict[str, str], str]]:
-    """Yield options and sizes: each cluster size with each width, and the rest where it makes a difference."""
+    """Yield options and sizes: each cluster size with each width, and the rest where it makes a difference: a width shows in counts alone."""
     for cluster in CLUSTERS:
         for bits in (1, 2, 4, 8, 16, 32, 64):
-            for size in ("0", "512", "3M"):
+            for size in ("0", "512", "3M") if bits == 16 else ("3M",):
                 yield {"cluster_size": str(cluster), "refcount_bits": str(bits)}, size
         yield {"cluster_size": str(cluster), "compat": "0.10"}, "5M"
         yield {"cluster_size": str(cluster), "lazy_refcounts": "on"}, "5M"
