@@ -8,6 +8,7 @@ Outcomes are kept from run to run; an interrupted run is continued by ``--only r
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 import signal
@@ -94,9 +95,8 @@ def run_baseline(combination: Combination, tests: list[str], options: argparse.N
     path = outcomes_file("qemu", combination)
     held = records.load(path)
     if combination.options:
-        plain = Combination(combination.image_format, combination.image_format)
         missing = [test for test in tests if test not in held]
-        for outcome in matrix.inherited(records.load(outcomes_file("qemu", plain)), missing):
+        for outcome in matrix.inherited(records.load(outcomes_file("qemu", combination.plain)), missing):
             records.record(path, outcome)
         held = records.load(path)
     again = options.action == "baseline" and options.only != "remaining"
@@ -105,9 +105,34 @@ def run_baseline(combination: Combination, tests: list[str], options: argparse.N
         run(make_tools("qemu"), combination, wanted, options, folder)
 
 
+def wanted_tests(
+    combination: Combination, available: list[str], options: argparse.Namespace, folder: Path
+) -> list[str]:
+    """Return the tests that were named, or all that the combination is for, which a baseline of the plain format tells."""
+    if options.tests:
+        return sorted(set(options.tests))
+    if combination.scope != "all":
+        run_baseline(combination.plain, available, argparse.Namespace(**{**vars(options), "action": "run"}), folder)
+    return matrix.in_scope(combination, available, records.load(outcomes_file("qemu", combination.plain)))
+
+
+def commit() -> str:
+    """Return the last commit that changed the sources, and whether they have changed since; nothing outside of a git clone."""
+    ask = ["git", "-C", str(ROOT)]
+    try:
+        last = subprocess.run(
+            [*ask, "log", "-1", "--format=%h, %cs", "--", "src"], capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run([*ask, "status", "--porcelain", "src"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "of no git clone"
+    return last.stdout.strip() + (", and changes" if changes.stdout else "")
+
+
 def facts(tools: toolset.Toolset) -> dict[str, str]:
     """Return what the outcomes depend on: the versions of everything that took part."""
     return {
+        "cowhand's sources": commit(),
         "Reference": f"{reference()}; sources {source.installed_version() or 'of COWHAND_QEMU_SOURCE'}",
         "cowhand's tools": ", ".join(tools.own) or "none yet",
         "QEMU's beside them": ", ".join(sorted({program for program, _, _ in toolset.TOOLS.values()} - set(tools.own))),
@@ -119,9 +144,14 @@ def facts(tools: toolset.Toolset) -> dict[str, str]:
 def results_of(combination: Combination, tools: toolset.Toolset) -> report.Results:
     """Return what is recorded of a combination."""
     reference_run = records.load(outcomes_file("qemu", combination))
-    return report.Results(
-        combination, reference_run, records.load(outcomes_file("cowhand", combination)), tools.words()
-    )
+    own = records.load(outcomes_file("cowhand", combination))
+    result = report.Results(combination, reference_run, own, tools.words())
+    if combination.scope == "all":
+        return result
+    plain = records.load(outcomes_file("qemu", combination.plain))
+    counted = report.Results(combination.plain, plain, {}, tools.words()).comparable()
+    scope = set(matrix.in_scope(combination, counted, plain))
+    return dataclasses.replace(result, elsewhere=tuple(test for test in counted if test not in scope))
 
 
 def print_remaining(options: argparse.Namespace) -> int:
@@ -190,8 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = sorted(set(options.tests) - set(available))
         if unknown:
             raise source.SourceUnavailable(f"these sources have no test {', '.join(unknown)}")
-        tests = sorted(set(options.tests)) or available
         for combination in options.combinations:
+            tests = wanted_tests(combination, available, options, folder)
             run_baseline(combination, tests, options, folder)
             if options.action == "run":
                 tools = make_tools("cowhand")

@@ -17,21 +17,36 @@ from tests.conformance.records import Outcomes
 #: Which of the wanted tests a run starts: all; those without an outcome of the same tools; those that did not pass.
 Choice = Literal["all", "remaining", "failed"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
+#: Which tests a combination is for: all, or those that start image tools alone.
+Scope = Literal["all", "tools"]
+#: Words of Outcome.uses that stand for programs which are no image tools.
+BESIDE = frozenset(("machine", "daemon", "nbd"))
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """A name for reports, a format, and options for the creation of images ("" for none)."""
+    """A name for reports, a format, options for the creation of images ("" for none), and which tests it is for."""
 
     name: str
     image_format: str
     options: str = ""
+    scope: Scope = "all"
+
+    @property
+    def plain(self) -> Combination:
+        """The same format without options."""
+        return Combination(self.image_format, self.image_format)
 
 
 def read(path: Path) -> list[Combination]:
     """Return the combinations of matrix.toml. Raises ValueError where two have one name."""
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["combination"]
-    made = [Combination(entry["name"], entry["format"], entry.get("options", "")) for entry in entries]
+    made = [
+        Combination(entry["name"], entry["format"], entry.get("options", ""), entry.get("scope", "all"))
+        for entry in entries
+    ]
+    if wrong := {combination.scope for combination in made} - set(get_args(Scope)):
+        raise ValueError(f"{path}: no scope {', '.join(wrong)}")
     if len({combination.name for combination in made}) != len(made):
         raise ValueError(f"{path}: two combinations have one name")
     return made
@@ -66,6 +81,17 @@ def chosen(tests: Iterable[str], held: Outcomes, choice: Choice, tools: str) -> 
     if choice == "failed":
         return [test for test in tests if test in held and held[test].status in ("fail", "timeout")]
     return [test for test in tests if test not in held or held[test].tools != tools]
+
+
+def in_scope(combination: Combination, tests: Iterable[str], plain: Outcomes) -> list[str]:
+    """Return those of *tests* that *combination* is for; *plain* are the outcomes of QEMU's tools without options.
+
+    What does not pass there has nothing to show with options either.
+    """
+    if combination.scope == "all":
+        return list(tests)
+    passed = (test for test in tests if test in plain and plain[test].status == "pass")
+    return [test for test in passed if not BESIDE & set(plain[test].uses)]
 
 
 def inherited(plain: Outcomes, tests: Iterable[str]) -> list[Outcome]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tests.conformance.iotests import Outcome
-from tests.conformance.matrix import Combination
+from tests.conformance.matrix import BESIDE, Combination
 from tests.conformance.records import Outcomes, Reasons
 
 INTRODUCTION = """\
@@ -32,15 +32,18 @@ class Results:
     own: Outcomes
     #: Words of Outcome.uses that stand for cowhand's tools.
     words: frozenset[str]
+    #: Comparable tests of the plain format that this combination is not for.
+    elsewhere: tuple[str, ...] = ()
 
     def comparable(self) -> list[str]:
         """Return the tests that QEMU's own tools pass here and that call at least one tool that cowhand has."""
         passed = (test for test, outcome in self.reference.items() if outcome.status == "pass")
+        passed = (test for test in passed if test not in self.elsewhere)
         return sorted(test for test in passed if self.words.intersection(self.reference[test].uses))
 
     def not_comparable(self) -> list[Outcome]:
         """Return QEMU's outcomes of all other tests."""
-        comparable = set(self.comparable())
+        comparable = {*self.comparable(), *self.elsewhere}
         return [outcome for test, outcome in sorted(self.reference.items()) if test not in comparable]
 
     def select(self, *statuses: str) -> list[Outcome]:
@@ -49,7 +52,7 @@ class Results:
 
     def tools_alone(self) -> list[str]:
         """Return the comparable tests that start image tools only: no machine, no daemon, no NBD server."""
-        return [test for test in self.comparable() if not {"machine", "daemon", "nbd"} & set(self.reference[test].uses)]
+        return [test for test in self.comparable() if not BESIDE & set(self.reference[test].uses)]
 
 
 def page(facts: dict[str, str], results: Iterable[Results], reasons: Reasons, encrypting: Iterable[str] = ()) -> str:
@@ -81,8 +84,12 @@ def _summary(results: list[Results]) -> list[str]:
             f"| {_share(len(passed), len(comparable))} | {len(failed)} "
             f"| {len(comparable) - len(passed) - len(failed)} | {len(passed & set(alone))} of {len(alone)} |"
         )
-    lines += ["", '"Image tools alone" are tests that start no virtual machine, storage daemon or NBD server.', ""]
-    return lines
+    lines += ["", '"Image tools alone" are tests that start no virtual machine, storage daemon or NBD server.']
+    if any(result.elsewhere for result in results):
+        lines.append(
+            "Combinations with options are for these: what else QEMU's own programs do runs without options only."
+        )
+    return [*lines, ""]
 
 
 def _share(part: int, whole: int) -> str:
@@ -116,6 +123,10 @@ def _section(result: Results, reasons: Reasons) -> list[str]:
     missing = [test for test in result.comparable() if test not in result.own]
     not_run = _grouped(result.select("not run"), lambda outcome: outcome.detail or "no reason given")
     lines += ([f"- Not started in this record: {_row(missing)}"] if missing else []) + not_run or ["none"]
+    if result.elsewhere:
+        lines.append(
+            f"- Started without options only, since they start more than image tools: {_row(result.elsewhere)}"
+        )
     if not result.reference:
         lines += ["- No run of QEMU's own tools in this record"]
     lines += ["", "### Not comparable here", ""]

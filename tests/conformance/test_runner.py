@@ -231,6 +231,32 @@ def test_tests_by_name_and_by_list_are_joined() -> None:
             parse_arguments(["run", *wrong])
 
 
+def test_tests_that_start_more_than_image_tools_run_without_options_only() -> None:
+    plain = {
+        "001": Outcome("001", "pass", 1.0, uses=("img",)),
+        "002": Outcome("002", "pass", 1.0, uses=("img", "machine")),
+        "003": Outcome("003", "fail", 1.0, uses=("img",)),
+        "004": Outcome("004", "pass", 1.0, uses=("img", "nbd")),
+    }
+    small = Combination("qcow2-512", "qcow2", "cluster_size=512", "tools")
+    assert matrix.in_scope(small, sorted(plain), plain) == ["001"]
+    assert matrix.in_scope(small.plain, sorted(plain), plain) == sorted(plain)
+    reference = {"001": plain["001"], "002": plain["002"]}
+    result = report.Results(small, reference, {"001": plain["001"]}, frozenset({"img"}), elsewhere=("002", "004"))
+    assert result.comparable() == ["001"] and not result.not_comparable()
+    text = report.page({}, [result], records.Reasons({}))
+    assert "| qcow2-512 | `cluster_size=512` | 1 | 1 | 100 % | 0 | 0 | 1 of 1 |" in text
+    assert "Combinations with options are for these" in text
+    assert "since they start more than image tools: 002 004" in text
+
+
+def test_a_scope_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.toml"
+    path.write_text('[[combination]]\nname = "raw"\nformat = "raw"\nscope = "some"\n')
+    with pytest.raises(ValueError, match="no scope some"):
+        matrix.read(path)
+
+
 def test_combinations_are_named_and_distinct(tmp_path: Path) -> None:
     known = matrix.read(Path(records.__file__).with_name("matrix.toml"))
     assert [c.name for c in matrix.named(known, ["qcow2-v2", "raw"])] == ["raw", "qcow2-v2"]
