@@ -67,6 +67,13 @@ class Shape:
         )
 
 
+class Medium(MemoryNode):
+    """Memory that takes every mode of preallocation: space is nothing to it."""
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        super().resize(size, shrink=shrink)
+
+
 def create(shape: Shape, content: bytes = b"") -> MemoryNode:
     """Return an image of *shape* that holds *content*, made by the driver (without a backing file's name: tests give the node)."""
     return create_media(shape, content)[0]
@@ -74,7 +81,7 @@ def create(shape: Shape, content: bytes = b"") -> MemoryNode:
 
 def create_media(shape: Shape, content: bytes = b"") -> list[MemoryNode]:
     """Return the image, and its data file if it has one."""
-    media = [MemoryNode() for _ in range(2 if shape.data else 1)]
+    media: list[MemoryNode] = [Medium() for _ in range(2 if shape.data else 1)]
     options: dict[str, Any] = {"compat": "0.10" if shape.version == 2 else "1.1", "cluster_size": shape.cluster}
     if shape.version > 2:
         options |= {"refcount_bits": shape.refcount_bits, "lazy_refcounts": shape.lazy, "extended_l2": shape.extended}

@@ -239,9 +239,11 @@ class Life:
         if self.size >= 2 * self.shape.size or (self.version == 2 and self._living()):
             return  # version 2 does not say how large the disk of a snapshot was, so QEMU and the driver refuse
         size = self.size + self.rng.randrange(1, 65) * 512
-        self._tell("grow", 0, size)
+        # An encrypted place that was never written holds what zeroes decrypt to.
+        mode = "off" if self.shape.encrypt else self.rng.choice(("off", "metadata", "falloc"))
+        self._tell(f"grow {mode}", 0, size)
         with self.expected.resizing(size):
-            self.disk.resize(size)
+            self.disk.resize(size, preallocation=mode)
         self.size = size
 
     def shrink(self) -> None:

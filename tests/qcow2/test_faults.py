@@ -96,6 +96,18 @@ def grow(disk: Disk) -> None:
     disk.flush()
 
 
+def take_space(disk: Disk) -> None:
+    """The disk ends inside a cluster that moves, and the refcount table moves."""
+    disk.resize(300 << 10, preallocation="falloc")
+    disk.write(290 << 10, b"g" * 1024)
+    disk.flush()
+
+
+def make_uneven(disk: Disk) -> None:
+    fill(disk, 100 << 10, 128 << 10)
+    disk.resize((120 << 10) + 1536, shrink=True)
+
+
 def many_blocks(disk: Disk) -> None:
     fill(disk, 0, 64 << 10, seed=3)
     disk.flush()
@@ -192,6 +204,8 @@ OPERATIONS = [
     ),
     Operation("l1-table", grow, lambda disk: fill(disk, 0, 16384)),
     Operation("l1-table-backed", grow, lambda disk: fill(disk, 0, 16384), BACKED),
+    Operation("take-space", take_space, make_uneven, Shape(cluster=4096)),
+    Operation("take-space-backed", take_space, make_uneven, Shape(cluster=16384, extended=True, backed=True)),
     Operation("close", close, lambda disk: fill(disk, 0, 16384)),
     Operation("snapshot", snapshot, lambda disk: fill(disk, 0, 32 << 10)),
     Operation("apply-snapshot", apply_snapshot, with_snapshot),

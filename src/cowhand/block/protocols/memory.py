@@ -67,7 +67,7 @@ class MemoryNode(BlockNode):
 
     def copy(self) -> MemoryNode:
         """Return a new, open node with the same content and options. Pages are shared until one side writes them."""
-        twin = MemoryNode(self._anonymous_options())
+        twin = type(self)(self._anonymous_options())
         with self._lock:
             twin._pages = self._pages.copy()
             twin._size = self._size

@@ -127,3 +127,15 @@ class Counts:
                 used = self.next_zero(data, index, end)
                 index = used
         return found
+
+    def last_used(self, data: bytes | bytearray, end: int) -> int:
+        """Return the number of the last count before *end* that is not zero, or -1."""
+        while end > 0:
+            used = len(data[: -(-end * self.bits // 8)].rstrip(b"\0"))
+            index = min(end, -(-used * 8 // self.bits)) - 1
+            while index >= 0 and index * self.bits // 8 >= used - 1 and not self.get(data, index):
+                index -= 1
+            if index < 0 or self.get(data, index):
+                return index
+            end = index + 1
+        return -1

@@ -1,4 +1,8 @@
-"""Preallocation for qcow2: every guest cluster of a range gets its place now, so that later writes only write data."""
+"""Preallocation of metadata for qcow2: every guest cluster of a range gets its place now, so that later writes only write data.
+
+It is as if the guest wrote the range, but for the bytes: what shares its first and last unit with it is copied, since QEMU does so and a
+file's length shows it. For "falloc" and "full" inside the image itself see :mod:`cowhand.block.formats.qcow2.preallocatedrun`.
+"""
 
 from __future__ import annotations
 
@@ -9,76 +13,71 @@ from cowhand.block.node import Zeroing
 from cowhand.block.reserving import Kind, Reservation
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
 from cowhand.core.errors import CowhandError
-from cowhand.core.extents import DATA, OFFSET
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
 
-def preallocate(node: Qcow2Node, begin: int, end: int, mode: str, *, transparent: bool = False) -> None:
-    """Give the clusters of ``[begin, end)`` a place: mode "metadata" leaves holes there, "falloc" reserves them, "full" writes zeroes.
+def preallocate(node: Qcow2Node, begin: int, end: int, mode: str) -> None:
+    """Give the clusters of ``[begin, end)`` a place, holes of the file; with a data file *mode* says how that grows to *end*.
 
-    What held nothing before reads as zeroes then; with *transparent* subclusters stay what they are, and a backing file shows. A cluster that
-    the range shares with what lies before *begin* is left alone unless it is empty.
+    What held nothing before reads as zeroes then, but subclusters stay what they are: a backing file shows. What lies before *begin* keeps its
+    content.
     """
-    unit = node.cluster_size
-    position = begin - begin % unit
-    if position < begin and not _empty(node, position, transparent):
-        position += unit
-    last = 0
-    while position < end:
-        reservation = node.claim(position, -(-(end - position) // unit) * unit, Kind.DATA)
-        if reservation is None:
-            position += max(unit, node.map(position, end - position)[0] // unit * unit)
-            continue
-        if node.extended and transparent:
-            from cowhand.block.formats.qcow2.subclusters import without_data
+    position = begin
+    padded = True
+    if node.external:
+        from cowhand.block.formats.qcow2.datafile import resize
 
-            without_data(reservation.state.table, reservation.state)
+        padded = node.data_child.node.size < end  # a longer one keeps what it has
+        resize(node, end, mode)
+    while position < end:
+        reservation = node.claim(position, end - position, Kind.DATA, continues=position > begin)
+        if reservation is None:
+            position += node.map(position, end - position)[0]
+            continue
         try:
-            _prepare(node, reservation, mode)
+            if node.extended:
+                from cowhand.block.formats.qcow2.subclusters import without_data
+
+                without_data(reservation.state.table, reservation.state)
+            _fill(node, reservation, position, min(end, reservation.end) if padded else reservation.end)
         except BaseException as error:
             node.give_up(reservation, error)
             raise
         node.finish(reservation)
-        last = max(last, reservation.host + reservation.length)
-        position = reservation.offset + reservation.length
+        position = reservation.end
     node.flush()
-    if node.external:
-        from cowhand.block.formats.qcow2.datafile import resize
-
-        resize(node, end, mode)
-        return
-    # Without a byte at the end the file would be shorter than what it promises.
-    if last > node.file.node.size:
-        node.file.node.resize(last)
 
 
-def _empty(node: Qcow2Node, position: int, transparent: bool) -> bool:
-    """Tell whether the cluster at *position* has no place, holds nothing, and shows nothing that a place would hide."""
-    length, flags, _, _ = node.map(position, node.cluster_size)
-    if length < node.cluster_size or flags & (OFFSET | DATA):
-        return False
-    backing = node.backing
-    return bool(flags) or backing is None or backing.node.size <= position or (transparent and node.extended)
+def _fill(node: Qcow2Node, reservation: Reservation, begin: int, end: int) -> None:
+    """Have the reserved place read as zeroes, but for what it holds before *begin*; behind *end* its zeroes are written."""
+    shift = reservation.host - reservation.offset
+    if not node.external:  # what a data file holds becomes the disk's content
+        _clear(node, reservation, shift)
+    head, tail = begin - reservation.begin, reservation.end - end
+    if head > 0:
+        data = memoryview(bytearray(head))
+        node.read_into(reservation.begin, data)
+        node.store(node.data_child, shift + reservation.begin, reservation.begin, (data,))
+    if tail > 0:
+        node.store(node.data_child, shift + end, end, [ZEROES[: tail - at] for at in range(0, tail, ZEROES_SIZE)])
 
 
-def _prepare(node: Qcow2Node, reservation: Reservation, mode: str) -> None:
-    """Have the reserved place read as zeroes, and occupy space unless only metadata are wanted."""
-    if node.external:
-        return  # what a data file holds becomes the disk's content
-    file, end = node.file, reservation.host + reservation.length
+def _clear(node: Qcow2Node, reservation: Reservation, shift: int) -> None:
+    file, begin, end = node.file, shift + reservation.begin, shift + reservation.end
     try:
         check_room(file.node, end)
     except CowhandError as error:
         raise error.within(qemu="Could not resize image") from None
-    if not reservation.fresh:
-        # It held something before.
-        if file.node.capabilities.zeroes is not Zeroing.NONE:
-            file.write_zeroes(reservation.host, reservation.length, unmap=mode == "metadata")
-        else:
-            for position in range(reservation.host, end, ZEROES_SIZE):
-                file.write(position, (ZEROES[: min(ZEROES_SIZE, end - position)],))
-    elif mode != "metadata" and end > file.node.size:
-        # Before the tables are written behind it, which would leave it a hole.
-        file.node.resize(end, preallocation=mode)
+    if end > file.node.size:
+        # Before entries refer to it: without a byte at the end the file would be shorter than what it promises.
+        file.node.resize(end)
+    if reservation.fresh:
+        return
+    # It held something before.
+    if file.node.capabilities.zeroes is not Zeroing.NONE:
+        file.write_zeroes(begin, end - begin, unmap=True)
+        return
+    for position in range(begin, end, ZEROES_SIZE):
+        file.write(position, (ZEROES[: min(ZEROES_SIZE, end - position)],))

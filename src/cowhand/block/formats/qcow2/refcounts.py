@@ -113,6 +113,23 @@ class Refcounts:
                 break
         return have
 
+    def last_used(self, end: int) -> int:
+        """Return the last cluster before *end* that is in use; 0, the header's, where none is."""
+        while end > 0:
+            index = (end - 1) // self.per_block
+            block = self.block(index)
+            self.cache.trim()
+            found = self.counts.last_used(block.data, end - index * self.per_block) if block is not None else -1
+            if found >= 0:
+                return index * self.per_block + found
+            # Where the table names no block nothing is looked at one by one.
+            end = index * self.per_block if block is not None else self._named_before(index) * self.per_block
+        return 0
+
+    def _named_before(self, index: int) -> int:
+        """Return the end of the last block before *index* that the table names."""
+        return len(self.table[: index * 8].rstrip(b"\0")) + 7 >> 3
+
     # -- changing
 
     def change(self, cluster: int, count: int, delta: int) -> None:
@@ -229,39 +246,11 @@ class Refcounts:
         self.cache.put(index, block)
 
     def _grow_table(self, cluster: int, index: int, place: int) -> None:
-        """Move to a larger table, in an area behind everything that exists which describes itself; one header field makes it valid."""
-        node = self.node
+        """Move to a larger table, behind everything that exists, which names block *index* at cluster *place*."""
+        from cowhand.block.formats.qcow2 import refcountarea
+
         used = -(-(max(cluster, place) + 1) // self.per_block)
-        start = used * self.per_block
-        total, entries = self._table_size(start)
-        if entries * 8 > L.MAX_REFCOUNT_TABLE_BYTES:
-            raise NoSpace("the refcount table cannot grow any more", path=node.filename, errno=27)
-        table = bytearray(entries * 8)
-        table[: len(self.table)] = self.table
-        table[index * 8 : index * 8 + 8] = L.U64.pack(place * self.cluster_size)
-        new = [i for i in range(used, total) if not L.U64.unpack_from(table, i * 8)[0]]
-        table_start = start + len(new)
-        end = table_start + entries * 8 // self.cluster_size
-        blocks = []
-        for number, i in enumerate(new):
-            data = bytearray(self.cluster_size)
-            low, high = max(start, i * self.per_block), min(end, (i + 1) * self.per_block)
-            if low < high:
-                self.counts.fill(data, low - i * self.per_block, high - low, 1)
-            blocks.append((i, Table(data, (start + number) * self.cluster_size)))
-            table[i * 8 : i * 8 + 8] = L.U64.pack((start + number) * self.cluster_size)
-        node.check_overlap(start * self.cluster_size, (end - start) * self.cluster_size)
-        node.fire("refblock_alloc_write_blocks")
-        node.write_metadata(start * self.cluster_size, b"".join(block.data for _, block in blocks))
-        node.fire("refblock_alloc_write_table")
-        node.write_metadata(table_start * self.cluster_size, table)
-        node.flush_file()
-        node.fire("refblock_alloc_switch_table")
-        self.switch_table(table_start, table)
-        for i, block in blocks:
-            self.cache.put(i, block)
-        node.metadata.add(start, len(blocks))
-        node.allocator.use(start, end - start)
+        refcountarea.make(self, used * self.per_block, known=(index, place))
 
     def switch_table(self, cluster: int, table: bytearray) -> None:
         """Make *table*, stable at host *cluster*, the image's refcount table by one header field, and free the old one."""
@@ -274,22 +263,3 @@ class Refcounts:
         node.metadata.remove(old, old_count)
         if old_count:
             self.change(old, old_count, -1)
-
-    def _table_size(self, start: int) -> tuple[int, int]:
-        """Return (blocks in all, entries of the new table) when the new area begins at cluster *start*."""
-        # As QEMU reckons: the blocks that exist are counted among the clusters and once more, so there are some to spare.
-        per_table_cluster = self.cluster_size // 8
-        clusters, blocks, table, generous = start, 0, 0, True
-        last = -1
-        while True:
-            blocks = -(-(clusters + table + blocks) // self.per_block)
-            table = -(-blocks // per_table_cluster)
-            size = clusters + blocks + table
-            if size == last:
-                if not generous:
-                    break
-                clusters += -(-table // 2)
-                generous = False
-            last = size
-        entries = -(-(blocks + -(-blocks // 2)) // per_table_cluster) * per_table_cluster
-        return blocks, entries

@@ -13,10 +13,11 @@ from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.reserving import Kind
 from cowhand.core.buffers import is_zero
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
-from cowhand.core.extents import DATA, ZERO
+from cowhand.core.extents import DATA, ENCODED, OFFSET, ZERO
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.node import Child
 
 
 def grow_l1(node: Qcow2Node, entries: int, *, exact: bool) -> None:
@@ -111,15 +112,29 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
     # The old table's room may be taken again at once: the header names the new one stably, and nobody else uses the node.
     node.flush()
     node.release_quarantine()
-    if size == old:
-        return
+    if size == old and (size or preallocation in ("off", "metadata")):
+        return  # an empty disk gets the refcount table that all others get of these modes
     if had and had != node.header.l1_size:
         # The old table's place is free at once, as in QEMU: no request is in flight.
         node.flush()
         node.release_quarantine(everything=True)
     if node.raw_data and preallocation == "off":
         preallocation = "metadata"
-    begin, longer = _hide_tail(node, old, size)
+    backing = node.backing
+    longer = backing is not None and backing.node.size > old
+    if preallocation in ("falloc", "full") and not node.external:
+        from cowhand.block.formats.qcow2 import preallocatedrun
+
+        preallocatedrun.grow(node, old, size, preallocation, hide_backing=longer)
+    else:
+        _grow(node, old, size, preallocation, longer)
+    node.flush()
+    set_size(node, size)
+
+
+def _grow(node: Qcow2Node, old: int, size: int, preallocation: str, longer: bool) -> None:
+    """Have what is new read as zeroes, and give it a place if that is asked for; *longer*: the backing file reaches behind the old end."""
+    begin = _hide_tail(node, old, size, longer)
     if node.external and preallocation == "off":
         from cowhand.block.formats.qcow2 import datafile
 
@@ -127,33 +142,41 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
     if preallocation != "off":
         from cowhand.block.formats.qcow2.preallocate import preallocate
 
-        preallocate(node, old, size, preallocation, transparent=not longer)
+        preallocate(node, old, size, preallocation)
     # As in QEMU all that is new says so then, also behind the backing file's end; what has its place keeps it.
-    if longer and preallocation in ("off", "metadata"):
+    if longer:
         _zero(node, begin, size)
-    node.flush()
-    set_size(node, size)
 
 
-def _hide_tail(node: Qcow2Node, old: int, new: int) -> tuple[int, bool]:
-    """Make the rest of the last cluster read as zeroes: what a longer backing file would show, and what an earlier, longer life left there.
+def _hide_tail(node: Qcow2Node, old: int, new: int, longer: bool) -> int:
+    """Make the rest of the last cluster read as zeroes: what a *longer* backing file would show, and what an earlier, longer life left there.
 
-    Returns where the next cluster begins, and whether the backing file is longer than the disk was.
+    Returns where the next cluster begins.
     """
-    backing = node.backing
-    longer = backing is not None and backing.node.size > old
     begin = -(-old // node.cluster_size) * node.cluster_size
     position = old
     while position < begin:
         # Subclusters may differ.
-        length, flags, _, _ = node.map(position, begin - position)
-        if (longer and not flags & (DATA | ZERO)) or (
-            flags & DATA and not _zero_behind(node, position, position + length)
-        ):
+        run = node.map(position, begin - position)
+        length, flags = run[0], run[1]
+        if longer and not flags & (DATA | ZERO):
+            _cover(node, position, min(begin, new))
+            break
+        if flags & DATA and not _zero_behind(node, position, run):
             node.write(position, (bytes(max(0, min(begin, new) - position)),))
             break
         position += length
-    return begin, longer
+    return begin
+
+
+def _cover(node: Qcow2Node, begin: int, end: int) -> None:
+    """Have ``[begin, end)`` of one cluster read as zeroes, which a backing file shows through: written to the next subcluster, then said."""
+    unit = node.copy_unit
+    edge = -(-begin // unit) * unit
+    if begin < edge:
+        node.write(begin, (bytes(min(edge, end) - begin),))
+    if edge < end:
+        node.change(edge, -(-end // unit) * unit - edge, Kind.ZERO)
 
 
 def _zero(node: Qcow2Node, begin: int, end: int) -> None:
@@ -170,7 +193,22 @@ def _zero(node: Qcow2Node, begin: int, end: int) -> None:
             node.write(position, (bytes(min(step, end - position)),))
 
 
-def _zero_behind(node: Qcow2Node, begin: int, end: int) -> bool:
-    data = bytearray(end - begin)
+def _zero_behind(node: Qcow2Node, begin: int, run: tuple[int, int, Child | None, int]) -> bool:
+    """Tell whether the *run* at *begin* reads as zeroes. What the file knows to be a hole is not read, which would make data of it."""
+    length, flags, child, host = run
+    if child is not None and flags & OFFSET and not flags & ENCODED and not node.encodes:
+        stop = min(host + length, child.node.size)
+        while host < stop:
+            rows = child.node.map_batch(host, stop - host)
+            for row in rows:
+                if not row.flags & ZERO and not _reads_zero(node, begin + row.start - host, row.length):
+                    return False
+            begin, host = begin + rows.end - host, rows.end
+        return True
+    return _reads_zero(node, begin, length)
+
+
+def _reads_zero(node: Qcow2Node, begin: int, length: int) -> bool:
+    data = bytearray(length)
     node.read_into(begin, data)
     return is_zero(data)

@@ -117,9 +117,7 @@ def _cut_tail(node: Qcow2Node) -> None:
     """Make the file end behind its last cluster in use. A failure only costs space."""
     file, unit = node.file.node, node.cluster_size
     with node.lock:
-        cluster = -(-file.size // unit) - 1
-        while cluster > 0 and not node.refcounts.get(cluster):
-            cluster -= 1
+        cluster = node.refcounts.last_used(-(-file.size // unit))
     end = (cluster + 1) * unit
     if end >= file.size or not file.capabilities.resizable:
         return

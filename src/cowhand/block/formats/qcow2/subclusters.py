@@ -580,6 +580,8 @@ def without_data(table: Table, change: EntryChange) -> None:
     """Have *change* give clusters their place and nothing else: their subclusters stay what they are (preallocation)."""
     words = array("Q", change.entries)
     old = array("Q", bytes(table.data[change.first * 8 : (change.first + change.count) * 8]))
+    if L.U64.unpack_from(old)[0] & L.ENTRY_COMPRESSED:
+        old[1] = words[1]  # all that the first one held comes with it
     words[1::2] = old[1::2]
     change.entries = words.tobytes()
 
