@@ -3,6 +3,9 @@
 >>> import cowhand
 >>> with cowhand.open("disk.qcow2") as disk:
 ...     boot_sector = disk.read(0, 512)
+
+What is in ``__all__`` is the library; ``docs/library.md`` has examples. What is behind a name is imported when the name is first used. Every function
+may be called by many threads at once; all errors are CowhandErrors, and nothing is printed.
 """
 
 from __future__ import annotations
@@ -14,9 +17,95 @@ from cowhand.__about__ import __version__
 
 if TYPE_CHECKING:
     import os
+    from contextlib import AbstractContextManager
 
+    from cowhand.bitmaps.named import DirtyBitmap
+    from cowhand.block.bitmaps import (
+        add_bitmap,
+        clear_bitmap,
+        dirty_extents,
+        enable_bitmap,
+        find_bitmap,
+        list_bitmaps,
+        merge_bitmap,
+        remove_bitmap,
+    )
+    from cowhand.block.check import CheckResult, check
+    from cowhand.block.create import create
     from cowhand.block.disk import Disk
+    from cowhand.block.findings import Finding
     from cowhand.block.policy import Policy
+    from cowhand.block.snapshots import (
+        SnapshotInfo,
+        apply_snapshot,
+        create_snapshot,
+        delete_snapshot,
+        find_snapshot,
+        list_snapshots,
+        open_snapshot,
+    )
+    from cowhand.chain.info import ImageInfo, chain_info, image_info
+    from cowhand.chain.untrusted import Verdict, judge
+    from cowhand.chain.usage import ImageUsage, image_usage
+    from cowhand.copy.checksum import Checksum, checksum
+    from cowhand.copy.compare import CompareResult, compare
+    from cowhand.copy.convert import ConvertResult, convert
+    from cowhand.copy.measure import Measurement, measure
+    from cowhand.core import errors
+    from cowhand.core.errors import CowhandError
+    from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, ZERO, Extent, ExtentBatch, by_content
+    from cowhand.core.progress import CancelToken, Progress
+    from cowhand.jobs.commit import CommitResult, commit
+    from cowhand.jobs.compact import compact
+    from cowhand.jobs.rebase import RebaseResult, rebase
+
+#: Where the names lie that are imported when they are first used: starting a tool costs what it needs.
+_PLACES = {
+    "cowhand.bitmaps.named": ("DirtyBitmap",),
+    "cowhand.block.bitmaps": (
+        "add_bitmap", "clear_bitmap", "dirty_extents", "enable_bitmap", "find_bitmap", "list_bitmaps", "merge_bitmap", "remove_bitmap",
+    ),
+    "cowhand.block.check": ("CheckResult", "check"),
+    "cowhand.block.create": ("create",),
+    "cowhand.block.disk": ("Disk",),
+    "cowhand.block.findings": ("Finding",),
+    "cowhand.block.policy": ("Policy",),
+    "cowhand.block.snapshots": (
+        "SnapshotInfo", "apply_snapshot", "create_snapshot", "delete_snapshot", "find_snapshot", "list_snapshots", "open_snapshot",
+    ),
+    "cowhand.chain.info": ("ImageInfo", "chain_info", "image_info"),
+    "cowhand.chain.untrusted": ("Verdict", "judge"),
+    "cowhand.chain.usage": ("ImageUsage", "image_usage"),
+    "cowhand.copy.checksum": ("Checksum", "checksum"),
+    "cowhand.copy.compare": ("CompareResult", "compare"),
+    "cowhand.copy.convert": ("ConvertResult", "convert"),
+    "cowhand.copy.measure": ("Measurement", "measure"),
+    "cowhand.core.errors": ("CowhandError",),
+    "cowhand.core.extents": ("ALLOCATED", "COMPRESSED", "DATA", "ZERO", "Extent", "ExtentBatch", "by_content"),
+    "cowhand.core.progress": ("CancelToken", "Progress"),
+    "cowhand.jobs.commit": ("CommitResult", "commit"),
+    "cowhand.jobs.compact": ("compact",),
+    "cowhand.jobs.rebase": ("RebaseResult", "rebase"),
+}  # fmt: skip
+
+
+if not TYPE_CHECKING:  # else every name would be there for the type checker
+
+    def __getattr__(name: str) -> Any:
+        from importlib import import_module
+
+        if name == "errors":
+            value: Any = import_module("cowhand.core.errors")
+        else:
+            place = next((module for module, names in _PLACES.items() if name in names), None)
+            if place is None:
+                raise AttributeError(f"module 'cowhand' has no attribute '{name}'")
+            value = getattr(import_module(place), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
 
 
 def open(
@@ -73,4 +162,30 @@ def open(
         raise
 
 
-__all__ = ["__version__", "open"]
+def secrets(passphrases: Mapping[str, bytes | str]) -> AbstractContextManager[None]:
+    """Hold *passphrases*, by the ids that ``key-secret`` options name, while a ``with`` block runs.
+
+    They are the process's, not the thread's: blocks that run at the same time need ids of their own.
+    """
+    from cowhand.crypto.secrets import given
+
+    return given(passphrases)
+
+
+__all__ = [
+    "__version__",
+    # disks, and what they are made of
+    "open", "secrets", "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
+    # images
+    "create", "image_info", "chain_info", "ImageInfo", "image_usage", "ImageUsage", "check", "CheckResult", "Finding", "judge", "Verdict",
+    # copies
+    "convert", "ConvertResult", "compare", "CompareResult", "measure", "Measurement", "checksum", "Checksum",
+    # chains
+    "commit", "CommitResult", "rebase", "RebaseResult", "compact",
+    # snapshots
+    "list_snapshots", "find_snapshot", "create_snapshot", "apply_snapshot", "delete_snapshot", "open_snapshot", "SnapshotInfo",
+    # dirty bitmaps
+    "list_bitmaps", "find_bitmap", "add_bitmap", "remove_bitmap", "clear_bitmap", "enable_bitmap", "merge_bitmap", "dirty_extents", "DirtyBitmap",
+    # of long operations, and of what goes wrong
+    "Progress", "CancelToken", "CowhandError", "errors",
+]  # fmt: skip
