@@ -111,6 +111,7 @@ def cases(inputs: Inputs) -> Iterator[Case]:
     yield _compare(bulk, raw, qcow2)
     yield _bare(bulk, "compare", raw, f"{_BARE} (compare)")
     yield _commit(bulk, inputs)
+    yield _rebase(bulk, inputs)
 
 
 def _bare(bulk: Bulk, kind: str, raw: str, name: str) -> Case:
@@ -182,5 +183,23 @@ def _commit(bulk: Bulk, inputs: Inputs) -> Case:
         0.7,
         lambda: spawn(bulk.cowhand, "commit", "--quiet", "--force", "-f", "qcow2", top),
         lambda: spawn(bulk.qemu_img, "commit", "-q", "-f", "qcow2", top),
+        prepare,
+    )
+
+
+def _rebase(bulk: Bulk, inputs: Inputs) -> Case:
+    """An empty overlay takes over all that its base holds, and stands alone."""
+    base, top = inputs.qcow2(), inputs.path("rebased.qcow2")
+
+    def prepare() -> None:
+        bulk.clear()
+        spawn(bulk.qemu_img, "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top)
+
+    return Case(
+        "rebase to no base",
+        "qemu-img rebase",
+        0.7,
+        lambda: spawn(bulk.cowhand, "rebase", "--quiet", "-f", "qcow2", "-b", "", top),
+        lambda: spawn(bulk.qemu_img, "rebase", "-f", "qcow2", "-b", "", top),
         prepare,
     )
