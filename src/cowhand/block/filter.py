@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.node import BlockNode, Child, Role
-from cowhand.block.options import NodeOptions, strong_options
+from cowhand.block.options import NodeOptions
 from cowhand.core.errors import InvalidArgument, ReadOnly
 
 if TYPE_CHECKING:
@@ -139,9 +139,9 @@ def describe(node: BlockNode) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(name[5:]) if name.startswith("json:") else {"filename": name}
         return {"driver": node.driver, **found}
     return {
-        **strong_options(node.options),
+        **node.strong_options(),
         "driver": node.driver,
-        **{name: describe(child.node) for name, child in node.children.items() if child.role is not Role.BACKING},
+        **node.described_children(),
     }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from cowhand.block.options import NodeOptions
+from cowhand.block.options import NodeOptions, strong_options
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import NotSupported
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ExtentBatch
@@ -189,9 +189,31 @@ class BlockNode(ABC):
 
     @property
     def filename(self) -> str:
-        """The name by which this node could be opened again: a path, a URL, or a ``json:`` description."""
+        """The name by which this node could be opened again: a path, a URL, or a ``json:`` description.
+
+        A format has the name of its file where opening that, as this format, gives this node again.
+        """
         primary = self.primary
-        return primary.node.filename if primary is not None else ""
+        if primary is None:
+            return ""
+        below = primary.node
+        if self.is_format and (
+            self.strong_options() or below.is_format or (name := below.filename).startswith("json:")
+        ):
+            from cowhand.block.filter import json_name
+
+            return json_name(self)
+        return name if self.is_format else below.filename
+
+    def described_children(self) -> dict[str, Any]:
+        """Return what a description of this node says of its children; not those that its own word leads to."""
+        from cowhand.block.filter import describe
+
+        return {name: describe(child.node) for name, child in self.children.items() if child.role is not Role.BACKING}
+
+    def strong_options(self) -> dict[str, Any]:
+        """Return {QEMU's name: value} of the options given that change what is read here."""
+        return strong_options(self.options)
 
     @property
     def primary(self) -> Child | None:

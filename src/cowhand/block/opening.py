@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from cowhand.block import graph
 from cowhand.block.marks import looks_like_a_format
 from cowhand.block.node import BlockNode, Child, Role
-from cowhand.block.options import NodeOptions, check_zero_detection, declared, flatten, nest, parse
+from cowhand.block.options import NodeOptions, check_zero_detection, declared, flatten, is_on, nest, parse
 from cowhand.block.policy import DEFAULT, Policy
 from cowhand.block.registry import PROBE_SIZE, DriverEntry, Registry
 from cowhand.core.errors import (
@@ -127,11 +127,12 @@ class Opening:
         self.for_repair = False  #: check and repair open what ordinary users are refused (corrupt, dirty)
         self.sealed = False  #: nobody will ask for data: encrypted images need no secret
         self.writable_layer = 0  #: which layer below the top is opened for writing, too: 1 is the backing file, 0 none
-        self.probing = True  #: whether a filter that is being opened stands where formats are looked for
+        self.probing = False  #: a filter that wants its child's format looked for, where none is named, sets this around its opening
         self._waiting: list[_Waiting] = []
         self._checks: list[Callable[[], object]] = []
         self._path: _Path | None = None  #: the files above the node that is being opened
         self._asker: _Asker | None = None  #: whose word is being followed, None for the user's
+        self.nesting = 0  #: how many nodes stand over the one that is being opened, in one layer
         self._layer = 0  #: how many layers lie above the node that is being opened
 
     @property
@@ -162,6 +163,8 @@ class Opening:
                         description[name] = description["file"].pop(name)
             else:
                 description["driver"] = format
+                if not isinstance(description.get("filename", FileName()), FileName) and "file" not in description:
+                    description["file"] = {"filename": description.pop("filename")}
         try:
             node = self.node(description, NodeOptions())
             self._open_waiting()
@@ -277,11 +280,14 @@ class Opening:
         given = dict(self.describe(description) if isinstance(description, str) else description)
         if read_only is None:
             read_only = role is Role.BACKING or not node.writable
-        if read_only or "read-only" not in given:
+        if is_on("read-only", given.get("read-only")) is None or read_only:
             given["read-only"] = read_only
-        if role in (Role.PRIMARY, Role.DATA, Role.FILTERED) and "discard" not in given:
-            given["discard"] = "unmap"
-        opened = self.node(given, node.options, role=role)
+        given.setdefault("discard", "unmap")  # it is the parent's to say which discards go down
+        self.nesting += 1
+        try:
+            opened = self.node(given, node.options, role=role)
+        finally:
+            self.nesting -= 1
         if role is Role.PRIMARY and node.writable and not opened.writable:
             raise ReadOnly(
                 f"'{node.driver}' is to be written, but its '{name}' is read-only", qemu="Block node is read-only", path=opened.filename,
@@ -380,7 +386,9 @@ class Opening:
     def _protocol_of(self, given: Mapping[str, Any]) -> DriverEntry:
         filename = given.get("filename")
         if filename is None:
-            raise InvalidArgument("A block device must be specified by a driver or a file name")
+            raise InvalidArgument(
+                "A block device must be specified by a driver or a file name", qemu="Must specify either driver or file"
+            )
         if isinstance(filename, FileName) and has_protocol(filename):
             prefix = filename.split(":", 1)[0]
             entry = self.registry.by_prefix(prefix)
@@ -444,6 +452,13 @@ class Opening:
     def _make(self, entry: DriverEntry, given: dict[str, Any], parent: NodeOptions, role: Role | None) -> BlockNode:
         cls = entry.load()
         filename = given.get("filename")
+        if (
+            entry.kind != "protocol" and filename is not None and not entry.prefixes and self.policy.as_qemu
+            and not isinstance(filename, FileName)
+        ):  # fmt: skip
+            raise InvalidArgument(
+                "a format takes no 'filename' but a 'file'", qemu='A block device must be specified for "file"'
+            )
         if entry.kind != "protocol" and filename is not None and "file" not in given:
             if entry.prefixes:
                 given = {**nest(cls.parse_filename(str(given.pop("filename")))), **given}
@@ -472,11 +487,17 @@ class Opening:
             key = "cache." + name[6:].replace("_", "-") if name.startswith("cache_") else name.replace("_", "-")
             if key not in chosen and role is not None and getattr(parent, name):
                 chosen[key] = True
-        before, self.probing = self.probing, role in (None, Role.BACKING) or (role is Role.FILTERED and self.probing)
+        before, self.probing = self.probing, False
         try:
-            options = parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind)
-            check_zero_detection(options)
-            self._check_name(options.node_name)
+            try:
+                options = parse(cls.options_class, chosen, driver=entry.name, kind=entry.kind)
+                if options.force_share and not options.read_only and self.policy.as_qemu:
+                    raise InvalidArgument("force-share=on can only be used with read-only images")
+                check_zero_detection(options)
+                self._check_name(options.node_name)
+            except InvalidArgument:
+                self._complain_of_file(entry, given, parent)
+                raise
             node = cls.open(self, options, given)
         finally:
             self.probing = before
@@ -492,6 +513,12 @@ class Opening:
             )
             raise InvalidArgument(words, qemu=qemu)
         return node
+
+    def _complain_of_file(self, entry: DriverEntry, given: Mapping[str, Any], parent: NodeOptions) -> None:
+        """Raise what is wrong with the file of a node whose own options are wrong: QEMU opens it before it looks at them."""
+        file = given.get("file")
+        if self.policy.as_qemu and isinstance(file, Mapping) and not entry.prefixes:
+            self.node({"discard": "unmap", **file, "read-only": True}, parent, role=Role.PRIMARY)
 
     def _check_name(self, name: str | None) -> None:
         """Raise InvalidArgument unless *name* is one for a node, and new."""

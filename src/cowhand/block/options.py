@@ -118,20 +118,31 @@ def declared(cls: type[NodeOptions]) -> dict[str, Option]:
     return cls.declared_options
 
 
+#: Other words for what an option can be, which QEMU takes as well.
+_SYNONYMS = {"discard": {"on": "unmap", "off": "ignore"}}
+#: Common options are read before a driver's own, these last: of several mistakes the first one so is told of, as in QEMU.
+_LATE = ("discard", "detect-zeroes")
+
+
+def is_on(name: str, value: Any) -> bool | None:
+    """Return what *value*, a bool or a word, says to the switch *name*; None says nothing. Raises InvalidArgument."""
+    if value is None or isinstance(value, bool):
+        return value
+    if value in ("on", "yes", "true", "y"):
+        return True
+    if value in ("off", "no", "false", "n"):
+        return False
+    raise InvalidArgument(f"Parameter '{name}' expects 'on' or 'off'")
+
+
 def _convert(name: str, value: Any, kind: str, choices: Iterable[str]) -> Any:
     if value is None or kind == "any":
         return value
     if kind == "bool":
-        if isinstance(value, bool):
-            return value
-        if value in ("on", "yes", "true", "y"):
-            return True
-        if value in ("off", "no", "false", "n"):
-            return False
-        raise InvalidArgument(f"Parameter '{name}' expects 'on' or 'off'")
+        return is_on(name, value)
     if kind in ("int", "size"):
         if isinstance(value, bool):
-            raise InvalidArgument(f"Parameter '{name}' expects a number")
+            value = "on" if value else "off"
         if isinstance(value, int):
             if kind == "size" and not 0 <= value <= MAX_SIZE:
                 raise InvalidArgument(f"Parameter '{name}' expects a size of 0 to {MAX_SIZE} bytes, not {value}")
@@ -146,10 +157,15 @@ def _convert(name: str, value: Any, kind: str, choices: Iterable[str]) -> Any:
                     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
                 )
             raise InvalidArgument(f"Parameter '{name}' expects a number, not '{value}'", qemu=qemu) from error
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    elif isinstance(value, int):
+        value = str(value)
     if not isinstance(value, str):
         raise InvalidArgument(f"Parameter '{name}' expects a string")
     if "\0" in value:  # the system's calls take no such names, and the tools' arguments cannot hold one
         raise InvalidArgument(f"Parameter '{name}' cannot contain a zero byte")
+    value = _SYNONYMS.get(name, {}).get(value, value)
     if choices and value not in choices:
         qemu = {"discard": "Invalid discard option"}.get(name, f"invalid parameter value: {value}")
         raise InvalidArgument(
@@ -162,7 +178,10 @@ def parse(cls: type[_T], given: Mapping[str, Any], *, driver: str, kind: str = "
     """Make *cls* from flat or nested *given* ("cache.direct" or {"cache": {"direct": …}}), QEMU's names; raise on what it does not declare."""
     known = declared(cls)
     values: dict[str, Any] = {}
-    for name, value in flatten(given).items():
+    common = NodeOptions.declared_options
+    for name, value in sorted(
+        flatten(given).items(), key=lambda pair: 2 * (pair[0] not in common) + (pair[0] in _LATE)
+    ):
         found = known.get(name)
         if found is None:
             raise InvalidArgument(f"Block {kind} '{driver}' does not support the option '{name}'")
@@ -181,12 +200,13 @@ def check_zero_detection(options: NodeOptions) -> None:
 
 
 def strong_options(options: NodeOptions) -> dict[str, Any]:
-    """Return {QEMU's name: value} of the strong options that were set to something else than their default."""
+    """Return {QEMU's name: value} of the strong options that were given, or are not what they are by default."""
     out: dict[str, Any] = {}
     for name, found in declared(type(options)).items():
         value = getattr(options, found.field)
-        if found.strong and value != found.default:
-            out[name] = options.written.get(name, value)
+        given = options.written.get(name)
+        if found.strong and (given is not None or value != found.default):
+            out[name] = value if given is None else given
     return out
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block import graph
-from cowhand.block.filter import PassingFilter
+from cowhand.block.filter import PassingFilter, json_name
 from cowhand.block.filters.blkdebug_config import as_list, from_options, read_file
 from cowhand.block.filters.blkdebug_rules import EVENTS, Engine, InjectError, Suspend
 from cowhand.block.node import (
@@ -27,7 +27,7 @@ from cowhand.block.node import (
     Role,
     Zeroing,
 )
-from cowhand.block.options import NodeOptions, option, strong_options
+from cowhand.block.options import NodeOptions, flatten, option
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer
 from cowhand.core.errors import InvalidArgument, NotSupported, from_os_error
 from cowhand.core.extents import ExtentBatch
@@ -89,7 +89,7 @@ class BlkDebugNode(PassingFilter):
         self._suspended: list[_Suspended] = []  # newest first
         self._informed: list[BlockNode] = []  # parents whose event_sink we are
         self._take = self._unshare = 0
-        self._lists: dict[str, Any] = {}  # rules and permissions as they were given, for the printed name
+        self._lists: dict[str, Any] = {}  # rules as they were given, for the printed name
 
     @classmethod
     def open(cls, opening: Opening, options: NodeOptions, given: dict[str, Any]) -> BlkDebugNode:
@@ -124,7 +124,7 @@ class BlkDebugNode(PassingFilter):
         return {"config": config, "x-image": image} if config else {"x-image": image}
 
     def _read_lists(self, given: dict[str, Any]) -> None:
-        for name in ("inject-error", "set-state", "take-child-perms", "unshare-child-perms"):
+        for name in ("inject-error", "set-state"):
             if name in given:
                 self._lists[name] = as_list(given[name], name)
         rules = read_file(self.options.config) if self.options.config else []
@@ -171,18 +171,12 @@ class BlkDebugNode(PassingFilter):
     def filename(self) -> str:
         image = self.children.get("image")
         below = image.node.filename if image is not None else ""
-        strong = {
-            name: value for name, value in strong_options(self.options).items() if name not in ("config", "x-image")
-        }
-        if not strong and not self._lists and not below.startswith("json:"):
+        if not self._lists and not below.startswith("json:") and not self.strong_options().keys() - {"config"}:
             return f"blkdebug:{self.options.config or ''}:{below}"
-        import json
+        return json_name(self, flatten(self._lists))
 
-        config = {"config": self.options.config} if self.options.config else {}
-        inner = json.loads(below[5:]) if below.startswith("json:") else {"filename": below}
-        if image is not None:
-            inner.setdefault("driver", image.node.driver)
-        return "json:" + json.dumps({"driver": self.driver, **config, **strong, **self._lists, "image": inner})
+    def strong_options(self) -> dict[str, Any]:
+        return {name: value for name, value in super().strong_options().items() if name != "x-image"}
 
     def allocated_size(self) -> int | None:
         return None  # as in QEMU: a filter that opens its own file does not tell

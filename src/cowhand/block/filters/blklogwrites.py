@@ -39,7 +39,9 @@ class BlkLogWritesOptions(NodeOptions):
 
     log_sector_size: int | None = option(kind="size", help="granularity of offsets and lengths (default 512)")
     log_append: bool = option(False, kind="bool", help="go on with an existing log")
-    log_super_update_interval: int = option(4096, kind="int", help="entries between two updates of the super block")
+    log_super_update_interval: int = option(
+        4096, kind="int", help="entries between two updates of the super block", strong=False
+    )
 
 
 class BlkLogWritesNode(FilterNode):
@@ -123,6 +125,12 @@ class BlkLogWritesNode(FilterNode):
         if child.role is Role.FILTERED:
             return perm, shared
         return super().child_permissions(child, perm, shared)
+
+    def read_vmstate(self, offset: int, buffer: Buffer) -> None:
+        self.below.node.read_vmstate(offset, buffer)
+
+    def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.below.node.write_vmstate(offset, buffers)  # not a request of the guest's, and not logged
 
     # -- the log
 

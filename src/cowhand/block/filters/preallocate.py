@@ -26,8 +26,10 @@ _OWN = WRITE | RESIZE
 class PreallocateOptions(NodeOptions):
     """Options of the filter."""
 
-    prealloc_align: int = option(1 << 20, kind="size", help="the file's length is rounded up to this (default 1M)")
-    prealloc_size: int = option(128 << 20, kind="size", help="how much to take at once (default 128M)")
+    prealloc_align: int = option(
+        1 << 20, kind="size", help="the file's length is rounded up to this (default 1M)", strong=False
+    )
+    prealloc_size: int = option(128 << 20, kind="size", help="how much to take at once (default 128M)", strong=False)
 
 
 class PreallocateNode(PassingFilter):

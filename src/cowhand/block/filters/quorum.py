@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.filter import describe
+from cowhand.block.filter import describe, json_name
 from cowhand.block.node import CONSISTENT_READ, WRITE, BlockNode, Capabilities, Child, Limits, Role
-from cowhand.block.options import NodeOptions, option, strong_options
+from cowhand.block.options import NodeOptions, option
 from cowhand.block.rangelocks import RangeLocks
 from cowhand.block.status import layered
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, VerificationFailed
-from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, ExtentBatch
+from cowhand.core.extents import ALLOCATED, DATA, ZERO, ExtentBatch
 
 if TYPE_CHECKING:
     from cowhand.block.opening import Opening
@@ -117,10 +117,10 @@ class QuorumNode(BlockNode):
 
     @property
     def filename(self) -> str:
-        import json
+        return json_name(self)
 
-        children = [describe(child.node) for child in self.voters]
-        return "json:" + json.dumps({"children": children, "driver": self.driver, **strong_options(self.options)})
+    def described_children(self) -> dict[str, Any]:
+        return {"children": [describe(child.node) for child in self.voters]}
 
     def allocated_size(self) -> int | None:
         sizes = [child.node.allocated_size() for child in self.voters]
@@ -262,7 +262,7 @@ class QuorumNode(BlockNode):
             length = min(length, row.length)
             zeroes = zeroes and bool(row.flags & ZERO)
         batch = ExtentBatch()
-        batch.add(offset, length, (ZERO if zeroes else DATA | OFFSET) | ALLOCATED, offset, self)
+        batch.add(offset, length, (ZERO if zeroes else DATA) | ALLOCATED, offset, self)
         return batch
 
 

@@ -154,6 +154,8 @@ class LuksNode(BlockNode):
 
         lower = self.header_child.node
         store = ChildStore(self.header_child)
+        if unlocked or self.writable:
+            self._secrets()  # QEMU asks for the secret before it looks at the header
         self.encryption = header = volumes.read_header(
             store.read, lower.size, self.filename, detached="header" in self.children
         )
@@ -171,13 +173,18 @@ class LuksNode(BlockNode):
             self._unlock()
 
     def _unlock(self) -> Volume:
-        from cowhand.crypto import secrets, volume as volumes
+        from cowhand.crypto import volume as volumes
 
-        tried = secrets.candidates(self.options.key_secret, "key-secret", self.filename)
         self.volume = volumes.unlock(
-            self.encryption, ChildStore(self.header_child), tried, self.filename, self.options.max_iterations
+            self.encryption, ChildStore(self.header_child), self._secrets(), self.filename, self.options.max_iterations
         )
         return self.volume
+
+    def _secrets(self) -> list[bytes]:
+        """Return the passphrases to try. Raises InvalidArgument where there are none."""
+        from cowhand.crypto import secrets
+
+        return secrets.candidates(self.options.key_secret, "key-secret", self.filename)
 
     @property
     def header_child(self) -> Child:
@@ -186,14 +193,11 @@ class LuksNode(BlockNode):
 
     @property
     def filename(self) -> str:
-        name = self.file.node.filename
-        if self.options.key_secret is None and "header" not in self.children:
-            return name
-        import json
+        if "header" not in self.children:
+            return super().filename
+        from cowhand.block.filter import json_name
 
-        below = {child.name: _described(child.node) for child in self.children.values()}
-        secret = {} if self.options.key_secret is None else {"key-secret": self.options.key_secret}
-        return "json:" + json.dumps({"driver": self.driver, **below, **secret})
+        return json_name(self)
 
     @property
     def size(self) -> int:
@@ -273,10 +277,3 @@ class LuksNode(BlockNode):
                 amend(volume, ChildStore(self.header_child), options, force=force)
             finally:
                 self.encryption = volume.header
-
-
-def _described(node: BlockNode) -> dict[str, Any]:
-    import json
-
-    name = node.filename
-    return dict(json.loads(name[5:])) if name.startswith("json:") else {"driver": node.driver, "filename": name}

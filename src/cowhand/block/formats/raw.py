@@ -25,7 +25,7 @@ from cowhand.block.node import (
 from cowhand.block.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import AccessDenied, InvalidArgument, NotSupported
-from cowhand.core.extents import ExtentBatch
+from cowhand.core.extents import DATA, ZERO, ExtentBatch
 
 if TYPE_CHECKING:
     from cowhand.block.opening import Opening
@@ -74,14 +74,6 @@ class RawNode(BlockNode):
                 hint="preallocation is off, falloc or full.",
             )
 
-    @property
-    def filename(self) -> str:
-        if self.options.offset is None and self.options.size is None:
-            return super().filename
-        from cowhand.block.filter import json_name
-
-        return json_name(self)  # a part of a file has no name of its own
-
     @classmethod
     def measure(
         cls,
@@ -124,13 +116,17 @@ class RawNode(BlockNode):
                 f" actual size of the containing file ({below})",
                 path=lower.filename,
             )
+        if size is not None and size % 512:
+            raise InvalidArgument(
+                f"the size ({size}) is not a multiple of 512", qemu="Specified size is not multiple of 512", path=lower.filename
+            )  # fmt: skip
         self.offset = offset
         self.limits = lower.limits
         # An offset that is no multiple of the file's alignment: requests are padded above the file instead.
         if offset % max(1, lower.limits.request_alignment):
             self.limits = lower.limits._replace(request_alignment=1)
         self.capabilities = lower.capabilities._replace(
-            writable=self.writable, resizable=lower.capabilities.resizable and size is None and not offset
+            writable=self.writable, resizable=lower.capabilities.resizable and size is None
         )
         self.lane_fd = lower.lane_fd if self.file.lane is not None and not offset else -1
 
@@ -210,19 +206,34 @@ class RawNode(BlockNode):
                 batch = [(kind, offset + self.offset if kind != 5 else 0, what) for kind, offset, what in batch]
         self.file.submit(batch)
 
+    def read_vmstate(self, offset: int, buffer: Buffer) -> None:
+        self.file.node.read_vmstate(offset, buffer)
+
+    def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.file.node.write_vmstate(offset, buffers)
+
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
-        if not self.offset:
-            return self.file.node.map_batch(offset, length)
-        shifted = self.file.node.map_batch(offset + self.offset, length)
+        below = self.file.node
+        told = below.map_batch(offset + self.offset, length)
+        if below.is_format or below.is_filter:
+            from cowhand.block.status import skip_filters
+
+            layer = skip_filters(below)
+            nothing = ZERO if layer.supports_backing and layer.backing is None else 0
+        else:
+            nothing = 0
+        if not self.offset and not nothing:
+            return told
         out = ExtentBatch()
-        for row in shifted:
-            out.add(row.start - self.offset, row.length, row.flags, row.host, row.node)
+        for row in told:
+            flags = row.flags if row.flags & (DATA | ZERO) else row.flags | nothing
+            out.add(row.start - self.offset, row.length, flags, row.host, row.node)
         return out
 
     def host_file(self, run: Any) -> tuple[int, int] | None:
         return self.file.node.host_file(run)
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        if self.options.size is not None or self.options.offset:
+        if self.options.size is not None:
             raise NotSupported("Cannot resize fixed-size raw disks", path=self.filename)
-        self.file.node.resize(size, preallocation=preallocation, shrink=shrink)
+        self.file.node.resize(size + self.offset, preallocation=preallocation, shrink=shrink)

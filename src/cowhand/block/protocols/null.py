@@ -77,7 +77,9 @@ class NullNode(BlockNode):
             return f"{self.driver}://"
         import json
 
-        return "json:" + json.dumps({"driver": self.driver, **strong})
+        from cowhand.block.descriptions import ordered
+
+        return "json:" + json.dumps(ordered({"driver": self.driver, **strong}))
 
     def allocated_size(self) -> int | None:
         return 0

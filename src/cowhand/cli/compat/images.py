@@ -39,11 +39,13 @@ def describe(
             if any(key.startswith("file.") for key in given):
                 raise Failure("Cannot reference an existing block device with additional options or a new filename")
             raise Failure(f"Cannot find device='{reference}' nor node-name='{reference}'")
-        if given.get("backing") == "":
-            program.warning('Use of "backing": "" is deprecated; use "backing": null instead')
-            given["backing"] = None
+        for name, value in given.items():
+            if value == "" and (name == "backing" or name.endswith(".backing")):
+                program.warning('Use of "backing": "" is deprecated; use "backing": null instead')
+                given[name] = None
         if "driver" not in given and not any(key.startswith("file.") for key in given):
             raise Failure("Must specify either driver or file")
+        says_read_only(given)
         return given
     if name.startswith("json:"):
         return _parse_json(name, has_format)
@@ -65,6 +67,7 @@ def _parse_json(name: str, has_format: bool) -> Mapping[str, Any]:
         raise Failure("Must specify either driver or file")
     if has_format and has_file:
         given.pop("driver", None)  # the format that is told beside stands
+    says_read_only(given)
     return given
 
 
@@ -150,9 +153,16 @@ def warn_of_raw(filename: str) -> None:
     )
 
 
+def says_read_only(what: Mapping[str, Any]) -> bool | None:
+    """Return what *what* says of itself, None for nothing. Raises InvalidArgument."""
+    from cowhand.block.options import is_on
+
+    return is_on("read-only", what.get("read-only"))
+
+
 def refuse_read_only(what: str | Mapping[str, Any], writable: bool) -> None:
     """Fail when *what*, which is to be written, says of itself that it is not."""
-    if isinstance(what, Mapping) and writable and what.get("read-only") in (True, "on", "yes", "true", "y"):
+    if isinstance(what, Mapping) and says_read_only(what) and writable:
         raise Failure("Block node is read-only")
 
 

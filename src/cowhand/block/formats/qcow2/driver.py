@@ -211,6 +211,9 @@ class Qcow2Node(MetadataNode):
             # Clusters that have a place without ever having been written hold what zeroes decrypt to.
             self.zero_when_new = not any(self.mapping.l1.data)
 
+    def strong_options(self) -> dict[str, Any]:
+        return {**super().strong_options(), **(self.encryption.strong if self.encryption is not None else {})}
+
     def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
         return self.mapping.run(offset, length)
 

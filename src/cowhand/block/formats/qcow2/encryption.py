@@ -81,6 +81,8 @@ class Encryption:
         self.volume: Volume | None = None
         self._secret: str | None = given.get("key-secret")
         self._max_iterations = _number(given.get("max-iterations"))
+        #: What of *given* a reader's view depends on, for the image's printed name.
+        self.strong = {"encrypt.key-secret": self._secret} if self._secret is not None else {}
         self._cipher: SectorCipher | None = None
         asked = given.get("format")
         if asked is not None and asked != self.format:

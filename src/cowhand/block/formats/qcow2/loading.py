@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: Host bytes that subclusters divide a cluster into, as a shift.
 _SUBCLUSTER_SHIFT = 5
 
+_RECORDED: Any = object()  #: for "backing": the file that the header names
+
 
 def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None:
     """Connect *node*, which is new, to the files that *given* or the image itself names, and load it; what *given* names is taken out of it.
@@ -33,7 +35,7 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
     file = given.pop("file", None)
     if file is None:
         raise InvalidFormat("a qcow2 image needs a 'file'", qemu='A block device must be specified for "file"')
-    backing, encrypt = given.pop("backing", ""), given.pop("encrypt", None)
+    backing, encrypt = given.pop("backing", _RECORDED), given.pop("encrypt", None)
     opening.track(node)
     node.file = opening.child(node, "file", file, Role.PRIMARY)
     node.data_child = node.file
@@ -50,15 +52,18 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
 
 
 def _open_backing(node: Qcow2Node, opening: Opening, backing: Any) -> None:
-    """Open what lies below *node*: *backing* is None for nothing, "" for what the header names, a name, or a description."""
+    """Open what lies below *node*: *backing* is None or "" for nothing, _RECORDED for what the header names, a name, or a description."""
     header = node.header
+    if isinstance(backing, dict) and not opening.with_backing and opening.nesting and not opening.implied:
+        opening.backing(node, backing)  # only the topmost image is opened alone, and what the user describes is there
+        return
     if isinstance(backing, dict) and not opening.with_backing:
         raise InvalidArgument(f"Block format 'qcow2' does not support the option 'backing.{next(iter(backing))}'")
-    if backing is None or not opening.with_backing:
+    if backing is None or backing == "" or not opening.with_backing:
         return
     if isinstance(backing, dict) and header.backing_name and not {"file", "filename"} & backing.keys():
         opening.implicit_backing(node, header.backing_name, header.backing_format, backing)
-    elif backing != "":
+    elif backing is not _RECORDED:
         opening.backing(node, backing)
     elif header.backing_name:
         opening.implicit_backing(node, header.backing_name, header.backing_format)

@@ -82,6 +82,10 @@ def _run(words: Sequence[str]) -> int:
         except Failure as failure:
             program.error(failure.message or "", failure.hint)
             raise Failure(f"Invalid options for file format '{target_format}'") from None
+        if target_format == "luks":
+            from cowhand.crypto import secrets
+
+            secrets.candidates(options.get("key-secret"), "key-secret")  # asked for, though not needed
         from cowhand.copy.measure import measure
 
         _show(measure(disk, target_format, size=size, options=options, snapshot=snapshot), json=json)

@@ -81,11 +81,9 @@ def _limits(node: BlockNode) -> dict[str, Any]:
 
 def _informed(node: BlockNode) -> Any:
     """Return the node that knows a cluster size and a dirty bit for *node*, or None."""
-    from cowhand.block.filter import PassingFilter
-
     while node.driver not in ("qcow2", "file", "host_device"):
         primary = node.primary
-        if primary is None or (node.is_filter and not isinstance(node, PassingFilter)):
+        if primary is None:
             return None
         node = primary.node
     return node

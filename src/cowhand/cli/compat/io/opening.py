@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.opening import FileName
-from cowhand.cli.compat.images import CACHE_MODES, describe, open_disk, refuse_unsharing
+from cowhand.cli.compat.images import CACHE_MODES, describe, open_disk, refuse_unsharing, says_read_only
 from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
@@ -133,7 +133,7 @@ def _open(what: str | Mapping[str, Any], how: How) -> Disk:
                 options=options,
             )
         )
-    with open_disk(what, format=how.format) as base:
+    with open_disk(what, format=how.format, options=options) as base:
         size, driver = base.size, base.format
     from cowhand.block.create import create
 
@@ -153,7 +153,8 @@ def _writable(what: str | Mapping[str, Any], how: How) -> bool:
     """Tell whether the image is opened for writing: the option "read-only" counts more than the switch, but does not contradict it."""
     if not isinstance(what, dict) or "read-only" not in what:
         return how.writable
-    writable = what.pop("read-only") in ("off", "no", "false", "n", False)
+    writable = not says_read_only(what)
+    del what["read-only"]
     if how.writable and not writable:
         raise Failure("Block node is read-only")
     return writable
