@@ -19,6 +19,7 @@ from cowhand.core.extents import DATA
 
 if TYPE_CHECKING:
     from cowhand.block.format import FormatNode
+    from cowhand.block.node import Child
     from cowhand.block.reserving import Reservation
 
 #: Neighbours that are done by one system call, at most.
@@ -243,7 +244,9 @@ def _put_all(node: FormatNode, writes: list[_Write]) -> None:
                 )
             ):
                 # Nothing has to be put around it: old and new read as zeroes, or it is all that changes of a unit.
-                child.write(reservation.host + write.offset - reservation.offset, write.buffers)
+                host = reservation.host + write.offset - reservation.offset
+                if not _go_straight(child, host, write):
+                    child.write(host, write.buffers)
             elif node.encodes or node.known_zero(reservation.begin, reservation.end - reservation.begin):
                 views = [memoryview(buffer) for buffer in write.buffers]
                 node.put(reservation, write.offset, views, write.length)
@@ -266,6 +269,17 @@ def _put_all(node: FormatNode, writes: list[_Write]) -> None:
             _copy_up(node, group)
 
     both(work, work)
+
+
+def _go_straight(child: Child, host: int, write: _Write) -> bool:
+    """Write to the descriptor that *child* ends in, if it does; False when it has to be the long way, which finds out what is wrong."""
+    lane = child.lane
+    if lane is None or lane.lane_fd < 0 or len(write.buffers) > _MAX_TOGETHER or _pwritev is None:
+        return False
+    try:
+        return bool(_pwritev(lane.lane_fd, write.buffers, host) == write.length)
+    except OSError:
+        return False
 
 
 def _neighbours(writes: list[_Write]) -> Iterator[list[_Write]]:

@@ -293,8 +293,11 @@ def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> Sequenc
     places: list[tuple[int, Table, int] | None] = []
     held: list[Table] = []
     try:
+        table, before = None, -1
         for offset, _ in writes:
-            table = writable_table(node, offset >> shift)
+            if table is None or before != offset >> shift:
+                before = offset >> shift
+                table = writable_table(node, before)
             first = offset >> bits & mask
             if L.U64.unpack_from(table.data, first * 8)[0]:
                 places.append(None)

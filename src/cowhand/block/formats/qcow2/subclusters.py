@@ -128,13 +128,18 @@ class ExtendedMapping(Mapping):
         at = (offset >> self.cluster_bits & (self.entries - 1)) << 4
         entry, bitmap = _unpack(data, at)
         if entry & self._plain == L.COPIED and not (bitmap >> 32) & bitmap and 0 < length <= size - within:
-            # A request inside one cluster that is all data and nobody else's: what is asked for most.
-            host = (entry & L.L2_OFFSET_MASK) + within
+            # A request inside one cluster that is nobody else's, and there all data or nothing: what is asked for most.
+            host = (entry & _HOST) + within
             wanted = (2 << (within + length - 1 >> self.sub_bits)) - (1 << (within >> self.sub_bits))
-            if bitmap & wanted == wanted and host >= size:
-                if host >> self.cluster_bits in node.metadata_clusters:
-                    return length, NORMAL, node.data_child, host
-                return length, NORMAL | IN_PLACE, node.data_child, host
+            if host >= size:
+                if bitmap & wanted == wanted:
+                    if host >> self.cluster_bits in node.metadata_clusters:
+                        return length, NORMAL, node.data_child, host
+                    return length, NORMAL | IN_PLACE, node.data_child, host
+                if not (bitmap | bitmap >> 32) & wanted:
+                    return length, 0, None, NO_HOST
+        elif not entry and not bitmap and length <= size - within:
+            return length, 0, None, NO_HOST
         if not self.sound(entry, bitmap, offset - within):
             return min(size - within, length), DAMAGED, node.file, at
         if entry & L.ENTRY_COMPRESSED:
@@ -442,10 +447,12 @@ def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> list[Re
     #: (table, number of the entry, entry, bitmap, data bits of the write); entry 0: to be taken
     places: list[tuple[Table, int, int, int, int] | None] = []
     held: list[Table] = []
-    new = 0
+    new, before, table = 0, -1, None
     try:
         for offset, length in writes:
-            table = writable_table(node, offset >> shift)
+            if table is None or before != offset >> shift:
+                before = offset >> shift
+                table = writable_table(node, before)
             first = offset >> bits_ & mask
             entry, bitmap = _unpack(table.data, first << 4)
             begin = offset & within
@@ -497,11 +504,11 @@ def _reserve_places(
             taken, entry = cluster, cluster * size | L.COPIED
             cluster += 1
         pair = PAIR.pack(entry, (bitmap | marked) & ~(marked << 32))
-        change = EntryChange(
-            table, first * 2, pair, taken=taken, taken_count=bool(taken), barrier=True, same_places=not taken
-        )
-        begin = offset - offset % size
-        made = Reservation(begin, size, Kind.DATA, child, entry & L.L2_OFFSET_MASK, state=change)
+        if taken:
+            change = EntryChange(table, first * 2, pair, taken=taken, taken_count=1)
+        else:
+            change = EntryChange(table, first * 2, pair, barrier=True, same_places=True)
+        made = Reservation(offset - offset % size, size, Kind.DATA, child, entry & _HOST, state=change)
         made.begin, made.end = offset >> sub << sub, -(-(offset + length) >> sub) << sub
         if taken:
             made.fresh, made.blank = fresh, bare and not bitmap
