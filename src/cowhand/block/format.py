@@ -386,9 +386,7 @@ class FormatNode(ReservingNode):
         if self.reads_zero(begin, inside) or not self.map(begin, inside)[1] & DATA:
             self.finish(reservation)
             return
-        with self.lock:
-            self.abandon(reservation)
-            self._release(reservation)
+        self.withdraw(reservation)
         raise NotSupported("the unit was written meanwhile", path=self.filename, offset=begin)
 
     def _zero_bytes(self, offset: int, length: int) -> None:

@@ -112,6 +112,13 @@ class ReservingNode(BlockNode):
     def abandon(self, reservation: Reservation) -> None:
         """Take *reservation* back. Never raises; a leak at worst. Called with the lock held."""
 
+    def spare(self, reservation: Reservation, begin: int, end: int) -> bool:
+        """Have ``[begin, end)`` of *reservation*, of kind DATA and not linked yet, stay as it was; False when bytes have to be put there.
+
+        Its ``end`` falls where nothing is left behind *begin*. For a driver whose units have parts; no lock is held.
+        """
+        return False
+
     def reserve_units(self, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
         """Reserve for *writes*, (offset, length) each inside a unit of its own, at once, as kind DATA; None for what :meth:`reserve` has to look at.
 
@@ -233,6 +240,14 @@ class ReservingNode(BlockNode):
                 else:
                     # Not through an error path of its own: what was done is not known.
                     self.set_poison(error)
+            finally:
+                self._release(reservation)
+
+    def withdraw(self, reservation: Reservation) -> None:
+        """Take *reservation* back, of which nothing came; readers see what they saw."""
+        with self.lock:
+            try:
+                self.abandon(reservation)
             finally:
                 self._release(reservation)
 

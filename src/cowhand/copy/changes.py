@@ -136,7 +136,7 @@ class _Changes(Sink):
         with memoryview(buffer) as view, self._other(offset, length) as other:
             if view[:length] == other:
                 return []
-            grain = max(self.unit, SECTOR)
+            grain = max(self.part, SECTOR)
             for begin in range(0, length, grain):
                 end = min(begin + grain, length)
                 if view[begin:end] == other[begin:end]:

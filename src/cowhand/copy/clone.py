@@ -123,7 +123,8 @@ class Cloner:
         count = min(length, reservation.length)
         try:
             target = _descriptor_of(reservation.child)
-            if target < 0 or reservation.offset != offset or count != reservation.length:
+            whole = reservation.begin == offset and reservation.end == offset + reservation.length
+            if target < 0 or not whole or count != reservation.length:
                 raise _Refused
             self._share(source, host, count, target, reservation.host)
         except BaseException as error:

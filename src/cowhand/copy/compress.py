@@ -36,6 +36,7 @@ class CompressedSink(LaneSink):
         super().__init__(disk, node, sparse=sparse, reads_zero=reads_zero)
         self._compress = codec.compress
         # A unit is stored as a whole, so only wholly zero ones can be left out.
+        self.part = self.unit
         self.grain = self.unit if sparse else 0
         self.sparse = min(sparse, self.unit)
 

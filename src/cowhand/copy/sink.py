@@ -8,7 +8,7 @@ So a target is laid out in order although its pieces are written by several thre
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,8 @@ class Sink:
     *sparse* is how many bytes of zeroes are worth leaving out (0: none). *reads_zero* says that the target reads as zeroes where nothing was written.
     """
 
-    #: data is written in multiples of it, aligned
-    unit = 1
+    #: data is written in multiples of it, aligned; and what of these need not be written is left out in multiples of ``part``
+    unit = part = 1
     #: whether ``prepare`` takes long enough for it to be worth that another thread, on another core, stores the piece
     works_long = False
 
@@ -48,9 +48,10 @@ class Sink:
         self.reads_zero = reads_zero
         self.grain = 1 << (sparse.bit_length() - 1) if sparse else 0
         self.unit = disk.root.limits.request_alignment
+        self.part = self.unit
         if isinstance(disk.root, FormatNode):
-            self.unit = disk.root.allocation_unit
-        self.grain = max(self.grain, self.unit) if self.grain else 0
+            self.unit, self.part = disk.root.allocation_unit, disk.root.copy_unit
+        self.grain = max(self.grain, self.part) if self.grain else 0
         self.ahead = SpaceAhead(0)
         self.behind: WriteBehind | None = None
 
@@ -118,7 +119,10 @@ class Sink:
 
 
 class _Move:
-    """Bytes on their way to where a format has them: a range of the piece, its place, and the reservation that is linked afterwards."""
+    """Bytes on their way to where a format has them: a range of the piece, its place, and the reservation that is linked afterwards.
+
+    The last of several ranges in one reservation has it. Without a *child* the format writes them by itself.
+    """
 
     __slots__ = ("begin", "child", "end", "host", "reservation")
 
@@ -154,30 +158,64 @@ class LaneSink(Sink):
         """Take the space for *parts* of the piece at *offset*; on an error nothing stays taken."""
         moves: list[_Move] = []
         try:
-            for begin, end in parts:
-                self._place_part(offset, begin, end, moves)
+            for group in self._groups(offset, parts):
+                position, end = group[0][0], group[-1][1]
+                while position < end:
+                    position = self._place_some(offset, group, position, end, moves)
+                    # Between the parts nothing is placed.
+                    position = max(position, min((begin for begin, stop in group if stop > position), default=end))
         except BaseException as error:
             self.give_up(moves, error)
             raise
         return moves
 
-    def _place_part(self, offset: int, begin: int, end: int, moves: list[_Move]) -> None:
+    def _groups(self, offset: int, parts: Parts) -> Iterator[Parts]:
+        """Yield *parts* in groups that touch every unit from the first to the last."""
+        group: Parts = []
+        for part in parts:
+            if group and (offset + part[0]) // self.unit > (offset + group[-1][1] - 1) // self.unit + 1:
+                yield group
+                group = []
+            group.append(part)
+        if group:
+            yield group
+
+    def _place_some(self, offset: int, group: Parts, position: int, end: int, moves: list[_Move]) -> int:
+        """Place the beginning of what *group* has from *position* on; return up to where."""
         node = self.node
-        while begin < end:
-            count, flags, child, host = node.map(offset + begin, end - begin)
-            if flags & _IN_PLACE_MASK == _IN_PLACE:
-                moves.append(_Move(begin, begin + count, child, host, None))
-                begin += count
-                continue
-            reservation = node.claim(offset + begin, end - begin, Kind.DATA)
-            if reservation is None:
-                continue  # somebody else allocated it meanwhile: look again
-            stop = min(end, reservation.end - offset)
-            host = reservation.host + (reservation.begin - reservation.offset)
-            moves.append(_Move(begin, stop, reservation.child, host, reservation))
-            if reservation.begin != offset + begin:
-                raise AssertionError(f"a piece at {offset + begin:#x} does not begin on units of {self.unit} bytes")
-            begin = stop
+        start = offset + position
+        count, flags, child, host = node.map(start, end - position)
+        if flags & _IN_PLACE_MASK == _IN_PLACE:
+            stop = position + count
+            moves += [_Move(b, e, child, host + b - position, None) for b, e in _within(group, position, stop)]
+            return stop
+        reservation = node.claim(start, end - position, Kind.DATA)
+        if reservation is None:
+            return position  # somebody else allocated it meanwhile: look again
+        stop = min(end, reservation.end - offset)
+        unit_end = min(end, reservation.offset + reservation.length - offset)
+        if reservation.begin != start or stop < unit_end:
+            # There is data around it in its unit. A second reservation in that unit would wait for this one, so the format writes it, later.
+            node.withdraw(reservation)
+            stop = min(unit_end, position + self.unit - start % self.unit)
+            moves += [_Move(b, e, None, -1, None) for b, e in _within(group, position, stop)]
+            return stop
+        found = self._without_holes(reservation, offset, _within(group, position, stop), stop)
+        host = reservation.host + (reservation.begin - reservation.offset) - position
+        moves += [_Move(b, e, reservation.child, host + b, None) for b, e in found]
+        moves[-1].reservation = reservation
+        return stop
+
+    def _without_holes(self, reservation: Reservation, offset: int, parts: Parts, stop: int) -> Parts:
+        """Have *reservation* leave out what lies between *parts* and behind them; return what is to be written, with what it cannot leave out."""
+        out = parts[:1]
+        for begin, end in [*parts[1:], (stop, stop)]:
+            last = out[-1][1]
+            if begin > last and self.node.spare(reservation, offset + last, offset + begin):
+                out.append((begin, end))
+            else:
+                out[-1] = (out[-1][0], end)
+        return [part for part in out if part[0] < part[1]]
 
     def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
         moves: list[_Move] = placed
@@ -202,8 +240,11 @@ class LaneSink(Sink):
     def _put(self, move: _Move, view: memoryview, offset: int) -> None:
         reservation = move.reservation
         data = [view[move.begin : move.end]]
+        if move.child is None:
+            self.node.write(offset + move.begin, data)
+            return
         if reservation is not None:
-            data += self._rest_of_unit(reservation, reservation.begin + move.end - move.begin)
+            data += self._rest_of_unit(reservation, offset + move.end)
         child = move.child
         descriptor = child.lane.lane_fd if child.lane is not None else -1
         if descriptor >= 0 and len(data) == 1 and reservation is not None and reservation.fresh:
@@ -238,6 +279,11 @@ class LaneSink(Sink):
                 self.node.give_up(move.reservation, error)
 
 
+def _within(parts: Parts, low: int, high: int) -> Parts:
+    """Return what of *parts* lies in ``[low, high)``."""
+    return [(max(begin, low), min(end, high)) for begin, end in parts if begin < high and end > low]
+
+
 def write_fully(descriptor: int, view: memoryview, offset: int, name: str) -> None:
     """Write all of *view* at *offset*; raises IOFailed or NoSpace naming the file *name*."""
     while True:
@@ -262,9 +308,6 @@ def lane_of(disk: Disk) -> FormatNode | None:
     """
     node = disk.root
     if disk.write_through or not isinstance(node, FormatNode):
-        return None
-    if node.copy_unit != node.allocation_unit:
-        # Parts of one unit would have to be reserved by one piece, which cannot wait for itself.
         return None
     if node.event_sink is not None or node.limits.request_alignment > 1:
         return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cowhand.copy import plan
 from cowhand.copy.engine import Engine
 from cowhand.copy.plan import Policy
-from cowhand.copy.settings import Settings, throttle_for, workers_for
+from cowhand.copy.settings import DEFAULT_SPARSE, Settings, throttle_for, workers_for
 from cowhand.copy.source import Source
 from cowhand.copy.target import Target
 from cowhand.core.errors import NoSpace
@@ -41,7 +41,8 @@ def transfer(
     sink = _sink(target.disk, settings, reads_zero=reads_zero or fresh)
     below = target.disk.root.backing if has_backing and target.is_new else None
     policy = Policy(
-        unit=sink.unit,
+        # Over a backing file nothing shall be copied that shows through; and what the source knows of holes counts where few zeroes would be found.
+        unit=sink.part if has_backing or sink.grain > DEFAULT_SPARSE else sink.unit,
         skip_unallocated=has_backing,
         skip_zero_from=below.node.size if below is not None else None,
         zeroes_are_data=settings.sparse_size == 0,

@@ -230,7 +230,7 @@ def _copy(
     """Copy what the upper *layers* allocate into *base*, *size_before* bytes of which are older than this commit; return the bytes of each kind."""
     # Zeroes that a layer knows of are made zero in the base. In data they are not looked for: it was written there once on purpose.
     sink = choose(base, sparse=0, reads_zero=False)
-    policy = Policy(unit=sink.unit, skip_unallocated=True, skip_zero_from=size_before)
+    policy = Policy(unit=sink.part, skip_unallocated=True, skip_zero_from=size_before)
     source = Source([top], depth=layers)
     totals = plan.totals(source.runs(policy))
     progress.total = totals.data + totals.zero

@@ -322,6 +322,13 @@ class Qcow2Node(MetadataNode):
         self._make_room()
         return allocation.reserve_units(self, writes)
 
+    def spare(self, reservation: Reservation, begin: int, end: int) -> bool:
+        if not self.extended:
+            return False
+        from cowhand.block.formats.qcow2 import subclusters
+
+        return subclusters.spare(self, reservation, begin, end)
+
     def _make_room(self) -> None:
         """Keep caches and quarantine within their limits; what needs a flush for that is done without the lock, and then begun again."""
         tables, allocator = self.mapping.cache, self.allocator

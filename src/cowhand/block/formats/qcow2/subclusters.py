@@ -583,6 +583,34 @@ def emptied(node: Qcow2Node, entry: int, bitmap: int, kind: Kind) -> tuple[int, 
     return entry, ALL_ZERO
 
 
+def spare(node: Qcow2Node, reservation: Reservation, begin: int, end: int) -> bool:
+    """See :meth:`cowhand.block.reserving.ReservingNode.spare`: subclusters without data, or with data that stays where it is."""
+    from cowhand.block.formats.qcow2.allocation import EntryChange
+
+    change, mapping = reservation.state, node.mapping
+    assert isinstance(change, EntryChange)
+    assert isinstance(mapping, ExtendedMapping)
+    size, sub = mapping.cluster_size, mapping.sub_bits
+    if begin & (1 << sub) - 1 or (end & (1 << sub) - 1 and end < node.size):
+        return False
+    end = min(-(-end >> sub) << sub, reservation.end)
+    words = array("Q", change.entries)
+    words.byteswap()
+    first, last = (begin - reservation.offset) // size, (end - 1 - reservation.offset) // size
+    for number in range(first, last + 1):
+        here = reservation.offset + number * size
+        marked = bits(max(0, begin - here) >> sub, min(size, end - here) >> sub)
+        entry, bitmap = mapping.pair(change.table, change.first // 2 + number)
+        if entry & L.ENTRY_COMPRESSED or (bitmap & marked and not change.same_places):
+            return False
+        words[2 * number + 1] = (words[2 * number + 1] & ~marked) | bitmap & (marked | marked << 32)
+    words.byteswap()
+    change.entries = words.tobytes()
+    if end == reservation.end:
+        reservation.end = begin
+    return True
+
+
 def without_data(table: Table, change: EntryChange) -> None:
     """Have *change* give clusters their place and nothing else: their subclusters stay what they are (preallocation)."""
     words = array("Q", change.entries)
