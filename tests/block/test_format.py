@@ -249,9 +249,9 @@ class TestZeroes:
         backing = MemoryNode(content=bytes(UNIT) + b"b" * UNIT)
         node, disk = toy(backing=backing)
         disk.write_zeroes(2 * UNIT + 100, 100, fallback=False)
-        assert node.places == {2: -1}
+        assert node.hosts == {2: -1}
         disk.write_zeroes(UNIT + 100, 100)
-        assert node.places[1] >= 0
+        assert node.hosts[1] >= 0
         assert disk.read(UNIT, 300) == b"b" * 100 + bytes(100) + b"b" * 100
         disk.close()
 
@@ -260,7 +260,7 @@ class TestZeroes:
         disk.write(SIZE, b"x" * 512)
         node.steps.clear()
         disk.write_zeroes(SIZE, 512, fallback=False)
-        assert node.places[SIZE // UNIT] == -1
+        assert node.hosts[SIZE // UNIT] == -1
         disk.close()
 
     def test_who_writes_between_the_look_and_the_mark_keeps_its_bytes(self) -> None:
@@ -270,7 +270,7 @@ class TestZeroes:
 
         def write_meanwhile() -> None:
             # The driver is about to reserve for the partial zeroes: the unit was written just before.
-            node.places[0] = node.next
+            node.hosts[0] = node.next
             node.file.write(node.next, (b"n" * UNIT,))
             node.next += UNIT
 
@@ -307,10 +307,10 @@ class TestZeroes:
             disk.submit([(WRITE_REQUEST, UNIT, bytes(UNIT))])
         if mode == "off":
             assert node.steps == []
-            assert node.places[1] >= 0
+            assert node.hosts[1] >= 0
         else:
             assert node.steps[:1] == steps
-            assert node.places[1] == -1
+            assert node.hosts[1] == -1
         disk.write(2 * UNIT, bytes(UNIT - 1) + b"y")
         assert disk.read(0, 3 * UNIT) == b"x" * UNIT + bytes(2 * UNIT - 1) + b"y"
         disk.close()
@@ -333,7 +333,7 @@ class TestDiscards:
         node, disk = toy(size=SIZE + 512)
         disk.write(SIZE, b"x" * 512)
         disk.discard(SIZE, 512)
-        assert node.places[SIZE // UNIT] == -1
+        assert node.hosts[SIZE // UNIT] == -1
         disk.close()
 
 
@@ -390,7 +390,7 @@ def test_random_requests_equal_the_model(backed: bool, detect: str, rng: random.
         elif kind == 3:
             disk.discard(offset, length)
             model.discard(offset, length, disk.read(offset, length))
-        elif offset + UNIT <= size and offset % UNIT == 0 and offset // UNIT not in node.places:
+        elif offset + UNIT <= size and offset % UNIT == 0 and offset // UNIT not in node.hosts:
             node.write_compressed(offset, b"abcd")
             model.write(offset, b"abcd" * (UNIT // 4))
         model.compare(disk.read(offset, length) and disk.read(0, size))

@@ -19,7 +19,7 @@ _ZERO = -1
 
 
 class ToyNode(FormatNode):
-    """Units of ``unit`` bytes. ``places``: unit number → host offset, or -1 for zeroes. ``before`` is called at every step."""
+    """Units of ``unit`` bytes. ``hosts``: unit number → host offset, or -1 for zeroes. ``before`` is called at every step."""
 
     driver = "toy"
     supports_backing = True
@@ -43,7 +43,7 @@ class ToyNode(FormatNode):
         self.file = graph.attach(self, "file", file, Role.PRIMARY)
         if backing is not None:
             graph.attach(self, "backing", backing, Role.BACKING)
-        self.places: dict[int, int] = {}
+        self.hosts: dict[int, int] = {}
         self.packed: dict[int, tuple[int, int]] = {}
         self.next = 0
         self.steps: list[str] = []
@@ -65,7 +65,7 @@ class ToyNode(FormatNode):
         have = min(length, unit - within)
         if number in self.packed:
             return have, DATA | ALLOCATED | COMPRESSED, self.file, number
-        place = self.places.get(number)
+        place = self.hosts.get(number)
         if place is None:
             return have, 0, None, NO_HOST
         if place == _ZERO:
@@ -94,11 +94,11 @@ class ToyNode(FormatNode):
         first = offset // unit
         count = 1 if self.one_unit_at_a_time or kind == Kind.COMPRESSED else -(-(offset + length) // unit) - first
         if kind == Kind.DATA:
-            if self.places.get(first, _ZERO) != _ZERO:
+            if self.hosts.get(first, _ZERO) != _ZERO:
                 return None
-            count = next((n for n in range(1, count) if self.places.get(first + n, _ZERO) != _ZERO), count)
+            count = next((n for n in range(1, count) if self.hosts.get(first + n, _ZERO) != _ZERO), count)
         elif kind == Kind.COMPRESSED:
-            if first in self.places:
+            if first in self.hosts:
                 return None
         elif kind not in self.zero_kinds:
             raise NotSupported(f"the toy does not do {kind.name}")
@@ -115,13 +115,13 @@ class ToyNode(FormatNode):
             number = (reservation.offset + at) // unit
             self.packed.pop(number, None)
             if reservation.kind == Kind.DATA:
-                self.places[number] = reservation.host + at
+                self.hosts[number] = reservation.host + at
             elif reservation.kind == Kind.COMPRESSED:
                 self.packed[number] = (reservation.host, reservation.state)
             elif reservation.kind == Kind.EMPTY:
-                self.places.pop(number, None)
+                self.hosts.pop(number, None)
             else:
-                self.places[number] = _ZERO
+                self.hosts[number] = _ZERO
 
     def abandon(self, reservation: Reservation) -> None:
         assert self.lock.locked()
