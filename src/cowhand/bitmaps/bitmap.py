@@ -207,16 +207,6 @@ class Bitmap:
             begin, end = max(offset, first << self._shift), min(stop, last << self._shift)
             yield begin, end - begin
 
-    def next_dirty(self, offset: int) -> int | None:
-        """Return the first dirty byte at or behind *offset*, or None."""
-        return next((begin for begin, _ in self.extents(offset)), None)
-
-    def next_clean(self, offset: int) -> int | None:
-        """Return the first clean byte at or behind *offset*, or None."""
-        begin, length = next(self.extents(offset), (self.size, 0))
-        clean = begin + length if begin == offset else offset
-        return clean if clean < self.size else None
-
     # -- the form on disk
 
     def get_bytes(self, first: int, length: int) -> bytes:

@@ -11,8 +11,6 @@ from typing import Any
 from cowhand.bitmaps.bitmap import Bitmap
 from cowhand.core.errors import BitmapUnusable, InvalidArgument
 
-MAX_NAME_BYTES = 1023  #: QEMU
-
 
 class DirtyBitmap:
     """A bitmap with a name and a state.

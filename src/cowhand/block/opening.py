@@ -182,10 +182,10 @@ class Opening:
         path: str,
         format: str | None,
         *,
-        what: str = "backing file",
         options: Mapping[str, Any] | None = None,
     ) -> BlockNode:
-        """Open alone what the image *owner* names as *reference*, which means *path*, if the policy lets it; raises PolicyRefused."""
+        """Open alone the backing file that *owner* names as *reference*, which means *path*, if the policy lets it; raises PolicyRefused."""
+        what = "backing file"
         description = self._implied(owner, reference, path, format, what)
         self._asker = _Asker(owner, what)
         return self.open(description, options=options)
@@ -313,20 +313,11 @@ class Opening:
         asker = _Asker(owner, what)
         self._waiting.append(_Waiting(node, description, reference, self._path, asker, self._layer + 1))
 
-    def implicit_child(
-        self, node: BlockNode, name: str, reference: str, format: str | None, role: Role, *, what: str
-    ) -> Child:
-        """Open at once another file that *node*'s header names (an external data file, an extent), if the policy lets it."""
-        owner = node.filename
-        description = self._implied(owner, reference, combine(location(node), reference), format, what)
-        before, self._asker = self._asker, _Asker(owner, what)
-        try:
-            return self.child(node, name, description, role)
-        finally:
-            self._asker = before
-
     def implicit_file(self, node: BlockNode, name: str, path: str, role: Role, *, what: str) -> Child:
-        """The same for a name that is a plain path, whatever it looks like: relative to the working directory, of a file or a device."""
+        """Open at once another file that *node*'s header names (a data file), if the policy lets it; raises PolicyRefused.
+
+        The name is a plain *path*, whatever it looks like: relative to the working directory, of a file or a device.
+        """
         owner = node.filename
         if has_protocol(path):
             path = "./" + path

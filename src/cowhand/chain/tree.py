@@ -195,12 +195,10 @@ def refuse_if_needed(
     *,
     folders: Sequence[str] = (),
     apart: Iterable[str] = (),
-    insist: str = "--force",
 ) -> list[str]:
     """Raise OverlaysExist when images in the folder of *path*, or in *folders*, stand on it; those in *apart* do not count.
 
-    *doing* says what would harm them ("committing into it"); *insist* names the way to do it all the same. Returns the images in these folders
-    that could not be asked.
+    *doing* says what would harm them ("committing into it"). Returns the images in these folders that could not be asked.
     """
     tree = Tree([folder_of(path), *folders])
     known = {identify(name) for name in apart}
@@ -211,6 +209,6 @@ def refuse_if_needed(
     raise OverlaysExist(
         f"other images stand on '{os.fspath(path)}', and {doing} would change what they read: {shown}",
         path=os.fspath(path),
-        hint=f"Convert them into images of their own first (cowhand convert), or insist with {insist} if they may be lost.",
+        hint="Convert them into images of their own first (cowhand convert), or insist with --force if they may be lost.",
         overlays=others,
     )

@@ -30,7 +30,6 @@ MAX_EXPANSION = 100
 _BOMB_BYTES = 256 << 20
 #: Levels of a json: description, and bytes of it, that are looked at.
 _JSON_DEPTH = 4
-_MOST_FINDINGS = 10
 #: Marks at the end of a file, by which some programs recognise formats: (bytes, distance from the end, format).
 _END_MARKS = ((b"conectix", 512, "vpc"), (b"koly", 512, "dmg"))
 _ISO = (b"CD001", 0x8001)

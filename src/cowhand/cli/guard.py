@@ -21,7 +21,6 @@ def refuse_harm(
     force: bool,
     apart: Iterable[str] = (),
     folders: Iterable[str] = (),
-    insist: str = "--force",
 ) -> None:
     """Raise OverlaysExist when *doing* something to *image* would change what other images read; with *force* warn instead."""
     path = local_path(image)
@@ -31,7 +30,7 @@ def refuse_harm(
     from cowhand.chain.tree import OverlaysExist, refuse_if_needed
 
     try:
-        unknown = refuse_if_needed(path, doing, folders=tuple(folders), apart=apart, insist=insist)
+        unknown = refuse_if_needed(path, doing, folders=tuple(folders), apart=apart)
         if unknown:
             context.out.warn(f"could not find out whether these stand on {image}: {', '.join(unknown)}")
     except OverlaysExist as error:

@@ -114,17 +114,6 @@ class ExtentBatch:
         self.node.append(index)
         self.depth.append(depth)
 
-    def extend_columns(self, starts: Any, lengths: Any, flags: Any, hosts: Any, node: Any, depth: int = 0) -> None:
-        """Append many rows at once from buffers of the columns' types; all lie in one node and depth. Rows are not merged."""
-        index = self.index_of(node)
-        count = len(starts)
-        self.start.frombytes(memoryview(starts).cast("B"))
-        self.length.frombytes(memoryview(lengths).cast("B"))
-        self.flags.frombytes(memoryview(flags).cast("B"))
-        self.host.frombytes(memoryview(hosts).cast("B"))
-        self.node.extend(array("H", [index]) * count)
-        self.depth.extend(array("H", [depth]) * count)
-
     def __iter__(self) -> Iterator[Extent]:
         nodes = self.nodes
         for start, length, flags, host, node, depth in zip(

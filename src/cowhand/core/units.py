@@ -18,7 +18,7 @@ _MAX_DIGITS = 128
 MAX_SIZE = (1 << 63) - 512
 
 
-def parse_size(text: str | int, default_suffix: str = "") -> int:
+def parse_size(text: str | int) -> int:
     """Return the number of bytes that *text* names ("1.5G", "0x100000", "10 GiB", 4096).
 
     A fraction needs a suffix that makes it whole or is rounded down, as QEMU does. Raises InvalidArgument.
@@ -32,7 +32,7 @@ def parse_size(text: str | int, default_suffix: str = "") -> int:
                 f"'{text}' is not a size",
                 hint="Write a number with an optional suffix k, M, G, T, P or E, such as 512M or 1.5G.",
             )
-        number, suffix = match.group(1), (match.group(2) or default_suffix).lower()
+        number, suffix = match.group(1), (match.group(2) or "").lower()
         if len(number) > _MAX_DIGITS:
             raise InvalidArgument(f"size {text[:_MAX_DIGITS]}… is out of range", hint="Sizes lie between 0 and 8 EiB.")
         shift = _SUFFIX[suffix]

@@ -150,23 +150,11 @@ _ERRNO = {
     95: errno.EOPNOTSUPP,
     108: errno.ESHUTDOWN,
 }
-_WIRE = {system: wire for wire, system in _ERRNO.items()} | {
-    errno.EACCES: 1,
-    errno.EROFS: 1,
-    errno.EDQUOT: 28,
-    errno.EFBIG: 28,
-    errno.ENOTSUP: 95,
-}
 
 
 def errno_of(wire: int) -> int:
     """Return the system's number of an error on the wire; what the protocol does not know is EINVAL."""
     return _ERRNO.get(wire, errno.EINVAL)
-
-
-def wire_of(number: int) -> int:
-    """Return the number that goes over the wire for an errno."""
-    return _WIRE.get(number, 22)
 
 
 # -- limits

@@ -78,9 +78,9 @@ def decode_string(data: bytes) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def encode_go(name: bytes, infos: Sequence[int] = (INFO_BLOCK_SIZE,)) -> bytes:
-    """Return the payload of INFO and GO."""
-    return struct.pack(">I", len(name)) + name + struct.pack(f">H{len(infos)}H", len(infos), *infos)
+def encode_go(name: bytes) -> bytes:
+    """Return the payload of INFO and GO, which asks for the block size."""
+    return struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, INFO_BLOCK_SIZE)
 
 
 def encode_contexts(name: bytes, queries: Sequence[str]) -> bytes:

@@ -31,7 +31,6 @@ _BLKROGET = _NONE | 0x125E
 _BLKSSZGET = _NONE | 0x1268
 _BLKDISCARD = _NONE | 0x1277
 _BLKZEROOUT = _NONE | 0x127F
-_BLKGETSIZE64 = _READ | (struct.calcsize("P") << 16) | 0x1272
 _FICLONERANGE = _WRITE | (32 << 16) | 0x940D
 _FS_IOC_GETFLAGS = _READ | (struct.calcsize("l") << 16) | 0x6601
 _FS_IOC_SETFLAGS = _WRITE | (struct.calcsize("l") << 16) | 0x6602
@@ -163,12 +162,6 @@ def _ioctl(fd: int, request: int, argument: Any) -> Any:
     import fcntl
 
     return fcntl.ioctl(fd, request, argument)
-
-
-def device_size(fd: int) -> int:
-    """Return the size of a block device in bytes."""
-    (size,) = struct.unpack("=Q", _ioctl(fd, _BLKGETSIZE64, bytes(8)))
-    return int(size)
 
 
 def device_sector_size(fd: int) -> int:

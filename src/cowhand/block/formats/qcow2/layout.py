@@ -17,7 +17,6 @@ HEADER_V3_LENGTH = 104
 HEADER_LENGTH_WRITTEN = 112  #: with the compression type and padding, as QEMU writes it
 
 # Offsets of fields that are switched alone.
-OFFSET_SIZE = 24
 OFFSET_L1_SIZE = 36  #: followed by the L1 table's offset: 12 bytes that change together
 OFFSET_REFCOUNT_TABLE = 48  #: followed by its length in clusters: 12 bytes that change together
 OFFSET_SNAPSHOTS = 60  #: number, then offset: 12 bytes that change together

@@ -306,18 +306,3 @@ def read_l1(node: Qcow2Node, snapshot: Snapshot) -> bytes:
     if data and snapshot.l1_offset < node.file.node.size:
         node.file.read_into(snapshot.l1_offset, data)
     return bytes(data)
-
-
-def inactive_l2_tables(node: Qcow2Node) -> list[int]:
-    """Return the host offsets of the L2 tables that snapshots name, each once. Raises InvalidFormat for an impossible L1 table."""
-    found: set[int] = set()
-    seen: set[tuple[int, int]] = set()
-    for snapshot in node.snapshots:
-        # Many entries of a hostile table can name one L1 table.
-        if (snapshot.l1_offset, snapshot.l1_size) in seen:
-            continue
-        seen.add((snapshot.l1_offset, snapshot.l1_size))
-        for (entry,) in L.U64.iter_unpack(read_l1(node, snapshot)):
-            if entry & L.L1_OFFSET_MASK:
-                found.add(entry & L.L1_OFFSET_MASK)
-    return sorted(found)
