@@ -125,21 +125,19 @@ def open(
 
     *what* is a path, a ``json:`` or ``PROTOCOL:`` name, or a description in QEMU's form ({"driver": "qcow2", "file": {...}}). *format* names the
     format instead of guessing it from the first bytes; a guessed raw image is opened for writing only as a block-wise copy of itself would
-    be: its first sector may not become another format's header. *cache* is one of none, writethrough, writeback, directsync, unsafe.
-    *force_share* takes no locks. *policy* says what the image itself may have opened. *secrets* are the passphrases that ``key-secret`` options
-    name, by id; none of them is part of a message or a name. Raises CowhandError; nothing stays open then.
+    be: its first sector may not become another format's header. Without *backing* the image is opened alone, and what its own layer does not store
+    reads as zeroes. *resizable* False lets others rely on the length. *cache* is one of none, writethrough, writeback, directsync, unsafe.
+    *force_share* takes no locks. *policy* says what the image itself may have opened. *options* are further ones of the image, by QEMU's names
+    ("discard", "lazy-refcounts", "file.locking"); docs/drivers has them. *secrets* are the passphrases that ``key-secret`` options name, by id; none
+    of them is part of a message or a name. Raises CowhandError; nothing stays open then.
     """
     from cowhand.block.disk import Disk
     from cowhand.block.opening import Opening
-    from cowhand.block.options import CACHE_MODES
+    from cowhand.block.options import cache_switches
     from cowhand.block.policy import DEFAULT
-    from cowhand.core.errors import InvalidArgument
     from cowhand.drivers import REGISTRY
 
-    modes = CACHE_MODES.get(cache)
-    if modes is None:
-        raise InvalidArgument(f"Invalid cache mode '{cache}'", hint="One of: " + ", ".join(CACHE_MODES))
-    write_through, direct, no_flush = modes
+    write_through, direct, no_flush = cache_switches(cache)
     common: dict[str, Any] = {"read-only": not writable}
     if direct:
         common["cache.direct"] = True

@@ -65,3 +65,21 @@ def test_the_page_names_errors_that_exist() -> None:
         assert all(
             issubclass(getattr(cowhand.errors, name), cowhand.CowhandError) for name in re.findall(r"`(\w+)`", names)
         )
+
+
+def test_a_cache_mode_that_is_none_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    base, top, copy = (str(tmp_path / name) for name in ("base", "top", "copy"))
+    cowhand.create(base, "qcow2", "1M")
+    cowhand.create(top, "qcow2", backing=base, backing_format="qcow2")
+    for call in (
+        lambda: cowhand.open(top, cache="fast"),
+        lambda: cowhand.convert(top, copy, cache="fast"),
+        lambda: cowhand.convert(top, copy, source_cache="fast"),
+        lambda: cowhand.compare(top, base, cache="fast"),
+        lambda: cowhand.commit(top, cache="fast"),
+        lambda: cowhand.rebase(top, base, "qcow2", cache="fast"),
+        lambda: cowhand.rebase(top, base, "qcow2", source_cache="fast"),
+    ):
+        with pytest.raises(cowhand.errors.InvalidArgument, match="Invalid cache mode 'fast'"):
+            call()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "top"]

@@ -274,7 +274,7 @@ def split_options(text: str) -> dict[str, str]:
     return out
 
 
-#: cache modes as QEMU's tools name them: (write-through, cache.direct, cache.no-flush)
+#: Cache modes as QEMU's tools name them: (write-through, cache.direct, cache.no-flush).
 CACHE_MODES = {
     "none": (False, True, False),
     "off": (False, True, False),
@@ -283,3 +283,11 @@ CACHE_MODES = {
     "directsync": (True, True, False),
     "unsafe": (False, False, True),
 }
+
+
+def cache_switches(mode: str) -> tuple[bool, bool, bool]:
+    """Return (write-through, cache.direct, cache.no-flush) of a cache *mode*. Raises InvalidArgument."""
+    found = CACHE_MODES.get(mode)
+    if found is None:
+        raise InvalidArgument(f"Invalid cache mode '{mode}'", hint="One of: " + ", ".join(CACHE_MODES))
+    return found

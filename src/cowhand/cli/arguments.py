@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from cowhand.block.options import CACHE_MODES
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import parse_size
 
-CACHE_NAMES = ("none", "writethrough", "writeback", "directsync", "unsafe")
+#: Cache modes that are told of; "off", which is "none", is only taken by QEMU's tools.
+CACHE_NAMES = tuple(name for name in CACHE_MODES if name != "off")
 
 
 def size(text: str) -> int:
@@ -67,6 +69,18 @@ def add_talk(parser: argparse.ArgumentParser) -> None:
         "-p", "--progress", action="store_true", help="show progress, also where standard error is no terminal"
     )
     talk.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
+
+
+def add_picture(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """Add ``--svg`` and ``--theme``: a picture *of* something instead of text."""
+    what = f"a picture of {of}" if of else "a picture"
+    parser.add_argument("--svg", metavar="FILE", help=f"write {what} to FILE, or to standard output (-)")
+    parser.add_argument(
+        "--theme",
+        choices=("auto", "light", "dark"),
+        default="auto",
+        help="colours of the picture; auto follows the viewer",
+    )
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:

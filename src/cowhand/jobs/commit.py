@@ -138,11 +138,11 @@ def open_layers(
     It is one graph, opened once as *top* describes it: filters and options between the layers stay where they are.
     """
     from cowhand.block.opening import Opening
-    from cowhand.block.options import CACHE_MODES
+    from cowhand.block.options import cache_switches
     from cowhand.block.policy import DEFAULT
     from cowhand.drivers import REGISTRY
 
-    write_through, direct, no_flush = CACHE_MODES[cache]
+    write_through, direct, no_flush = cache_switches(cache)
     options: dict[str, Any] = {"cache.direct": direct, "cache.no-flush": no_flush}
     opening = Opening(REGISTRY, policy or DEFAULT)
     opening.writable_layer = above

@@ -31,13 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="image to look at")
     arguments.add_format(parser)
     parser.add_argument("--chain", "--backing-chain", action="store_true", help="tell of all images below it, too")
-    parser.add_argument("--svg", metavar="FILE", help="write a picture of the chain to FILE, or to standard output (-)")
-    parser.add_argument(
-        "--theme",
-        choices=("auto", "light", "dark"),
-        default="auto",
-        help="colours of the picture; auto follows the viewer",
-    )
+    arguments.add_picture(parser, of="the chain")
     arguments.add_share(parser)
     arguments.add_output(parser)
 

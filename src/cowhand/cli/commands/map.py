@@ -41,13 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     view = parser.add_mutually_exclusive_group()
     view.add_argument("--bar", action="store_true", help="draw the bar, also where standard output is no terminal")
     view.add_argument("--extents", action="store_true", help="list every stretch, also on a terminal")
-    parser.add_argument("--svg", metavar="FILE", help="write a picture to FILE, or to standard output (-)")
-    parser.add_argument(
-        "--theme",
-        choices=("auto", "light", "dark"),
-        default="auto",
-        help="colours of the picture; auto follows the viewer",
-    )
+    arguments.add_picture(parser)
     arguments.add_share(parser)
     arguments.add_output(parser)
 

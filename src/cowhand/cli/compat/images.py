@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from cowhand.block.options import CACHE_MODES
 from cowhand.cli.compat import program
 from cowhand.cli.compat.optionstrings import as_description, parse
 from cowhand.cli.compat.program import Failure
@@ -13,9 +14,6 @@ from cowhand.core.errors import CowhandError
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
     from cowhand.block.node import BlockNode
-
-#: Cache modes by QEMU's names, as arguments of :func:`cowhand.open`.
-CACHE_MODES = ("none", "off", "writethrough", "writeback", "directsync", "unsafe")
 
 
 def cache_mode(text: str, what: str = "cache") -> str:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from cowhand.block.options import CACHE_MODES
 from cowhand.cli.compat.arguments import one_image
-from cowhand.cli.compat.images import CACHE_MODES, open_image
+from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import size_argument

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cowhand.block.options import CACHE_MODES
 from cowhand.cli.compat import optionstrings
-from cowhand.cli.compat.images import CACHE_MODES
 from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.opening import How
 from cowhand.cli.compat.io.parsing import Complaint, UsageComplaint, c_integer, number
@@ -82,14 +82,13 @@ def reopen(session: Session, words: Sequence[str]) -> bool:
 
 
 def _reopen(session: Session, writable: bool | None, cache: str | None, options: dict[str, Any]) -> None:
-    from cowhand.block.options import CACHE_MODES as MODES
     from cowhand.block.reopen import reopen as reopen_disk
 
     node = session.image
     disk = the_disk(session)
     write_through = None
     if cache is not None:
-        write_through, options["cache.direct"], options["cache.no-flush"] = MODES[cache]
+        write_through, options["cache.direct"], options["cache.no-flush"] = CACHE_MODES[cache]
     if node is not disk.root and (writable is False or options.get("read-only") == "on"):
         raise Failure(f"Can't set node '{node.name}' to r/o with copy-on-read enabled")
     try:

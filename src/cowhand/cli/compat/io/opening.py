@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.opening import FileName
-from cowhand.cli.compat.images import CACHE_MODES, describe, open_disk, refuse_unsharing, says_read_only
+from cowhand.block.options import CACHE_MODES
+from cowhand.cli.compat.images import describe, open_disk, refuse_unsharing, says_read_only
 from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
