@@ -83,3 +83,34 @@ def test_a_cache_mode_that_is_none_is_refused_with_those_that_there_are(tmp_path
         with pytest.raises(cowhand.errors.InvalidArgument, match="Invalid cache mode 'fast'"):
             call()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "top"]
+
+
+@pytest.mark.parametrize(("kind", "level"), [("zlib", 0), ("zlib", 10), ("zstd", -1), ("zstd", 23)])
+def test_a_compression_level_that_is_none_is_refused(kind: str, level: int, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(b"x" * 65536)
+    with pytest.raises(cowhand.errors.InvalidArgument, match=f"compression level {level} is not between 1 and"):
+        cowhand.convert(
+            raw, tmp_path / "new", "qcow2",
+            source_format="raw", options={"compression_type": kind}, compressed=True, compression_level=level,
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_ranges_that_are_none_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    cowhand.create(path, "qcow2", "1M")
+    with cowhand.open(path, writable=True) as disk:
+        for call in (
+            lambda: disk.read(0, -1),
+            lambda: disk.read(0, 1 << 62),
+            lambda: disk.read_vmstate(0, -1),
+            lambda: disk.read_vmstate(-1, 1),
+            lambda: disk.read_vmstate(0, 1 << 63),
+            lambda: disk.write_vmstate(-65536, b"x"),
+        ):
+            with pytest.raises(cowhand.errors.OutOfRange):
+                call()
+        with pytest.raises(cowhand.errors.InvalidArgument, match="cannot have -512 bytes"):
+            disk.resize(-512, shrink=True)
+        assert disk.size == 1 << 20 and disk.read(0, 512) == bytes(512)

@@ -125,6 +125,12 @@ class DirtyBitmap:
             out["inconsistent"] = True
         return out
 
+    def __repr__(self) -> str:
+        states = [
+            name for name in ("enabled", "persistent", "inconsistent", "busy", "read_only") if getattr(self, name)
+        ]
+        return f"<DirtyBitmap {self.name!r} granularity={self.granularity} {' '.join(states)}>"
+
 
 class _Marks:
     """Calls all of ``parts``, a list that may change."""

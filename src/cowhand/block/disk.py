@@ -36,6 +36,7 @@ from cowhand.block.node import (
 from cowhand.core import clock
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer
 from cowhand.core.errors import Closed, DeadlineExceeded, InvalidArgument, NotSupported, OutOfRange, ReadOnly
+from cowhand.core.units import MAX_SIZE
 
 if TYPE_CHECKING:
     from cowhand.core.extents import ExtentBatch
@@ -238,6 +239,8 @@ class Disk:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return *length* bytes at *offset*. Raises OutOfRange, IOFailed and other CowhandErrors."""
+        if not 0 <= length <= self._size:  # before there is a buffer
+            raise self._refuse_range(offset, length)
         buffer = bytearray(length)
         self.read_into(offset, buffer)
         return bytes(buffer)
@@ -372,7 +375,8 @@ class Disk:
         return out
 
     def read_vmstate(self, offset: int, length: int) -> bytes:
-        """Return *length* bytes of the VM state at *offset*; it lies outside of ``size``. Raises NotSupported where there is none."""
+        """Return *length* bytes of the VM state at *offset*; it lies outside of ``size``. Raises NotSupported where there is none, OutOfRange."""
+        self._check_vmstate(offset, length)
         buffer = bytearray(length)
         number = self._enter(READ, offset, length)
         try:
@@ -382,16 +386,22 @@ class Disk:
         return bytes(buffer)
 
     def write_vmstate(self, offset: int, *buffers: Buffer) -> None:
-        """Write *buffers* to the VM state at *offset*."""
+        """Write *buffers* to the VM state at *offset*. Raises as :meth:`write` does, and NotSupported."""
         if self.read_only:
             raise self._refuse_writing()
-        number = self._enter(WRITE_REQUEST, offset, sum(len(buffer) for buffer in buffers))
+        length = sum(len(buffer) for buffer in buffers)
+        self._check_vmstate(offset, length)
+        number = self._enter(WRITE_REQUEST, offset, length)
         try:
             self.edge.node.write_vmstate(offset, buffers)
             if self.write_through:
                 self.edge.flush()
         finally:
             self._leave(number)
+
+    def _check_vmstate(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > MAX_SIZE:
+            raise OutOfRange(f"no VM state has bytes {offset} to {offset + length}", path=self.filename, offset=offset)
 
     @contextmanager
     def lease(self) -> Iterator[int]:
@@ -438,9 +448,14 @@ class Disk:
                     return
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        """Make the disk *size* bytes long; new bytes read as zeroes, also over a longer backing file. Cutting data off needs *shrink*."""
+        """Make the disk *size* bytes long; new bytes read as zeroes, also over a longer backing file. Cutting data off needs *shrink*.
+
+        *preallocation* of what is new: off, metadata, falloc, full. Raises InvalidArgument, NotSupported, ReadOnly, NoSpace, IOFailed.
+        """
         if self.read_only:
             raise self._refuse_writing()
+        if size < 0:
+            raise InvalidArgument(f"a disk cannot have {size} bytes", path=self.filename)
         with self.still() as node:
             if size < self._size and not shrink:
                 raise InvalidArgument(

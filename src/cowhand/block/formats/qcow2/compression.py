@@ -18,6 +18,8 @@ WINDOW_BITS = 12
 #: isal's levels. The dense one comes within six per cent of zlib's level 6 in a fifth of its time; the fast one takes half of that, and
 #: loses little where data is loose: where this much from the middle of a cluster shrinks below this part.
 _DENSE, _FAST = 3, 2
+#: What may be asked for, zlib's levels and zstd's: from 1 to these.
+MAX_LEVEL = {L.COMPRESSION_DEFLATE: 9, L.COMPRESSION_ZSTD: 22}
 _SAMPLE = 1024
 _LOOSE = _SAMPLE * 48 // 100
 
@@ -142,7 +144,10 @@ def _damaged(what: str) -> ImageCorrupt:
 
 
 def codec(compression_type: int, level: int | None = None) -> Codec:
-    """Return the codec of a header's *compression_type*. *level* None is the fastest that costs little size."""
+    """Return the codec of a header's *compression_type*. *level* None is the fastest that costs little size. Raises InvalidArgument."""
+    most = MAX_LEVEL.get(compression_type, 0)
+    if level is not None and not 1 <= level <= most:
+        raise InvalidArgument(f"compression level {level} is not between 1 and {most}")
     if compression_type == L.COMPRESSION_DEFLATE:
         return Deflate(level)
     if compression_type == L.COMPRESSION_ZSTD:
