@@ -130,5 +130,11 @@ def test_names_with_escape_sequences_do_not_reach_the_terminal(image_dir: Path) 
     assert "a\\x1b[31m" in done.stdout
 
 
+def test_names_cannot_pretend_to_be_lines(image_dir: Path) -> None:
+    image(image_dir / "a\nformat: raw")
+    done = cowhand("info", "a\nformat: raw", cwd=image_dir)
+    assert done.stdout.startswith("image:        a\\x0aformat: raw\n")
+
+
 def test_on_a_terminal_there_is_colour(chain: Path) -> None:
     assert "\x1b[" in cowhand("info", "top", cwd=chain, FORCE_COLOR="1", TERM="xterm-256color").stdout

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cowhand.core.errors import CowhandError
 
 #: Names in images may hold what steers terminals (and, in JSON, is escaped anyway).
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:

@@ -37,8 +37,9 @@ def make_empty(node: Qcow2Node) -> bool:
             node.changed = False
             try:
                 _forget_content(node)
-                _move_tables(node, clusters)
-                _count(node, clusters)
+                in_place = _in_place(node)
+                _move_tables(node, clusters, in_place=in_place)
+                _count(node, clusters, in_place=in_place)
                 if node.file.node.size > clusters * node.cluster_size:
                     node.file.node.resize(clusters * node.cluster_size, shrink=True)
                 node.file.flush()
@@ -83,29 +84,43 @@ def _forget_content(node: Qcow2Node) -> None:
     node.refcounts.cache.clear()
 
 
-def _move_tables(node: Qcow2Node, clusters: int) -> None:
-    """Have the header name tables at the file's beginning, all zeroes."""
+def _in_place(node: Qcow2Node) -> bool:
+    """Tell whether the tables are already where they are meant to be, as in most images: then what they count can go without a moment of disorder."""
+    unit, header = node.cluster_size, node.header
+    return (
+        header.l1_offset == _BEFORE_L1 * unit
+        and header.refcount_table_offset == unit
+        and header.refcount_table_clusters == 1
+        and node.refcounts.table[:8] == L.U64.pack(2 * unit)
+    )
+
+
+def _move_tables(node: Qcow2Node, clusters: int, *, in_place: bool) -> None:
+    """Have the header name tables at the file's beginning, all zeroes but for counts that are *in_place*."""
     unit, header, mapping = node.cluster_size, node.header, node.mapping
     node.fire("empty_image_prepare")
-    node.file.write_zeroes(unit, (clusters - 1) * unit)
-    node.file.flush()
+    if not in_place:
+        node.file.write_zeroes(unit, (clusters - 1) * unit)
+        node.file.flush()
     node.fire("l1_update")
     node.fire("reftable_update")
     node.switch_header(l1_offset=_BEFORE_L1 * unit, refcount_table_offset=unit, refcount_table_clusters=1)
     mapping.l1 = Table(mapping.l1.data, header.l1_offset)
 
 
-def _count(node: Qcow2Node, clusters: int) -> None:
+def _count(node: Qcow2Node, clusters: int, *, in_place: bool) -> None:
     """Count what is left, in the only block."""
     unit, refcounts, allocator = node.cluster_size, node.refcounts, node.allocator
     block = Table(bytearray(unit), 2 * unit)
     refcounts.counts.fill(block.data, 0, clusters, 1)
-    node.fire("refblock_alloc")
-    node.file.write(2 * unit, (block.data,))
-    node.file.flush()
     refcounts.table = bytearray(unit)
     L.U64.pack_into(refcounts.table, 0, 2 * unit)
-    node.file.write(unit, (refcounts.table[:8],))
+    node.fire("refblock_alloc")
+    # Blocks that the table still names have to be counted, and a block that it names has to count the tables.
+    writes = [(2 * unit, block.data), (unit, refcounts.table)]
+    for offset, data in reversed(writes) if in_place else writes:
+        node.file.write(offset, (data,))
+        node.file.flush()
     refcounts.cache.put(0, block)
     refcounts.free_index = 0
     allocator.forget()
