@@ -133,7 +133,7 @@ def test_names_with_escape_sequences_do_not_reach_the_terminal(image_dir: Path) 
 def test_names_cannot_pretend_to_be_lines(image_dir: Path) -> None:
     image(image_dir / "a\nformat: raw")
     done = cowhand("info", "a\nformat: raw", cwd=image_dir)
-    assert done.stdout.startswith("image:        a\\x0aformat: raw\n")
+    assert done.stdout.startswith("image:        ./a\\x0aformat: raw\n")
 
 
 def test_on_a_terminal_there_is_colour(chain: Path) -> None:

@@ -84,7 +84,7 @@ class TestErrors:
 
 
 def test_printable_shows_bytes_that_are_no_text() -> None:
-    assert printable("a\udcffb\nc\td") == "a\\xffb\nc\td"
+    assert printable("a\udcffb\nc\td") == "a\\xffb\\x0ac\\x09d"
 
 
 class TestSignals:
