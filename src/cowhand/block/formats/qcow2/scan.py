@@ -1,7 +1,7 @@
 """Reading whole L2 tables at once (QEMU ``docs/interop/qcow2``, "L2 table entry"): which host clusters a table refers to, how fragmented it is.
 
-Only sound tables are taken; one with anything odd is left to the caller, who looks at it entry by entry. Many tables are read with numpy, few
-without, since importing it takes as long as some hundred tables.
+Only sound tables are taken; one with anything odd is left to the caller, who looks at it entry by entry. Tables in order are compared as bytes;
+many others are read with numpy, few without, since importing it takes as long as some tens of them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.ordered import OrderedTables
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.tally import Tally
 
 _LITTLE = sys.byteorder == "little"
-#: Tables that are read without numpy; one whose clusters are not in order costs as much as eight that are, and one of extended entries as two.
-PLAIN_TABLES = 256
-_IRREGULAR_COST = 8
+#: Tables not in order that are read without numpy; one of extended entries costs as much as two.
+PLAIN_TABLES = 32
 #: of a bitmap of subclusters
 _DATA_BITS = (1 << 32) - 1
 
@@ -61,28 +61,19 @@ class Scanner:
         self._bad = L.L2_RESERVED_MASK | ((self.size - 1) & L.L2_OFFSET_MASK)
         self._zero_flag = 0 if extended else L.ENTRY_ZERO
         self._cost = 0
-        self._ones = 0
-        self._ramp = 0
-        self._places = 0
         self._data_bits = 0
-        self._steps: Any = None
-
-    def expect(self, tables: int) -> None:
-        """Learn how many tables there are, so that many are read with numpy from the first one on."""
-        if tables * self.stride > PLAIN_TABLES:
-            self.tally.use_numpy()
+        self._in_order = OrderedTables(cluster_bits, self.stride)
 
     def scan(self, data: bytes, times: int = 1) -> Scan | None:
         """Count *times* references to every cluster that the table *data* refers to; None, and nothing counted, when something in it is odd."""
         if data == self._zeroes:
             return EMPTY
-        self._cost += self.stride
-        if self.tally.numpy is None and self._cost > PLAIN_TABLES:
-            self.tally.use_numpy()
         found = self._ordered(data, times)
         if found is not None:
             return found
-        self._cost += _IRREGULAR_COST
+        self._cost += self.stride
+        if self.tally.numpy is None and self._cost > PLAIN_TABLES:
+            self.tally.use_numpy()
         if self.tally.numpy is not None and not self.external:
             return self._vector(data, times)
         return self._plain(data, times)
@@ -97,45 +88,17 @@ class Scanner:
         last = host + (self.entries - 1) * self.size
         if L.U64.unpack_from(data, len(data) - 8 * self.stride)[0] != last | L.COPIED or last > self.last:
             return None
-        if not (self._is_ramp_by_numpy(data, first) if self.tally.numpy is not None else self._is_ramp(data, first)):
+        bitmap = L.U64.unpack_from(data, 8)[0] if self.stride == 2 else 0
+        if (bitmap >> 32) & bitmap or not self._in_order.matches(data):
             return None
         self.tally.add(host >> self.bits, self.entries, times)
         return Scan(self.entries, 0, 0, ((host >> self.bits, self.entries),))
-
-    def _is_ramp(self, data: bytes, first: int) -> bool:
-        """Tell whether every entry is the one before plus a cluster, and every bitmap of subclusters sound."""
-        # A table as one large number: first + step * index in every place of it.
-        if not self._ones:
-            rest = bytes(8 * (self.stride - 1))
-            self._ones = int.from_bytes((b"\0\0\0\0\0\0\0\1" + rest) * self.entries, "big")
-            self._ramp = int.from_bytes(
-                b"".join([L.U64.pack(i << self.bits) + rest for i in range(self.entries)]), "big"
-            )
-            self._places = int.from_bytes((b"\xff" * 8 + rest) * self.entries, "big")
-        value = int.from_bytes(data, "big")
-        if self.stride == 2:
-            if self._overlapping(value):
-                return False
-            value &= self._places
-        return value == self._ramp + first * self._ones
 
     def _overlapping(self, table: int) -> bool:
         """Tell whether a subcluster is called data and zero at once, in a table of extended entries as one large number."""
         if not self._data_bits:
             self._data_bits = int.from_bytes((bytes(12) + b"\xff" * 4) * self.entries, "big")
         return bool((table >> 32) & table & self._data_bits)
-
-    def _is_ramp_by_numpy(self, data: bytes, first: int) -> bool:
-        numpy = self.tally.numpy
-        if self._steps is None:
-            self._steps = numpy.arange(0, self.entries * self.size, self.size, dtype="u8")
-        words = numpy.frombuffer(data, ">u8")
-        if not (words[:: self.stride] - numpy.uint64(first) == self._steps).all():
-            return False
-        if self.stride == 1:
-            return True
-        halves = numpy.frombuffer(data, "u4")  # any byte order: what is compared has the same
-        return not (halves[2::4] & halves[3::4]).any()
 
     # -- any table, without numpy
 
