@@ -15,7 +15,8 @@ class CowhandError(Exception):
     """Everything that cowhand raises on purpose.
 
     ``code`` is stable and unique for each class; ``exit_code`` is what the ``cowhand`` command ends with; ``errno`` is part of the contract
-    (it is what an export or a QMP reply reports). ``args_`` holds the facts that the message was made from.
+    (it is what an export or a QMP reply reports). ``message`` is one sentence, ``hint`` what to do (or None), ``path`` and ``offset`` say where (or
+    None), ``facts`` has further values by name, and ``frames`` the context, innermost first.
     """
 
     code = "error"
