@@ -14,8 +14,9 @@ import pytest
 import cowhand
 from cowhand.block.create import create
 from cowhand.block.marks import MARKS, looks_like_a_format
+from cowhand.block.names import combine, has_protocol
 from cowhand.block.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, BlockNode
-from cowhand.block.opening import Opening, combine, has_protocol
+from cowhand.block.opening import Opening
 from cowhand.core.errors import (
     AccessDenied,
     CowhandError,

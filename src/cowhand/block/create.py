@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from cowhand.block.createoptions import FILE_OPTIONS, CreateOption, merge, parse, with_defaults
-from cowhand.block.opening import combine, has_protocol
+from cowhand.block.names import combine, has_protocol
 from cowhand.core.errors import CowhandError, ImageExists, InvalidArgument, NotSupported
 from cowhand.core.units import MAX_SIZE, parse_size
 
@@ -167,7 +167,8 @@ class Creation:
 
     def _format_file(self, path: str, durable: bool) -> None:
         from cowhand.block import graph
-        from cowhand.block.opening import FileName, Opening
+        from cowhand.block.names import FileName
+        from cowhand.block.opening import Opening
 
         node = Opening(self._registry, backing=False).open(
             {
@@ -191,7 +192,8 @@ class Creation:
     def _with_data_file(self, creator: type[Creator], node: BlockNode, options: dict[str, Any], durable: bool) -> None:
         """Format *node* with the data file that *options* name; it is made if need be, and emptied by the format once nothing was refused."""
         from cowhand.block import graph
-        from cowhand.block.opening import FileName, Opening
+        from cowhand.block.names import FileName
+        from cowhand.block.opening import Opening
 
         name = options["data_file"]
         protocol = protocol_of(name, self._registry)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cowhand
 from cowhand.block.disk import Disk
-from cowhand.block.opening import Opening, combine
+from cowhand.block.names import combine
+from cowhand.block.opening import Opening
 from cowhand.block.policy import DEFAULT, Policy
 from cowhand.block.status import skip_filters
 from cowhand.core.errors import CowhandError, ImageInUse, NotSupported, UnsupportedFeature

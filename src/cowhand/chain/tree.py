@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from cowhand.block.opening import combine, has_protocol
+from cowhand.block.names import combine, has_protocol
 from cowhand.block.registry import PROBE_SIZE
 from cowhand.core.errors import CowhandError
 

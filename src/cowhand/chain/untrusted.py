@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cowhand.block.check import check_node
 from cowhand.block.disk import Disk
 from cowhand.block.marks import MARKS, looks_like_a_format
-from cowhand.block.opening import Opening, has_protocol
+from cowhand.block.names import has_protocol
+from cowhand.block.opening import Opening
 from cowhand.block.policy import UNTRUSTED
 from cowhand.block.registry import PROBE_SIZE
 from cowhand.core.errors import CowhandError, InvalidFormat, PolicyRefused, from_os_error

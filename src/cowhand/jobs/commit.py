@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cowhand.block import graph
 from cowhand.block.disk import Disk
 from cowhand.block.format import FormatNode
+from cowhand.block.names import has_protocol, location
 from cowhand.block.node import BlockNode
-from cowhand.block.opening import has_protocol, location
 from cowhand.block.reserving import Kind
 from cowhand.block.status import skip_filters
 from cowhand.copy import plan

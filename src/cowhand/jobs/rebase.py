@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.disk import Disk
-from cowhand.block.opening import combine, location
+from cowhand.block.names import combine, location
 from cowhand.block.status import skip_filters
 from cowhand.copy import plan
 from cowhand.copy.changes import candidates, changes_sink

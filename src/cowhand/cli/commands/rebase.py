@@ -84,7 +84,7 @@ def _format(args: argparse.Namespace) -> str | None:
         given: str | None = args.base_format
         return given
     import cowhand
-    from cowhand.block.opening import combine
+    from cowhand.block.names import combine
 
     with cowhand.open(combine(args.image, args.base), backing=False, force_share=True) as disk:
         return disk.format

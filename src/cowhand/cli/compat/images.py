@@ -81,7 +81,7 @@ def open_disk(
 ) -> Disk:
     """Open *what*, warning of a guessed raw image that is to be written. Raises CowhandError, Failure."""
     import cowhand
-    from cowhand.block.opening import has_protocol
+    from cowhand.block.names import has_protocol
     from cowhand.block.policy import AS_QEMU
 
     if isinstance(what, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from cowhand.block.opening import bottom
+from cowhand.block.names import bottom
 from cowhand.block.status import layered, skip_filters
 from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image, output_format

@@ -94,7 +94,7 @@ def _backing(node: BlockNode) -> dict[str, Any]:
     name = getattr(header, "backing_name", None)
     if not name:
         return {}
-    from cowhand.block.opening import combine, location
+    from cowhand.block.names import combine, location
     from cowhand.core.errors import CowhandError
 
     out = {"backing-filename": name}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.opening import FileName
+from cowhand.block.names import FileName
 from cowhand.block.options import CACHE_MODES
 from cowhand.cli.compat.images import describe, open_disk, refuse_unsharing, says_read_only
 from cowhand.cli.compat.img.records import whole_sectors
