@@ -12,12 +12,14 @@ import cowhand
 from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
+from cowhand.block.node import WRITE_REQUEST
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.block.reserving import Kind
 from cowhand.block.snapshots import create_snapshot
 from cowhand.copy import sink as sinks
 from cowhand.copy.convert import convert
 from cowhand.core.errors import NoSpace
+from cowhand.crypto import secrets
 from cowhand.jobs.rebase import rebase
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import qcow2_file, qcow2_node
@@ -97,6 +99,72 @@ def test_over_everything_that_an_existing_image_can_hold(seed: int, tmp_path: Pa
         assert read_all(disk) == new + old[len(new) :]
     convert(target, tmp_path / "kept.raw", "raw", snapshot="kept")
     assert (tmp_path / "kept.raw").read_bytes() == kept
+
+
+@require_qemu
+@pytest.mark.interop
+@pytest.mark.parametrize("raw_data", [False, True])
+def test_into_a_data_file(raw_data: bool, tmp_path: Path) -> None:
+    rng = random.Random(raw_data)
+    first, second = scattered(rng, 2 * MIB + 512), scattered(rng, 2 * MIB + 512)
+    target, data = tmp_path / "target.qcow2", tmp_path / "data"
+    data.write_bytes(b"what was there before" * 100_000)
+    options = {**OPTIONS, "data_file": str(data), "data_file_raw": "on" if raw_data else "off"}
+    for number, content_ in enumerate((first, second)):
+        source = sparse_file(tmp_path / f"{number}.raw", content_)
+        convert(
+            source,
+            target,
+            "qcow2",
+            source_format="raw",
+            options={} if number else options,
+            skip_create=number > 0,
+            overwrite=True,
+        )
+        assert_clean(target)
+        assert_identical(target, "qcow2", source, "raw")
+        if raw_data:
+            assert data.read_bytes()[: len(content_)] == content_
+
+
+def test_into_an_encrypted_image(tmp_path: Path) -> None:
+    first, second = scattered(random.Random(5), MIB), scattered(random.Random(6), MIB)
+    target = tmp_path / "target.qcow2"
+    with secrets.given({"s0": b"a passphrase"}):
+        encrypt = {"encrypt.format": "luks", "encrypt.key-secret": "s0", "encrypt.iter-time": 1}
+        create(target, "qcow2", MIB, {**OPTIONS, **encrypt})
+        for number, data in enumerate((first, second)):
+            source = sparse_file(tmp_path / f"{number}.raw", data)
+            described = {"driver": "qcow2", "encrypt.key-secret": "s0", "file.filename": str(target)}
+            with cowhand.open(described, writable=True) as disk:
+                convert(source, disk, source_format="raw")
+            with cowhand.open(described) as disk:
+                assert read_all(disk) == data
+    assert first[:4096] not in target.read_bytes()
+
+
+def test_pieces_at_the_odd_end_of_a_disk_that_grows_again() -> None:
+    """The last subcluster is cut by the end of the disk, and lies over a backing file that is longer: nothing of that shows when the disk grows."""
+    sub = 2048
+    file = qcow2_file(MIB + 3 * sub + 512, cluster_size=32 * sub, extended_l2=True)
+    keeper = Disk(file)
+    with Disk(qcow2_node(file, backing=MemoryNode(content=b"b" * 2 * MIB)), writable=True) as disk:
+        node = disk.root
+        assert isinstance(node, Qcow2Node)
+        length = disk.size - MIB
+        buffer = bytearray(b"n" * length)
+        buffer[sub : 2 * sub] = bytes(sub)
+        sink = sinks.LaneSink(disk, node, sparse=512, reads_zero=False)
+        with sink.hold():
+            sink.store(MIB, buffer, sink.place(MIB, buffer, length, sink.prepare(MIB, buffer, length)))
+        disk.submit([(WRITE_REQUEST, MIB - 100, b"x" * 50), (WRITE_REQUEST, disk.size - 10, b"y" * 10)])
+        expected = b"b" * 50 + b"x" * 50 + b"b" * 50 + bytes(buffer[:-10]) + b"y" * 10
+        before = disk.size
+        assert disk.read(MIB - 150, 150 + length) == expected
+        disk.resize(2 * MIB)
+        assert disk.read(MIB - 150, 150 + length) == expected
+        assert disk.read(before, MIB // 2) == bytes(MIB // 2)
+    keeper.close()
 
 
 @require_qemu

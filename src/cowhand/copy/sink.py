@@ -121,10 +121,10 @@ class Sink:
 class _Move:
     """Bytes on their way to where a format has them: a range of the piece, its place, and the reservation that is linked afterwards.
 
-    The last of several ranges in one reservation has it. Without a *child* the format writes them by itself.
+    ``last``: no other range of the reservation follows. Without a *child* the format writes them by itself.
     """
 
-    __slots__ = ("begin", "child", "end", "host", "reservation")
+    __slots__ = ("begin", "child", "end", "host", "last", "reservation")
 
     def __init__(self, begin: int, end: int, child: Any, host: int, reservation: Reservation | None) -> None:
         self.begin = begin
@@ -132,6 +132,7 @@ class _Move:
         self.child = child
         self.host = host
         self.reservation = reservation
+        self.last = False
 
 
 class LaneSink(Sink):
@@ -202,8 +203,8 @@ class LaneSink(Sink):
             return stop
         found = self._without_holes(reservation, offset, _within(group, position, stop), stop)
         host = reservation.host + (reservation.begin - reservation.offset) - position
-        moves += [_Move(b, e, reservation.child, host + b, None) for b, e in found]
-        moves[-1].reservation = reservation
+        moves += [_Move(b, e, reservation.child, host + b, reservation) for b, e in found]
+        moves[-1].last = True
         return stop
 
     def _without_holes(self, reservation: Reservation, offset: int, parts: Parts, stop: int) -> Parts:
@@ -227,7 +228,7 @@ class LaneSink(Sink):
             self.node.changed = True
             for move in moves:
                 done += 1
-                if move.reservation is not None:
+                if move.reservation is not None and move.last:
                     self.node.finish(move.reservation)
         except BaseException as error:
             self.give_up(moves[done:], error)
@@ -243,7 +244,7 @@ class LaneSink(Sink):
         if move.child is None:
             self.node.write(offset + move.begin, data)
             return
-        if reservation is not None:
+        if reservation is not None and move.last:
             data += self._rest_of_unit(reservation, offset + move.end)
         child = move.child
         descriptor = child.lane.lane_fd if child.lane is not None else -1
@@ -275,7 +276,7 @@ class LaneSink(Sink):
     def give_up(self, moves: Sequence[_Move], error: BaseException) -> None:
         """Take back what was reserved for *moves*."""
         for move in moves:
-            if move.reservation is not None:
+            if move.reservation is not None and move.last:
                 self.node.give_up(move.reservation, error)
 
 
