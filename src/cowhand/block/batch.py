@@ -27,6 +27,8 @@ _MAX_TOGETHER = 64
 #: Units that are copied up by one write; and from how many bytes on a second thread helps.
 _GROUP = 8
 _WORTH_A_THREAD = 512 << 10
+#: in an answer of ``places``
+NEEDS_SPACE = -2
 _preadv = getattr(os, "preadv", None)
 _pwritev = getattr(os, "pwritev", None)
 
@@ -102,7 +104,7 @@ def _one_after_another(
                 except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
                     failure = failure or error
                     continue
-            failure = gathered.take_or_do(request, failure)
+            failure = gathered.take_or_do(request, failure, empty=host == NEEDS_SPACE)
     finally:
         # After the writes: a flush that begins before they have ended does not count for them.
         if writing:
@@ -119,11 +121,11 @@ class _Gathered:
         self.wanted = not node.detects_zeroes and count > 1
         self.writes: dict[int, _Write] = {}  #: by the number of their unit
 
-    def take_or_do(self, request: Request, failure: Exception | None) -> Exception | None:
-        """Keep *request* for later if it is such a write, or do it now; return *failure*, or else the first error."""
+    def take_or_do(self, request: Request, failure: Exception | None, *, empty: bool = False) -> Exception | None:
+        """Keep *request* for later if it is such a write (*empty*: it looked so), or do it now; return *failure*, or else the first error."""
         kind, offset, what = request
         try:
-            if self.wanted and kind == WRITE_REQUEST and _needs_unit(self.node, offset, len(what)):
+            if self.wanted and kind == WRITE_REQUEST and (empty or _needs_unit(self.node, offset, len(what))):
                 number = offset // self.unit
                 known = self.writes.get(number)
                 if known is None:

@@ -189,6 +189,8 @@ class FormatNode(ReservingNode):
     def places(self, batch: Sequence[Request]) -> tuple[int, list[int]] | None:
         """Return a descriptor and where in it each request of *batch* lies, -1 for one that goes the long way; or None.
 
+        -2 stands for a write inside one unit that holds nothing yet in all of that place, as far as can be seen without the lock.
+
         None where the batch is not all reads or all writes, where two requests that follow one another adjoin in the file (they are better
         done together), or where nothing can be told of many at once. What is told holds as long as the caller's lease.
         """

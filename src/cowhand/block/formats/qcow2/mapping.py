@@ -214,6 +214,8 @@ class Mapping:
                         if host == end:
                             return None  # neighbours are done together
                         end = host + length
+                elif not entry and writing and 0 < len(what) <= size - (offset & within_mask):
+                    host = -2
             add(host)
         return lane.lane_fd, hosts
 

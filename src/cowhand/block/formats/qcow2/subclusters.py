@@ -95,24 +95,32 @@ class ExtendedMapping(Mapping):
         shift, bits_, sub, last = self.table_shift, self.cluster_bits, self.sub_bits, self.entries - 1
         within_mask, size, unfit = self._within, self.cluster_size, L.ENTRY_COMPRESSED | self._bad
         hosts: list[int] = []
-        end = -1
+        end, empty = -1, -2 if writing else -1
         for each, offset, what in batch:
             if each != kind:
                 return None
             found = get(offset >> shift)
+            within, length = offset & within_mask, len(what)
             host = -1
-            if found is not None:
+            if found is not None and 0 < length <= size - within:
                 entry, bitmap = unpack(found.data, (offset >> bits_ & last) << 4)
                 place = entry & _HOST
-                if not entry & unfit and place and not (writing and (not entry >> 63 or place >> bits_ in metadata)):
-                    within, length = offset & within_mask, len(what)
-                    if 0 < length <= size - within:
-                        wanted = (2 << (within + length - 1 >> sub)) - (1 << (within >> sub))
-                        if bitmap & wanted == wanted and not bitmap >> 32 & bitmap:
-                            host = place + within
-                            if host == end:
-                                return None  # neighbours are done together
-                            end = host + length
+                if not entry and not bitmap:
+                    host = empty
+                elif (
+                    place
+                    and not entry & unfit
+                    and not bitmap >> 32 & bitmap
+                    and not (writing and (not entry >> 63 or place >> bits_ in metadata))
+                ):
+                    wanted = (2 << (within + length - 1 >> sub)) - (1 << (within >> sub))
+                    if bitmap & wanted == wanted:
+                        host = place + within
+                        if host == end:
+                            return None  # neighbours are done together
+                        end = host + length
+                    elif not (bitmap | bitmap >> 32) & wanted:
+                        host = empty
             hosts.append(host)
         return lane.lane_fd, hosts
 
