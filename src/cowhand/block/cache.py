@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from cowhand.core.buffers import Buffer
+
 PAGE = 4096
 
 
@@ -40,7 +42,7 @@ class Piece(NamedTuple):
     table: Table
     mask: int
     fresh: bool
-    writes: list[tuple[int, bytes]]  #: (host offset, bytes)
+    writes: list[tuple[int, Buffer]]  #: (host offset, bytes)
 
 
 def _pages(table: Table) -> Iterator[tuple[int, int]]:
@@ -109,11 +111,16 @@ class TableCache:
                     return False
         return True
 
-    def collect(self) -> list[Piece]:
-        """Copy all dirty pages and call them clean; :meth:`restore` takes that back, :meth:`written` ends it."""
+    def collect(self, *, held: bool = False) -> list[Piece]:
+        """Copy all dirty pages and call them clean; :meth:`restore` takes that back, :meth:`written` ends it.
+
+        *held*: the caller keeps the lock until they are written, so that nothing changes and no copy is needed.
+        """
         out = []
         for table in self.dirty.values():
-            writes = [(table.host + start, bytes(table.data[start:end])) for start, end in _pages(table)]
+            view = memoryview(table.data)
+            pages = [(table.host + start, view[start:end]) for start, end in _pages(table)]
+            writes: list[tuple[int, Buffer]] = [*pages] if held else [(host, bytes(data)) for host, data in pages]
             out.append(Piece(table, table.dirty, table.fresh, writes))
             table.dirty = 0
             table.writing += 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, NamedTuple
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.scan import Scanner
@@ -11,15 +13,8 @@ from cowhand.block.formats.qcow2.tally import Tally, encoded, native
 from cowhand.core.errors import ImageCorrupt, InvalidFormat
 
 if TYPE_CHECKING:
+    from cowhand.block.cache import Table
     from cowhand.block.formats.qcow2.driver import Qcow2Node
-
-
-class CountChange(NamedTuple):
-    """New refcount blocks, not yet in effect; ``first_free`` is the lowest cluster that becomes free, or -1."""
-
-    blocks: list[tuple[int, bytes]]
-    first_free: int
-    freed: list[tuple[int, int]]  #: (first, clusters) that become free
 
 
 def references(node: Qcow2Node, l1: bytes) -> Tally:
@@ -99,15 +94,40 @@ def _wrong(node: Qcow2Node, cluster: int) -> ImageCorrupt:
     )  # fmt: skip
 
 
-def plan(node: Qcow2Node, change: Tally, sign: int) -> CountChange:
-    """Work out the blocks that result from adding (*sign* 1) or taking away (-1) *change*. Nothing is changed yet.
+def verify(node: Qcow2Node, change: Tally, sign: int) -> None:
+    """Raise what adding (*sign* 1) or taking away (-1) *change* would; nothing is changed.
 
     Raises InvalidFormat when a count would be too high, ImageCorrupt when one would fall below zero, or was zero although it is referred to.
     """
+    for _ in _changes(node, change, sign):
+        pass
+
+
+def apply(node: Qcow2Node, change: Tally, sign: int) -> list[tuple[int, int]]:
+    """Add or take away *change* in memory, all or nothing; return the runs (first, clusters) that become free. Raises as :func:`verify`.
+
+    The next write-back brings the counts to the disk.
+    """
+    refcounts, allocator = node.refcounts, node.allocator
+    # All blocks are in the cache then: nothing fails from here on, and no second copy of them is needed.
+    verify(node, change, sign)
+    freed: list[tuple[int, int]] = []
+    for index, block, old, new in _changes(node, change, sign):
+        if sign < 0:
+            freed += _newly_zero(change, index * refcounts.per_block, old, new)
+        block.data[:] = encoded(new, change.order)
+        refcounts.cache.touch(block, 0, len(block.data))
+    if freed:
+        refcounts.free_index = min(refcounts.free_index, freed[0][0])
+    if allocator.next_byte and not refcounts.get(allocator.next_byte // node.cluster_size):
+        allocator.next_byte = 0
+    return freed
+
+
+def _changes(node: Qcow2Node, change: Tally, sign: int) -> Iterator[tuple[int, Table, bytes, bytes]]:
+    """Yield (index, block, native counts before, after) of the blocks that *change* touches."""
     refcounts = node.refcounts
     per_block = refcounts.per_block
-    blocks: list[tuple[int, bytes]] = []
-    freed: list[tuple[int, int]] = []
     for index in change.used_blocks(per_block):
         first = index * per_block
         delta = change.piece(first, per_block)
@@ -120,11 +140,7 @@ def plan(node: Qcow2Node, change: Tally, sign: int) -> CountChange:
             wrong.errno = errno.EAGAIN  # as QEMU says of a cluster that no block counts
             raise wrong
         old = native(block.data, change.order)
-        new = _added(node, change, first, old, delta, sign)
-        if sign < 0:
-            freed += _newly_zero(change, first, old, new)
-        blocks.append((index, encoded(new, change.order)))
-    return CountChange(blocks, freed[0][0] if freed else -1, freed)
+        yield index, block, old, _added(node, change, first, old, delta, sign)
 
 
 def _added(node: Qcow2Node, change: Tally, first: int, old: bytes, delta: bytes, sign: int) -> bytes:
@@ -179,27 +195,53 @@ def _newly_zero(change: Tally, first: int, old: bytes, new: bytes) -> list[tuple
     return runs
 
 
-def put(node: Qcow2Node, change: CountChange) -> None:
-    """Make a planned change the counts in memory; the next write-back brings them to the disk."""
-    refcounts = node.refcounts
-    for index, data in change.blocks:
-        block = refcounts.block(index)
-        assert block is not None
-        block.data[:] = data
-        refcounts.cache.touch(block, 0, len(data))
-    if change.first_free >= 0:
-        refcounts.free_index = min(refcounts.free_index, change.first_free)
-    allocator = node.allocator
-    if allocator.next_byte and not refcounts.get(allocator.next_byte // node.cluster_size):
-        allocator.next_byte = 0
+class PresentCounts:
+    """The image's counts in those refcount blocks in which *like* counts something, 0 in others; answers as a Tally does, and copies nothing."""
 
+    def __init__(self, node: Qcow2Node, like: Tally) -> None:
+        self.node = node
+        self.numpy = like.numpy
+        self._order, self._code, self._width = like.order, like.code, like.width
+        self._per_block = node.refcounts.per_block
+        self._blocks = frozenset(like.used_blocks(self._per_block))
+        self._last: tuple[int, bytes | None] = (-1, None)
 
-def counts_now(node: Qcow2Node, like: Tally) -> Tally:
-    """Return the image's present counts, for the clusters that *like* counts something of."""
-    now = Tally(like.order, 1 << (like.bits - 1), lambda _cluster, _times: None)
-    now.numpy = like.numpy
-    for index in like.used_blocks(node.refcounts.per_block):
-        block = node.refcounts.block(index)
-        if block is not None:
-            now.replace(index * node.refcounts.per_block, native(block.data, like.order))
-    return now
+    def _native(self, index: int) -> bytes | None:
+        """Return the counts of block *index* as whole numbers of the machine, None where all are taken for zero."""
+        if self._last[0] != index:
+            block = self.node.refcounts.block(index) if index in self._blocks else None
+            self._last = index, None if block is None else native(block.data, self._order)
+        return self._last[1]
+
+    def get(self, cluster: int) -> int:
+        """Return the count of *cluster*."""
+        index, at = divmod(cluster, self._per_block)
+        values = self._native(index)
+        return int(memoryview(values).cast(self._code)[at]) if values is not None else 0
+
+    def is_all(self, first: int, count: int, value: int) -> bool:
+        """Tell whether *count* clusters from *first* on all have the count *value*."""
+        one, end = value.to_bytes(self._width, sys.byteorder), first + count
+        while first < end:
+            index, at = divmod(first, self._per_block)
+            step = min(end - first, self._per_block - at)
+            values = self._native(index)
+            if values is None:
+                if value:
+                    return False
+            elif values[at * self._width : (at + step) * self._width] != one * step:
+                return False
+            first += step
+        return True
+
+    def gather(self, clusters: Any) -> Any:
+        """Return the counts of the numpy array *clusters*, in its order."""
+        numpy = self.numpy
+        out = numpy.zeros(len(clusters), dtype=self._code)
+        indices = clusters // self._per_block
+        for index in numpy.unique(indices).tolist():
+            values = self._native(index)
+            if values is not None:
+                chosen = indices == index
+                out[chosen] = numpy.frombuffer(values, dtype=self._code)[clusters[chosen] % self._per_block]
+        return out

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.countchange import l2_tables, read_table
+from cowhand.block.formats.qcow2.countchange import PresentCounts, l2_tables, read_table
 from cowhand.block.formats.qcow2.runs import words_of
 from cowhand.core.errors import CowhandError
 
@@ -32,7 +32,7 @@ def cleared(l1: bytes) -> bytes:
 
 
 def fit_flags(
-    node: Qcow2Node, counts: Tally, l1: bytes | None = None, *, nothing_alone: bool = False, keep: bool = False
+    node: Qcow2Node, counts: Tally | PresentCounts, l1: bytes | None = None, *, nothing_alone: bool = False, keep: bool = False
 ) -> None:
     """Set COPIED where *counts* is 1 and clear it elsewhere, in the L2 tables that *l1* names; what *counts* does not know stays.
 
@@ -84,7 +84,7 @@ def _all_cleared(data: bytes, stride: int) -> bytes:
     return bytes(out)
 
 
-def _fitted(node: Qcow2Node, data: bytes, counts: Tally, stride: int) -> bytes:
+def _fitted(node: Qcow2Node, data: bytes, counts: Tally | PresentCounts, stride: int) -> bytes:
     if counts.numpy is not None:
         return _fitted_fast(node, data, counts, stride)
     words = words_of(data)
@@ -130,7 +130,7 @@ def _run(words: array[int], position: int, stride: int, size: int) -> int:
     return run
 
 
-def _fitted_fast(node: Qcow2Node, data: bytes, counts: Tally, stride: int) -> bytes:
+def _fitted_fast(node: Qcow2Node, data: bytes, counts: Tally | PresentCounts, stride: int) -> bytes:
     numpy = counts.numpy
     words = numpy.frombuffer(data, ">u8").astype("u8")
     entries = words[::stride]

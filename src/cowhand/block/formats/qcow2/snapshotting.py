@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
@@ -102,7 +103,7 @@ class _Undo:
 
     def __init__(self, node: Qcow2Node) -> None:
         self.node = node
-        self.steps: list[Callable[[], None]] = []
+        self.steps: list[Callable[[], object]] = []
 
     def room(self, first: int, clusters: int) -> None:
         if clusters:
@@ -238,7 +239,7 @@ def next_id(snapshots: list[Snapshot]) -> str:
 def _create(node: Qcow2Node, snapshot: Snapshot, undo: _Undo) -> None:
     l1 = bytes(node.mapping.l1.data[: node.header.l1_size * L.ENTRY_SIZE])
     tally = counting.references(node, l1)
-    counting.plan(node, tally, 1)  # raises before anything is changed
+    counting.verify(node, tally, 1)  # raises before anything is changed
     size = node.cluster_size
     first, clusters = _take(node, l1)
     undo.room(first, clusters)
@@ -248,13 +249,13 @@ def _create(node: Qcow2Node, snapshot: Snapshot, undo: _Undo) -> None:
     place = _take(node, data)
     undo.room(*place)
     node.distrust_counts()
-    counting.put(node, counting.plan(node, tally, 1))
-    undo.steps.append(lambda: counting.put(node, counting.plan(node, tally, -1)))
+    counting.apply(node, tally, 1)
+    undo.steps.append(partial(counting.apply, node, tally, -1))
     _fill(node, first, cleared(l1))
     _fill(node, place[0], data)
     # Shared from now on: whoever writes has to copy. Undone by fitting the bits to the counts again.
-    undo.steps.insert(0, lambda: fit_flags(node, counting.counts_now(node, tally)))
-    fit_flags(node, counting.counts_now(node, tally))
+    undo.steps.insert(0, lambda: fit_flags(node, counting.PresentCounts(node, tally)))
+    fit_flags(node, counting.PresentCounts(node, tally))
     node.write_back.run(locked=True)
     _switch_table(node, snapshots, place[0], data)
     undo.steps.clear()
@@ -282,7 +283,7 @@ def delete(node: Qcow2Node, ident: str, name: str) -> None:
 def _delete(node: Qcow2Node, snapshot: Snapshot) -> list[tuple[int, int]]:
     with _undoing(node) as undo:
         tally = counting.references(node, read_l1(node, snapshot))
-        counting.plan(node, tally, -1)  # on a damaged image: refuse before anything is changed
+        counting.verify(node, tally, -1)  # on a damaged image: refuse before anything is changed
         # One of them: entries that are alike may be one object.
         place_in_table = node.snapshots.index(snapshot)
         snapshots = [*node.snapshots[:place_in_table], *node.snapshots[place_in_table + 1 :]]
@@ -295,17 +296,16 @@ def _delete(node: Qcow2Node, snapshot: Snapshot) -> list[tuple[int, int]]:
         _switch_table(node, snapshots, place[0], data)
         undo.steps.clear()
     with _freeing(node):
-        change = counting.plan(node, tally, -1)
-        counting.put(node, change)
+        freed = counting.apply(node, tally, -1)
         size = node.cluster_size
         if snapshot.l1_size:
             _free(node, snapshot.l1_offset // size, -(-snapshot.l1_size * L.ENTRY_SIZE // size))
         # Before anything can fail: what was just freed may be taken by the next write.
         node.rebuild_metadata_map()
         # What is not shared any more can be written in place again.
-        fit_flags(node, counting.counts_now(node, tally), keep=True)
+        fit_flags(node, counting.PresentCounts(node, tally), keep=True)
         _end(node)
-    return change.freed
+    return freed
 
 
 @contextmanager
@@ -381,18 +381,18 @@ def _apply(node: Qcow2Node, snapshot: Snapshot) -> None:
     l1 = _new_l1(node, snapshot)
     with _undoing(node) as undo:
         gained, lost = counting.references(node, l1), counting.references(node, old_l1)
-        counting.plan(node, gained, 1)
-        counting.plan(node, lost, -1)
+        counting.verify(node, gained, 1)
+        counting.verify(node, lost, -1)
         # A table inside one sector is overwritten at once or not at all; any other goes to a new place.
         in_place = len(l1) == len(old_l1) and len(l1) <= _SECTOR and snapshot.disk_size == header.size
         place = old_place if in_place else _take(node, l1)
         if not in_place:
             undo.room(*place)
             _fill(node, place[0], l1)
-        counting.put(node, counting.plan(node, gained, 1))
-        undo.steps.append(lambda: counting.put(node, counting.plan(node, gained, -1)))
+        counting.apply(node, gained, 1)
+        undo.steps.append(partial(counting.apply, node, gained, -1))
         # Bits in a snapshot's tables need not be right, and now they are looked at: all that it refers to is shared with it.
-        fit_flags(node, counting.counts_now(node, gained), l1, nothing_alone=True)
+        fit_flags(node, counting.PresentCounts(node, gained), l1, nothing_alone=True)
         node.write_back.run(locked=True)
         if in_place:
             node.switch(header.l1_offset, bytes(node.mapping.l1.data[: len(l1)]), l1)
@@ -400,7 +400,7 @@ def _apply(node: Qcow2Node, snapshot: Snapshot) -> None:
             node.switch_header(size=snapshot.disk_size, l1_size=len(l1) // 8, l1_offset=place[0] * size)
         undo.steps.clear()
     node.mapping.l1 = Table(bytearray(l1), header.l1_offset)
-    counting.put(node, counting.plan(node, lost, -1))
+    counting.apply(node, lost, -1)
     if not in_place:
         _free(node, *old_place)
     _end(node)

@@ -51,7 +51,7 @@ class WriteBack:
     def run(self, *, locked: bool = False) -> None:
         """Do one write-back, with the write-back lock held; *locked*: with the allocation lock too."""
         if locked:
-            work = self._collect()
+            work = self._collect(held=True)
         else:
             with self.node.lock:
                 work = self._collect()
@@ -80,16 +80,16 @@ class WriteBack:
             with self.node.lock:
                 self._ended(first, second, freed)
 
-    def _collect(self) -> tuple[list[Piece], list[Piece], list[Freed], bool]:
+    def _collect(self, *, held: bool = False) -> tuple[list[Piece], list[Piece], list[Freed], bool]:
         node = self.node
-        first = [] if node.lazy else node.refcounts.cache.collect()
+        first = [] if node.lazy else node.refcounts.cache.collect(held=held)
         second: list[Piece] = []
-        for piece in node.mapping.cache.collect():
+        for piece in node.mapping.cache.collect(held=held):
             (first if piece.fresh else second).append(piece)
         l1 = node.mapping.l1
         if l1.dirty:
             node.mapping.cache.dirty[id(l1)] = l1
-            second.extend(node.mapping.cache.collect())
+            second.extend(node.mapping.cache.collect(held=held))
         barrier, self.barrier = self.barrier, False
         return first, second, node.allocator.collect(), barrier
 
@@ -126,7 +126,7 @@ class WriteBack:
     def flush_refcounts(self) -> None:
         """Write the reference counts now, and flush (both locks held)."""
         cache = self.node.refcounts.cache
-        pieces = cache.collect()
+        pieces = cache.collect(held=True)
         try:
             self._write(pieces, "refblock_update_part")
             if pieces:
