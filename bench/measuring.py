@@ -6,13 +6,14 @@ Processes are started by posix_spawn and awaited by wait4: no shell, no time lim
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 #: What measured programs see: no setting of Python's, so that bytecode is kept and found as for any user.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -24,11 +25,12 @@ class ProgramFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measurement: seconds on the clock and of processors, and the size of what was made where that matters."""
+    """One measurement: seconds on the clock and of processors, the size of what was made and the MiB of memory where these matter."""
 
     wall: float
     cpu: float
     size: int = 0
+    peak: float = 0
 
 
 @dataclass(slots=True)
@@ -62,7 +64,9 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Median of the pairs' ratios; for a row without a peer the median of CPU seconds."""
+        """Median of the pairs' ratios; for a row without a peer the median of CPU seconds, or of memory."""
+        if not self.peer and self.unit == "MiB":
+            return statistics.median(sample.peak for sample in self.ours)
         if not self.peer:
             return statistics.median(sample.cpu for sample in self.ours)
         return statistics.median(one.wall / other.wall for one, other in zip(self.ours, self.peer, strict=True))
@@ -106,6 +110,27 @@ def spawn(*argv: str | os.PathLike[str], output: Path | None = None) -> Sample:
     if os.waitstatus_to_exitcode(status) != 0:
         raise ProgramFailed(f"{' '.join(words)}: exit status {os.waitstatus_to_exitcode(status)}")
     return Sample(wall, usage.ru_utime + usage.ru_stime)
+
+
+def spawn_for_memory(*argv: str | os.PathLike[str]) -> Sample:
+    """Run a program to its end, and look at its memory meanwhile: what wait4 tells of that includes our own at the spawn."""
+    words = [os.fspath(word) for word in argv]
+    actions = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0o644)]
+    begin = perf_counter()
+    pid = os.posix_spawn(words[0], words, ENVIRONMENT, file_actions=actions)
+    peak = 0
+    while True:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    peak = int(line.split()[1])
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            break
+        sleep(0.002)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise ProgramFailed(f"{' '.join(words)}: exit status {os.waitstatus_to_exitcode(status)}")
+    return Sample(perf_counter() - begin, usage.ru_utime + usage.ru_stime, peak=peak / 1024)
 
 
 def measure(case: Case, rounds: int, tell: Callable[[str], None]) -> Row:

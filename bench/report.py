@@ -20,7 +20,8 @@ def cells(row: Row) -> tuple[str, ...]:
     ours = statistics.median(sample.wall for sample in row.ours)
     cpu = statistics.median(sample.cpu for sample in row.ours)
     if not row.peer:
-        return (row.name, row.peer_name, f"{row.goal:.3f}", mark(row), "", f"{ours:.3f}", "", f"{cpu:.3f}", "", "")
+        goal = f"{row.goal:.3f}" if row.unit == "s" else f"{row.goal:g}"
+        return (row.name, row.peer_name, goal, mark(row), "", f"{ours:.3f}", "", f"{cpu:.3f}", "", "")
     peer = statistics.median(sample.wall for sample in row.peer)
     peer_cpu = statistics.median(sample.cpu for sample in row.peer)
     low, high = row.spread
@@ -41,7 +42,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def mark(row: Row) -> str:
     """Return the measured figure, with a sign where the goal is missed."""
-    figure = f"{row.ratio:.3f} s" if not row.peer else f"{row.ratio:.2f}"
+    alone = f"{row.ratio:.3f} s" if row.unit == "s" else f"{row.ratio:.0f} {row.unit}"
+    figure = alone if not row.peer else f"{row.ratio:.2f}"
     return figure if row.reached else f"{figure} ✗"
 
 

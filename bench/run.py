@@ -69,8 +69,7 @@ def run(args: argparse.Namespace, tell: Callable[[str], None]) -> list[Row]:
                 rows.append(measure(case, args.rounds, tell))
             except ProgramFailed as error:
                 tell(f"{case.name}: not measured: {error}")
-        if not args.only or args.only in "info":
-            rows.append(table_rows.info_row(inputs, args.rounds, tell))
+        rows.extend(table_rows.rows_alone(inputs, args.rounds, args.only or "", tell))
     finally:
         shutil.rmtree(folder)
     return rows

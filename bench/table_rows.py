@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from inputs import Inputs
-from measuring import Case, Row, Sample, program, spawn
+from measuring import Case, Row, Sample, program, spawn, spawn_for_memory
 
 #: CPU seconds that `cowhand info` may use.
 INFO_GOAL = 0.060
+#: MiB that any work may take.
+MEMORY_GOAL = 128
+#: What is measured for its memory: verb and words of the command. Compaction in earnest needs what trying it out does, and has no peer.
+MEMORY = {"compact": ("compact", "--dry-run"), "check": ("check", "--quiet")}
 
 
 def cases(inputs: Inputs) -> Iterator[Case]:
@@ -68,13 +73,24 @@ def _snapshot(verb: str, cowhand: str, qemu_img: str, inputs: Inputs) -> Case:
     )
 
 
-def info_row(inputs: Inputs, rounds: int, tell: Callable[[str], None]) -> Row:
-    """Measure the CPU time of a whole `cowhand info` process."""
-    cowhand, image = program("cowhand"), inputs.small()
-    row = Row("info of a small image, CPU seconds", "—", INFO_GOAL, unit="s")
-    for number in range(rounds + 2):
-        sample = spawn(cowhand, "info", image)
+def rows_alone(inputs: Inputs, rounds: int, only: str, tell: Callable[[str], None]) -> Iterator[Row]:
+    """Measure what has no peer, as far as *only* is in its name: CPU seconds of a small `info`, memory of what reads all tables."""
+    cowhand = program("cowhand")
+    name = "info of a small image, CPU seconds"
+    if only in name:
+        yield _alone(Row(name, "—", INFO_GOAL, unit="s"), (cowhand, "info", inputs.small()), rounds + 2, tell)
+    for verb, words in MEMORY.items():
+        name = f"{verb}, {inputs.mapped_size} mapped, peak memory"
+        if only in name:
+            row = Row(name, "—", MEMORY_GOAL, unit="MiB")
+            yield _alone(row, (cowhand, *words, inputs.mapped()), min(rounds, 3) + 2, tell)
+
+
+def _alone(row: Row, argv: tuple[str | Path, ...], rounds: int, tell: Callable[[str], None]) -> Row:
+    """Run *argv* so many times; the first two do not count."""
+    for number in range(rounds):
+        sample = spawn_for_memory(*argv) if row.unit == "MiB" else spawn(*argv)
         if number > 1:
             row.ours.append(sample)
-    tell(f"{row.name}: {row.ratio:.3f} (goal {row.goal:g})")
+    tell(f"{row.name}: {row.ratio:.3f} {row.unit} (goal {row.goal:g})")
     return row

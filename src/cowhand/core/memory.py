@@ -15,6 +15,8 @@ _MMAP_THRESHOLD = -3
 #: Bytes that each arena keeps at most, and from which on an allocation is one of its own (glibc's largest).
 _KEEP = 32 << 20
 _LARGE = 32 << 20
+#: The same for work on large arrays that come and go: kept among others they would leave gaps that nothing fits.
+_ARRAY = 256 << 10
 #: Work on fewer bytes than these does not earn the loading of ctypes.
 _MIN_BULK = 64 << 20
 
@@ -36,13 +38,27 @@ def expect_bulk(total: int) -> None:
 
     Where the C library is not glibc nothing happens.
     """
+    if total >= _MIN_BULK:
+        _tune({_TRIM_THRESHOLD: _KEEP, _MMAP_THRESHOLD: _LARGE})
+
+
+def expect_arrays(total: int) -> None:
+    """Prepare for work on arrays of *total* bytes, one after the other, in a process of our own: their memory is given back at once.
+
+    Where the C library is not glibc nothing happens.
+    """
+    if total >= _MIN_BULK:
+        _tune({_MMAP_THRESHOLD: _ARRAY})
+
+
+def _tune(settings: dict[int, int]) -> None:
     global _allowed
-    if not _allowed or total < _MIN_BULK or not sys.platform.startswith("linux"):
+    if not _allowed or not sys.platform.startswith("linux"):
         return
     _allowed = False  # once is enough
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, _KEEP)
-        mallopt(_MMAP_THRESHOLD, _LARGE)
+        for name, value in settings.items():
+            mallopt(name, value)

@@ -10,6 +10,7 @@ from cowhand.block import graph
 from cowhand.block.disk import Disk
 from cowhand.block.opening import Opening
 from cowhand.core.errors import NotSupported
+from cowhand.core.memory import expect_arrays
 from cowhand.core.progress import CancelToken, Progress
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def compact(
             raise NotSupported(f"images of format '{root.driver}' cannot be compacted", path=root.filename)
         from cowhand.block.formats.qcow2.compact import Compactor
 
+        expect_arrays(8 * root.file.node.size // root.cluster_size)
         with graph.quiesce(root):
             if dry_run:
                 _rehearse(root)
@@ -53,10 +55,10 @@ def compact(
 
 
 def _rehearse(root: Any) -> None:
-    """Have *root*, which was opened for reading, write to a rehearsal of its file."""
-    from cowhand.block.rehearsal import RehearsalNode
+    """Have *root*, which was opened for reading, write to a node that keeps it for itself."""
+    from cowhand.block.trial import TrialNode
 
     below = root.file.node
     edge = root.file
-    graph.insert_above(below, [edge], RehearsalNode(below))
+    graph.insert_above(below, [edge], TrialNode(below))
     root.writable = True

@@ -8,6 +8,7 @@ all other metadata (``compactmetadata``), until nothing can move any more. Only 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 ROUND_BYTES = 4 << 30
 _PIECE = 2 << 20
 _STRETCH = 1 << 19
+#: Clusters that one plan moves at most, or a 32nd of all: what is planned is in memory as whole numbers.
+_PLANNED = 1 << 19
+#: Clusters between the first and the last that are moved together: for each of them a number is in memory.
+_SPREAD = 1 << 22
 #: Rounds of looking and moving; two or three are the rule.
 _MOST_ROUNDS = 64
 #: Clusters of a file that is compacted: a byte of memory is needed for each.
@@ -49,6 +54,23 @@ class _Plan(NamedTuple):
     sources: Any
     targets: Any
     packed: Packed | None  #: compressed clusters that get another place
+
+
+class _Moves:
+    """New clusters by old ones."""
+
+    def __init__(self, numpy: Any, sources: Any, targets: Any) -> None:
+        self.numpy = numpy
+        self.first = int(sources[0])
+        # Clusters of a file that is compacted have numbers of less than 32 bits.
+        self.places = numpy.zeros(int(sources[-1]) - self.first + 1, dtype="u4")
+        self.places[sources - self.first] = targets
+
+    def of(self, clusters: Any) -> Any:
+        """Return the new places of *clusters*, 0 where they stay."""
+        at = clusters - self.first
+        inside = (at >= 0) & (at < len(self.places))
+        return self.numpy.where(inside, self.places[self.numpy.where(inside, at, 0)], 0).astype("u8")
 
 
 class Compactor:
@@ -73,10 +95,11 @@ class Compactor:
         self._cancel = cancel or CancelToken()
         self._round = max(1, round_bytes // self.size)
         self._rehearsal = False
+        self.tally: Any = None  #: the counts of all clusters
         self._tables: set[int] = set()  #: clusters that hold L2 tables when the plan is made
 
     def run(self, *, rehearsal: bool = False) -> Compaction:
-        """Compact. With *rehearsal* the node writes to a rehearsal of its file: then data is not copied, and nothing is cut.
+        """Compact. With *rehearsal* the node writes to what is thrown away: then data is not copied, and nothing is cut.
 
         Raises ImageCorrupt for an image that is not sound, Cancelled, IOFailed.
         """
@@ -125,9 +148,13 @@ class Compactor:
         if moved and self.node.encryption is not None and not self._rehearsal:
             self.node.encryption.unlock()  # asks for the secret before anything is changed
         self._progress.total = (self._progress.total or 0) + moved
-        for begin in range(0, len(plan.sources), self._round):
+        begin = 0
+        while begin < len(plan.sources):
             self._cancel.check()
-            self._move(plan.sources[begin : begin + self._round], plan.targets[begin : begin + self._round])
+            near = int(self.numpy.searchsorted(plan.sources, int(plan.sources[begin]) + _SPREAD))
+            end = near if self._rehearsal else min(begin + self._round, near)
+            self._move(plan.sources[begin:end], plan.targets[begin:end])
+            begin = end
         if plan.packed is not None:
             self._cancel.check()
             self._move_packed(plan.packed)
@@ -135,15 +162,19 @@ class Compactor:
 
     def _end(self) -> int:
         """Return behind which cluster nothing is in use."""
-        end: int = int(self.numpy.flatnonzero(self._used())[-1]) + 1
-        return end
+        return int(_last(self.numpy, self._used(), 1)[-1]) + 1
 
     # -- looking
 
     def _examine(self) -> int:
         """Check the image and give lost clusters back; keep the counts of all clusters. Returns how many were lost."""
+        # The counts of the last round go before others are made; an examination's parts name one another.
+        self.tally = None
+        gc.collect()
         exam, result = self._checked(None)
         if result.leaks:
+            del exam
+            gc.collect()
             exam, result = self._checked("leaks")
         if exam.walk.clusters > MAX_CLUSTERS:
             raise UnsupportedFeature(
@@ -214,14 +245,16 @@ class Compactor:
     def _plan(self) -> _Plan:
         """Find what moves: from the end of the file into the lowest free clusters, until both meet."""
         numpy = self.numpy
-        free = ~self._used()
+        free = self._used()
+        numpy.logical_not(free, out=free)
         per_block = self.node.refcounts.per_block
         table = numpy.frombuffer(bytes(self.node.refcounts.table), ">u8")
         for index in range(-(-self.clusters // per_block)):
             # Where no block counts, a cluster could not be taken without making one.
             if index >= len(table) or not table[index]:
                 free[index * per_block : (index + 1) * per_block] = False
-        free = numpy.flatnonzero(free)
+        most = max(_PLANNED, self.clusters >> 5)
+        free = _first(numpy, free, most)
         if not len(free):
             return _Plan(free, free, None)
         movable = numpy.zeros(self.clusters, dtype="?")
@@ -233,9 +266,8 @@ class Compactor:
             movable[self._hosts(words)] = True
             if not self.external:
                 packer.add(words[:: self.stride], int(self.tally.gather(numpy.array([host >> self.bits]))[0]))
-        movable[0] = False
-        lowest = int(free[0])
-        sources, targets = packer.plan(free, numpy.flatnonzero(movable[lowest:]) + lowest)
+        movable[: int(free[0])] = False
+        sources, targets = packer.plan(free, _last(numpy, movable, most))
         return _Plan(numpy.sort(sources), numpy.sort(targets), packer.packed())
 
     # -- moving
@@ -253,8 +285,7 @@ class Compactor:
             node.flush_file()
             raise
         node.flush_file()
-        moved = numpy.zeros(self.clusters, dtype="u8")
-        moved[sources] = targets
+        moved = _Moves(numpy, sources, targets)
         self._switch_entries(moved)
         node.flush_file()
         self._switch_tables(moved)
@@ -339,20 +370,20 @@ class Compactor:
                 encryption.moved((source + index) * self.size, (target + index) * self.size, data)
                 buffer[index * self.size : (index + 1) * self.size] = data
 
-    def _switch_entries(self, moved: Any) -> None:
+    def _switch_entries(self, moved: _Moves) -> None:
         """Name the new places of data in the L2 tables: in the new copy of a table that moves, which nobody names yet, or in place."""
         numpy = self.numpy
         for host, words in self._l2_tables():
-            place = int(moved[host >> self.bits]) * self.size or host
-            self._write_changed(place, words, moved[self._hosts(words)], numpy.uint64(L.L2_OFFSET_MASK))
+            place = int(moved.of(numpy.array([host >> self.bits]))[0]) * self.size or host
+            self._write_changed(place, words, moved.of(self._hosts(words)), numpy.uint64(L.L2_OFFSET_MASK))
 
-    def _switch_tables(self, moved: Any) -> None:
+    def _switch_tables(self, moved: _Moves) -> None:
         """Name the new places of L2 tables in the L1 tables."""
         numpy = self.numpy
         for (offset, _), table in self._l1_tables().items():
             words = numpy.frombuffer(table, ">u8").astype("u8")
             hosts = ((words & numpy.uint64(L.L1_OFFSET_MASK)) >> numpy.uint64(self.bits)).astype("i8")
-            changed = self._write_changed(offset, words, moved[hosts], numpy.uint64(L.L1_OFFSET_MASK))
+            changed = self._write_changed(offset, words, moved.of(hosts), numpy.uint64(L.L1_OFFSET_MASK))
             if offset == self.node.header.l1_offset:
                 self.node.mapping.l1.data[: len(changed)] = changed
 
@@ -384,3 +415,25 @@ class Compactor:
             self._cancel.check()
             file.resize(end, shrink=True)
             self.node.flush_file()
+
+
+def _first(numpy: Any, marks: Any, count: int) -> Any:
+    """Return the lowest numbers, at most about *count*, of what is marked, rising."""
+    found, have = [], 0
+    for begin in range(0, len(marks), _STRETCH):
+        found.append(numpy.flatnonzero(marks[begin : begin + _STRETCH]) + begin)
+        have += len(found[-1])
+        if have >= count:
+            break
+    return numpy.concatenate(found)
+
+
+def _last(numpy: Any, marks: Any, count: int) -> Any:
+    """Return the highest numbers, at most about *count*, of what is marked, rising."""
+    found, have = [], 0
+    for begin in reversed(range(0, len(marks), _STRETCH)):
+        found.append(numpy.flatnonzero(marks[begin : begin + _STRETCH]) + begin)
+        have += len(found[-1])
+        if have >= count:
+            break
+    return numpy.concatenate(found[::-1])

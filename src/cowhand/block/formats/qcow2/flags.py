@@ -32,7 +32,12 @@ def cleared(l1: bytes) -> bytes:
 
 
 def fit_flags(
-    node: Qcow2Node, counts: Tally | PresentCounts, l1: bytes | None = None, *, nothing_alone: bool = False, keep: bool = False
+    node: Qcow2Node,
+    counts: Tally | PresentCounts,
+    l1: bytes | None = None,
+    *,
+    nothing_alone: bool = False,
+    keep: bool = False,
 ) -> None:
     """Set COPIED where *counts* is 1 and clear it elsewhere, in the L2 tables that *l1* names; what *counts* does not know stays.
 
