@@ -95,4 +95,5 @@ def _do(key: str, value: str, disk: Disk, source: Disk, name: str, granularity: 
         case "enable" | "disable":
             bitmaps.enable_bitmap(disk, name, enabled=key == "enable")
         case _:
+            bitmaps.find_bitmap(disk, name)  # of two that are missing QEMU names this one
             bitmaps.merge_bitmap(disk, name, bitmaps.find_bitmap(source, value))
