@@ -100,12 +100,12 @@ def apply_snapshot(disk: Disk, id_or_name: str) -> None:
     """
     _check_writable(disk)
     node = _holder(disk)
-    wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
     if node.dirty_bitmaps:
         raise BitmapUnusable(
             f"'{disk.filename}' has dirty bitmaps, which do not follow a snapshot",
             qemu="Device has active dirty bitmaps", path=disk.filename, errno=16, hint="Remove the bitmaps first.",
         )  # fmt: skip
+    wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
     with graph.quiesce(node):
         node.apply_snapshot(wanted.id, wanted.name)
         for above in graph.disks_above((node,)):
