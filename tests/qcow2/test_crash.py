@@ -27,14 +27,14 @@ SAMPLES = 200
 
 #: Tiny clusters make every table grow: an L2 table covers 32 KiB, a refcount block of 64-bit counts 32 KiB of the file.
 SHAPES = [
-    (Shape(), 8),
-    (Shape(backed=True), 8),
-    (Shape(version=2), 4),
-    (Shape(version=2, cluster=1024, backed=True), 4),
-    (Shape(refcount_bits=64, backed=True), 6),
-    (Shape(refcount_bits=1), 3),
-    (Shape(backed=True, refcount_bits=64, cache=1024), 4),
-    (Shape(cluster=4096, size=512 << 10, backed=True), 4),
+    (Shape(), 5),
+    (Shape(backed=True), 5),
+    (Shape(version=2), 3),
+    (Shape(version=2, cluster=1024, backed=True), 3),
+    (Shape(refcount_bits=64, backed=True), 4),
+    (Shape(refcount_bits=1), 2),
+    (Shape(backed=True, refcount_bits=64, cache=1024), 3),
+    (Shape(cluster=4096, size=512 << 10, backed=True), 3),
     (Shape(cluster=65536, size=512 << 10), 1),
     (Shape(cluster=16384, size=256 << 10, extended=True), 1),
     (Shape(cluster=16384, size=256 << 10, extended=True, backed=True), 2),

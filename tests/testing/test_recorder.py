@@ -96,6 +96,18 @@ def judge(expected: ExpectedContent) -> object:
     return check
 
 
+def test_equal_states_are_checked_once(rng: random.Random) -> None:
+    recorder, _ = workload("", rng)
+    checked: list[tuple[int, bytes]] = []
+    count = replay.replay(
+        replay.crash_states(recorder.log, samples=50),
+        lambda state: checked.append((state.moment, state.image.snapshot_bytes())),
+    )
+    assert len(set(checked)) == len(checked) < count
+    every = {(state.moment, state.image.snapshot_bytes()) for state in replay.crash_states(recorder.log, samples=50)}
+    assert every == set(checked)
+
+
 def test_a_right_order_survives_everything(rng: random.Random) -> None:
     recorder, expected = workload("", rng)
     count = replay.replay(replay.crash_states(recorder.log, samples=200), judge(expected))

@@ -198,15 +198,23 @@ def crash_states(
 
 
 def replay(states: Iterator[CrashState], check: Callable[[CrashState], None]) -> int:
-    """Hand each state to *check* and return their number; a failure's error gets the story of the state that it happened with."""
+    """Hand each state to *check* and return how many there were; a failure's error gets the story of the state that it happened with.
+
+    Of states that are equal in moment and media the first alone is checked: a quarter of those that :func:`crash_states` gives.
+    """
+    seen: set[tuple[int, ...]] = set()
     count = 0
     for state in states:
+        count += 1
+        key = (state.moment, *(hash(medium.snapshot_bytes()) for medium in (state.image, *state.others)))
+        if key in seen:
+            continue
+        seen.add(key)
         try:
             check(state)
         except Exception as error:
             error.add_note(f"after a power failure: {state.story}")
             raise
-        count += 1
     return count
 
 
