@@ -7,6 +7,7 @@ have seen it has ended (quarantine).
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ from cowhand.core.extents import (
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.ordered import OrderedTables
     from cowhand.block.node import BlockNode, Child, Request
 
 #: Bytes of L2 tables kept in memory, as QEMU's default: at 64 KiB clusters this covers 256 GiB.
@@ -51,6 +53,8 @@ ZERO_HOST = ZERO | ALLOCATED | OFFSET
 _unpack = L.U64.unpack_from
 _HOST = L.L2_OFFSET_MASK
 _COMPRESSED = L.ENTRY_COMPRESSED
+#: what an extended entry whose every subcluster holds data says of them
+_ALL_DATA = L.U64.pack(0xFFFFFFFF)
 #: Tables in one batch above which numpy, whose import takes 100 ms, finds the runs.
 _MANY_TABLES = 256
 
@@ -68,6 +72,8 @@ class Mapping:
         self.l1 = Table(l1, node.header.l1_offset)
         self.cache = TableCache(CACHE_LIMIT)
         self.tables = self.cache.tables
+        self._in_order: OrderedTables | None = None
+        self._comparing = threading.Lock()
         self._within = self.cluster_size - 1
         self._bad = (self.cluster_size - 1) & L.L2_OFFSET_MASK  #: bits of a host offset that must be clear
 
@@ -290,11 +296,37 @@ class Mapping:
             # A copy of the part that is asked for, so that the rows of one table are of one moment.
             first = offset >> self.cluster_bits & (self.entries - 1)
             last = ((stop - 1) >> self.cluster_bits & (self.entries - 1)) + 1
+            if last - first == self.entries and not offset & self._within:
+                place = self._one_run(table)
+                if place:
+                    out.add(offset, stop - offset, NORMAL | recurse, place, node.data_child.node)
+                    offset = stop
+                    continue
             entries = self._words(table, first, last)
             alike = self._alike(entries, entry) if self.l1_entry(index + 1) == entry else None
             ends = find_ends(entries, self.cluster_size) if find_ends is not None else None
             offset = self._rows(out, entries, table, first, offset, stop, recurse, ends)
         return out
+
+    def _one_run(self, table: Table) -> int:
+        """Return where the data of a table lies whose every cluster holds data, one behind the other; 0 where that is not plain to see."""
+        data, width = table.data, self.cluster_size // self.entries
+        first, last = _unpack(data)[0], _unpack(data, len(data) - width)[0]
+        place: int = first & _HOST
+        if not place or last - first != (self.entries - 1) * self.cluster_size or self.node.external:
+            return 0
+        if first & (_COMPRESSED | L.ENTRY_ZERO | self._bad) or (width > 8 and data[8:width] != _ALL_DATA):
+            return 0
+        if not self._comparing.acquire(blocking=False):
+            return 0  # somebody else compares just now: there are other ways
+        try:
+            if self._in_order is None:
+                from cowhand.block.formats.qcow2.ordered import OrderedTables
+
+                self._in_order = OrderedTables(self.cluster_bits, width // 8)
+            return place if self._in_order.matches(bytes(data)) else 0
+        finally:
+            self._comparing.release()
 
     def _words(self, table: Table, first: int, last: int) -> array[int]:
         """Return what *table* says of its entries ``[first, last)``, as native integers."""
@@ -306,9 +338,14 @@ class Mapping:
         """Return what finds runs by numpy when so many tables are asked for that importing it pays."""
         if not self._many_tables(length):
             return None
-        from cowhand.block.formats.qcow2.ramps import ends_of_runs
 
-        return ends_of_runs
+        def find(entries: array[int], step: int) -> list[int]:
+            # Imported by the first table that is not one run: often there is none.
+            from cowhand.block.formats.qcow2.ramps import ends_of_runs
+
+            return ends_of_runs(entries, step)
+
+        return find
 
     def _many_tables(self, length: int) -> bool:
         """Tell whether *length* bytes of the disk have so many tables that importing numpy pays."""

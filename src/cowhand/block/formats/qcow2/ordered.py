@@ -20,7 +20,10 @@ def _with(value: int) -> bytes:
 
 
 class OrderedTables:
-    """Tells tables in order from others, in an image of clusters of ``2**cluster_bits`` bytes; *stride* is the 64-bit words of an entry."""
+    """Tells tables in order from others, in an image of clusters of ``2**cluster_bits`` bytes. Not thread-safe.
+
+    *stride* is the number of 64-bit words of an entry.
+    """
 
     def __init__(self, cluster_bits: int, stride: int) -> None:
         self._bits = cluster_bits
