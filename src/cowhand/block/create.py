@@ -126,6 +126,8 @@ class Creation:
         """Raise when the image, or its data file, cannot be made: it exists and is not to be *overwritten*, or options are wrong."""
         if self.format.name == "host_device" != self.protocol.name:
             raise self._no_device()
+        if self.options.get("data_file") == "":
+            raise InvalidArgument("the data file has no name", qemu="Could not create '': No such file or directory")
         check = getattr(self._creator(), "check_creation", None)
         own = local_path(self.filename)
         if check is not None and (own is None or os.path.isdir(os.path.dirname(own) or ".")):
