@@ -145,7 +145,7 @@ def results_of(combination: Combination, tools: toolset.Toolset) -> report.Resul
     """Return what is recorded of a combination."""
     reference_run = records.load(outcomes_file("qemu", combination))
     own = records.load(outcomes_file("cowhand", combination))
-    result = report.Results(combination, reference_run, own, tools.words())
+    result = report.Results(combination, reference_run, own, tools.words(), identity=tools.identity)
     if combination.scope == "all":
         return result
     plain = records.load(outcomes_file("qemu", combination.plain))
@@ -162,9 +162,7 @@ def print_remaining(options: argparse.Namespace) -> int:
     for combination in options.combinations:
         result = results_of(combination, tools)
         never = [test for test in result.comparable() if test not in result.own]
-        older = [
-            test for test in result.comparable() if test in result.own and result.own[test].tools != tools.identity
-        ]
+        older = result.earlier()
         print(f"{combination.name}: {len(result.comparable())} comparable, {len(result.reference)} in the baseline")
         print(f"  never started ({len(never)}): {' '.join(never)}")
         print(f"  last started with other sources ({len(older)}): {' '.join(older)}")

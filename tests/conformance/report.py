@@ -34,6 +34,8 @@ class Results:
     words: frozenset[str]
     #: Comparable tests of the plain format that this combination is not for.
     elsewhere: tuple[str, ...] = ()
+    #: What outcomes of these very sources carry.
+    identity: str = ""
 
     def comparable(self) -> list[str]:
         """Return the tests that QEMU's own tools pass here and that call at least one tool that cowhand has."""
@@ -49,6 +51,10 @@ class Results:
     def select(self, *statuses: str) -> list[Outcome]:
         """Return cowhand's outcomes with these statuses, of the comparable tests only."""
         return [self.own[test] for test in self.comparable() if test in self.own and self.own[test].status in statuses]
+
+    def earlier(self) -> list[str]:
+        """Return the comparable tests whose outcome is one of other sources than these."""
+        return [test for test in self.comparable() if test in self.own and self.own[test].tools != self.identity]
 
     def tools_alone(self) -> list[str]:
         """Return the comparable tests that start image tools only: no machine, no daemon, no NBD server."""
@@ -71,8 +77,8 @@ def page(facts: dict[str, str], results: Iterable[Results], reasons: Reasons, en
 def _summary(results: list[Results]) -> list[str]:
     lines = [
         "| images | options | comparable: pass with QEMU's tools | of these pass with cowhand's | share | fail | not run "
-        "| image tools alone |",
-        "|---|---|---|---|---|---|---|---|",
+        "| image tools alone | run with these sources |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         passed = {outcome.test for outcome in result.select("pass")}
@@ -82,7 +88,8 @@ def _summary(results: list[Results]) -> list[str]:
         lines.append(
             f"| {result.combination.name} | {_code(result.combination.options) or 'none'} | {len(comparable)} | {len(passed)} "
             f"| {_share(len(passed), len(comparable))} | {len(failed)} "
-            f"| {len(comparable) - len(passed) - len(failed)} | {len(passed & set(alone))} of {len(alone)} |"
+            f"| {len(comparable) - len(passed) - len(failed)} | {len(passed & set(alone))} of {len(alone)} "
+            f"| {len(result.own.keys() & set(comparable)) - len(result.earlier())} |"
         )
     lines += ["", '"Image tools alone" are tests that start no virtual machine, storage daemon or NBD server.']
     if any(result.elsewhere for result in results):
@@ -111,7 +118,10 @@ def _encryption(results: list[Results], encrypting: set[str]) -> list[str]:
 
 def _section(result: Results, reasons: Reasons) -> list[str]:
     name = result.combination.name
-    lines = [f"## {name}", "", "### Pass", "", _row(outcome.test for outcome in result.select("pass")), ""]
+    lines = [f"## {name}", ""]
+    if earlier := result.earlier():
+        lines += [f"Last run with earlier sources, not with these ({len(earlier)}): {_row(earlier)}", ""]
+    lines += ["### Pass", "", _row(outcome.test for outcome in result.select("pass")), ""]
     failed = result.select("fail", "timeout")
     if failed:
         lines += ["### Fail", "", "| test | reason | first difference |", "|---|---|---|"]

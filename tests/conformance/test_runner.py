@@ -198,18 +198,19 @@ def test_page_counts_only_what_qemu_passes_and_cowhand_takes_part_in() -> None:
     }
     own = {
         "001": Outcome("001", "pass", 1.0, date="2026-01-02"),
-        "002": Outcome("002", "fail", 1.0, "a|b", date="2026-01-03"),
+        "002": Outcome("002", "fail", 1.0, "a|b", date="2026-01-03", tools="others"),
         "003": Outcome("003", "pass", 1.0, date="2026-01-03"),
     }
     result = report.Results(Combination("qcow2", "qcow2"), reference, own, frozenset({"img", "io"}))
     text = report.page(
         {"Machine": "here"}, [result], records.Reasons({("qcow2", "002"): "because"}), ["001", "002", "003"]
     )
-    assert "| qcow2 | none | 3 | 1 | 33 % | 1 | 1 | 1 of 2 |" in text
+    assert "| qcow2 | none | 3 | 1 | 33 % | 1 | 1 | 1 of 2 | 1 |" in text
     assert "- qcow2: 1 of 2 pass: 001; others: 002" in text
     assert "| 002 | because | `a\\|b` |" in text
     assert "Results: 2026-01-02 to 2026-01-03" in text
     assert "Not started in this record: 004" in text
+    assert "Last run with earlier sources, not with these (1): 002" in text
     assert "fails with QEMU's own tools: 003" in text
     assert "calls none of cowhand's tools: 005" in text
     assert "QEMU's own run says: no such device: 006" in text
@@ -245,7 +246,7 @@ def test_tests_that_start_more_than_image_tools_run_without_options_only() -> No
     result = report.Results(small, reference, {"001": plain["001"]}, frozenset({"img"}), elsewhere=("002", "004"))
     assert result.comparable() == ["001"] and not result.not_comparable()
     text = report.page({}, [result], records.Reasons({}))
-    assert "| qcow2-512 | `cluster_size=512` | 1 | 1 | 100 % | 0 | 0 | 1 of 1 |" in text
+    assert "| qcow2-512 | `cluster_size=512` | 1 | 1 | 100 % | 0 | 0 | 1 of 1 | 1 |" in text
     assert "Combinations with options are for these" in text
     assert "since they start more than image tools: 002 004" in text
 
