@@ -25,6 +25,7 @@ from cowhand.core.extents import DATA, ZERO, ExtentBatch
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import Worker, impatient_interpreter, qcow2_disk, qcow2_file, qcow2_node
 from tests.block.test_batch import sound_content
+from tests.qcow2 import oracle
 
 CLUSTER = 16384
 SUB = CLUSTER // 32
@@ -232,6 +233,28 @@ def test_zeroing_and_writing_different_subclusters_at_once() -> None:
         assert kinds(disk) == list("dz" * (COUNT * 16))
     keeper.close()
     assert sound_content(file, base) == (b"w" * 7 + b"v" + b"w" * (SUB - 8) + bytes(SUB)) * (COUNT * 16)
+
+
+def test_tables_stay_although_the_cache_is_too_small_for_them() -> None:
+    """The writes of a batch lie under many tables, in turn, and the cache holds one."""
+    reach = CLUSTER * CLUSTER // 16
+    file = qcow2_file(12 * reach, cluster_size=CLUSTER, extended_l2=True)
+    keeper = Disk(file)
+    written: dict[int, bytes] = {}
+    with Disk(qcow2_node(file, **{"l2-cache-size": CLUSTER}), writable=True) as disk:
+        for turn in range(6):
+            spots = [
+                table * reach + (turn // 2) * CLUSTER + (turn + 3 * n) * SUB for table in range(12) for n in range(3)
+            ]
+            random.Random(turn).shuffle(spots)
+            batch = [(WRITE_REQUEST, at, bytes([1 + at // SUB % 255]) * SUB) for at in spots]
+            written.update({at: data for _, at, data in batch})
+            disk.submit(batch)
+    with Disk(qcow2_node(file, writable=False)) as disk:
+        assert {at: disk.read(at, SUB) for at in written} == written
+    keeper.close()
+    findings = oracle.Image(file.snapshot_bytes()).check()
+    assert findings == oracle.Findings()
 
 
 def test_a_batch_does_not_write_over_metadata() -> None:

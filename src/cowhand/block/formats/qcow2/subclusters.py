@@ -461,6 +461,9 @@ def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> list[Re
             if table is None or before != offset >> shift:
                 before = offset >> shift
                 table = writable_table(node, before)
+                # The tables of the other writes must not push this one out of a small cache.
+                table.writing += 1
+                held.append(table)
             first = offset >> bits_ & mask
             entry, bitmap = _unpack(table.data, first << 4)
             begin = offset & within
@@ -479,11 +482,8 @@ def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> list[Re
             else:
                 entry = 0
                 new += 1
-            # The tables of the other writes must not push this one out of a small cache.
-            table.writing += 1
-            held.append(table)
             places.append((table, first, entry, bitmap, marked))
-        return _reserve_places(node, mapping, writes, places, new) if held else []
+        return _reserve_places(node, mapping, writes, places, new)
     finally:
         for table in held:
             table.writing -= 1
