@@ -6,7 +6,8 @@
     bytes       what the changed ranges held before, one behind the other; beyond the end of the file zeroes
     versions    for each sector of the changed ranges: a byte with their number, then 8 bytes of BLAKE2b of every content it was given
     32 bytes    SHA-256 of all that is above
-    lines       what happened since: "done MTIME_NS" when the repair was complete, "undoing" before the first byte is put back
+    lines       what happened since, each between two newlines: "done MTIME_NS" when the repair was complete, "undoing" before the first
+                byte is put back; one that a crash cut off counts for nothing
 
 A log that ends before its SHA-256 belongs to a repair that had not begun. Whatever a crash left of a repair, or of its undoing, each sector
 has one of the contents that the log knows; then everything is put back. Any other content means that somebody wrote to the image since.
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from cowhand.block.disk import Disk
@@ -99,8 +101,10 @@ def write_log(path: str, disk: Disk, image: str, rehearsal: RehearsalNode) -> No
             content = rehearsal.content(step)
             for at in range(0, step.length, SECTOR):
                 versions.setdefault((step.offset + at) // SECTOR, []).append(_short(content[at : at + SECTOR]))
+    made = False
     try:
         with open(path, "xb") as file:
+            made = True
             digest = hashlib.sha256()
             for piece in _log_pieces(disk, header, changed, versions):
                 digest.update(piece)
@@ -112,10 +116,16 @@ def write_log(path: str, disk: Disk, image: str, rehearsal: RehearsalNode) -> No
             os.fsync(folder)
         finally:
             os.close(folder)
-    except FileExistsError as error:
-        raise ImageExists(f"'{path}' exists", path=path, hint="Choose another name for the log (--log).") from error
-    except OSError as error:
-        raise from_os_error(error, path, doing="writing the undo log") from error
+    except BaseException as error:
+        if made:
+            # Nothing was repaired: a part of a log would only be in the way of the next one.
+            with suppress(OSError):
+                os.unlink(path)
+        if isinstance(error, FileExistsError):
+            raise ImageExists(f"'{path}' exists", path=path, hint="Choose another name for the log (--log).") from error
+        if isinstance(error, OSError) and not isinstance(error, CowhandError):
+            raise from_os_error(error, path, doing="writing the undo log") from error
+        raise
 
 
 def _log_pieces(
@@ -139,7 +149,7 @@ def note(path: str, line: str) -> None:
     """Add *line* to the log at *path*, stably."""
     try:
         with open(path, "ab") as file:
-            file.write(line.encode() + b"\n")
+            file.write(b"\n" + line.encode() + b"\n")
             _stable(file)
     except OSError as error:
         raise from_os_error(error, path, doing="writing the undo log") from error
@@ -195,7 +205,7 @@ class UndoLog:
             self._versions.append(known)
         if self._take(file, 32) != digest.digest():
             raise InvalidFormat("the undo log is damaged: its checksum is wrong", path=self.path)
-        self.notes = file.read(_PIECE).decode("ascii", "replace").splitlines()
+        self.notes = file.read(_PIECE).decode("ascii", "replace").split("\n")[:-1]
 
     def _take(self, file: BinaryIO, length: int) -> bytes:
         data = file.read(length)
@@ -210,7 +220,8 @@ class UndoLog:
 
         *modified* is the file's time of modification in ns, None where it has none; with *force* it does not matter. Raises ImageChanged.
         """
-        if disk.root.size not in self.sizes:
+        # A write behind the end of which only a part was done leaves a size in between.
+        if not self.size <= disk.root.size <= max(self.sizes):
             raise self._changed(f"it has {disk.root.size} bytes")
         before = disk.root.size == self.size
         with open(self.path, "rb") as file:
@@ -229,7 +240,7 @@ class UndoLog:
                     begin += len(piece)
         if _digest(disk, self.kept) != self._kept_digest:
             raise self._changed("tables that the repair left alone are new")
-        done = [line.split()[1] for line in self.notes if line.startswith("done ")]
+        done = [line.removeprefix("done ") for line in self.notes if line.startswith("done ")]
         if not before and not force and done and "undoing" not in self.notes and modified is not None:
             if done[-1] != str(modified):
                 raise self._changed(
@@ -271,8 +282,9 @@ def _header(line: bytes, path: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(line)
         ranges = {name: [(int(begin), int(end)) for begin, end in found[name]] for name in ("changed", "kept")}
         sound = isinstance(found["image"], str) and isinstance(found["kept-sha256"], str) and int(found["size"]) >= 0
+        sound = sound and isinstance(found["sizes"], list) and found["size"] in found["sizes"]
         sound = sound and all(isinstance(size, int) for size in found["sizes"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise wrong from None
     for name, rows in ranges.items():
         last = 0
