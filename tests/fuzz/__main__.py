@@ -41,7 +41,7 @@ def run(name: str, seconds: int) -> int:
     while (left := seconds - (time.monotonic() - started)) >= 1:
         command = [
             sys.executable, "-m", "tests.fuzz.target", name, str(folders["findings"]),
-            f"-max_total_time={left:.0f}", f"-timeout={_HANG_SECONDS}", "-rss_limit_mb=1024", f"-max_len={TARGETS[name].max_bytes}",
+            f"-max_total_time={left:.0f}", f"-timeout={_HANG_SECONDS}", "-rss_limit_mb=2048", f"-max_len={TARGETS[name].max_bytes}",
             "-len_control=0", f"-artifact_prefix={folders['findings']}/", str(folders["corpus"]), str(folders["seeds"]),
         ]  # fmt: skip
         with log.open("wb") as file:
@@ -60,7 +60,7 @@ def run(name: str, seconds: int) -> int:
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     wall = time.monotonic() - started
     print(f"{name}: {wall:.0f} s, of processor time {cpu:.0f} s; {inputs} inputs, {edges} edges covered")
-    _judge_slow(name, folders["findings"])
+    _judge(name, folders["findings"])
     # What is slow still was judged: it is slow for the instruments.
     found = [path.name for path in sorted(folders["findings"].iterdir()) if not path.name.startswith("slow-")]
     found = [path for path in found if not path.endswith(".txt")]
@@ -68,15 +68,16 @@ def run(name: str, seconds: int) -> int:
     return len(found)
 
 
-def _judge_slow(name: str, folder: Path) -> None:
-    """Make those slow inputs findings that take longer than they may without the instruments, which slow some code down more than other."""
-    for path in sorted(folder.glob("slow-*")):
-        if path.suffix != ".txt":
-            command = [sys.executable, "-m", "tests.fuzz", "replay", "--target", name, str(path)]
-            done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-            print(f"{name}: {path.name}: {(done.stdout + done.stderr).strip().splitlines()[-1:]}", flush=True)
-            if done.returncode:
-                path.rename(folder / path.name.replace("slow-", "finding-", 1))
+def _judge(name: str, folder: Path) -> None:
+    """Judge without the instruments, whose own time and memory count otherwise, what took long or met the process's limit of memory."""
+    for path in sorted([*folder.glob("slow-*"), *folder.glob("oom-*")]):
+        if path.suffix == ".txt":
+            continue
+        command = [sys.executable, "-m", "tests.fuzz", "replay", "--target", name, str(path)]
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+        print(f"{name}: {path.name}: {(done.stdout + done.stderr).strip().splitlines()[-1:]}", flush=True)
+        kind, _, rest = path.name.partition("-")
+        path.rename(folder / (f"finding-{kind}-{rest}" if done.returncode else f"slow-{rest}"))
 
 
 def main() -> int:

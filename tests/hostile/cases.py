@@ -18,6 +18,7 @@ class Subject:
     """An image to treat. ``base`` is the content of the backing file that it is opened over for writing, None for none.
 
     ``refused``: steps that must end in an error; ``accepted``: those that must not. ``writes``: whether it is opened for writing at all.
+    ``repairs``: it is repaired, where it is, after that.
     ``also``: something to do while the image is watched, by which the tests try the watch itself.
     ``large``: it is changed where it is, not over a recording medium in memory, which would itself take the memory that is measured.
     """
@@ -28,6 +29,7 @@ class Subject:
     accepted: list[str] = field(default_factory=list)
     writes: bool = True
     large: bool = False
+    repairs: bool = False
     also: Callable[[], None] | None = None
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import bitmaps, cases, chains, encryption, faults, layout, lies, pool, walk
+from tests.hostile import bitmaps, cases, chains, encryption, faults, large, layout, lies, pool, walk
 
-MUTATIONS = int(os.environ.get("COWHAND_MUTATIONS", "1500"))
+_SHORT = 1500
+MUTATIONS = int(os.environ.get("COWHAND_MUTATIONS", str(_SHORT)))
 _FIRST = int(os.environ.get("COWHAND_SEED", "0")) * 1_000_000
 _AT_ONCE = 300
 
@@ -77,6 +78,11 @@ def test_bitmaps(tmp_path: Path) -> None:
 
 def test_loops_and_long_chains(tmp_path: Path) -> None:
     pool.check(chains.chain_names(), tmp_path)
+
+
+def test_images_that_say_they_are_large_or_make_much_out_of_little(tmp_path: Path) -> None:
+    # All of them take most of a minute.
+    pool.check(large.large_names(few=MUTATIONS <= _SHORT), tmp_path)
 
 
 @pytest.mark.parametrize("first", range(0, MUTATIONS, _AT_ONCE))

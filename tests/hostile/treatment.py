@@ -14,7 +14,7 @@ from typing import Any
 
 import cowhand
 from cowhand.block.bitmaps import add_bitmap, clear_bitmap, dirty_extents, list_bitmaps, remove_bitmap
-from cowhand.block.check import check as check_image, check_node
+from cowhand.block.check import CheckResult, check as check_image, check_node
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.usage import usage
 from cowhand.block.node import BlockNode
@@ -169,6 +169,24 @@ def check(path: Path, outcome: Outcome) -> None:
         outcome.steps["check"] = result.failure.code
     if result is not None and any("bitmap directory" in line for line in result.messages):
         outcome.attempt("repair", lambda: _repair(path))
+
+
+def repair(path: Path, outcome: Outcome) -> None:
+    """Repair the image where it is, its leaks first and then everything, and check it again."""
+    for how in ("leaks", "all"):
+        result = outcome.attempt(f"repair {how}", partial(_repaired_in_place, path, how))
+        if result is not None and result.failure is not None:
+            outcome.steps[f"repair {how}"] = result.failure.code
+    outcome.attempt("check again", lambda: check_image(path, format="qcow2"))
+
+
+def _repaired_in_place(path: Path, how: str) -> CheckResult:
+    opening = Opening(REGISTRY, policy=UNTRUSTED, backing=False)
+    opening.for_repair = True
+    file = {"driver": "file", "filename": str(path)}
+    root: Any = opening.open({"driver": "qcow2", "file": file, "read-only": False})
+    with Disk(root, writable=True):
+        return check_node(root, repair=how)
 
 
 def _repair(path: Path) -> None:
@@ -356,4 +374,4 @@ def _reader(node: BlockNode) -> Reader:
     return read
 
 
-__all__ = ["MARK", "Finding", "Outcome", "change", "check", "look", "look_untrusted"]
+__all__ = ["MARK", "Finding", "Outcome", "change", "check", "look", "look_untrusted", "repair"]

@@ -133,6 +133,8 @@ def treat(subject: cases.Subject, watch: Watch) -> Outcome:
                 lambda: treatment.change(subject.path, medium, subject.base, outcome),
             )
         )
+    if subject.repairs:
+        phases.append(([subject.path], lambda: treatment.repair(subject.path, outcome)))
     for allowed, phase in phases:
         with watch.phase():
             phase()

@@ -23,6 +23,7 @@ from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.crypto.luks import Header as LuksHeader
 
 #: A disk longer than this is a reason by itself; the caller may give another limit.
 MAX_VIRTUAL_SIZE = 64 << 40
@@ -31,6 +32,7 @@ MAX_EXPANSION = 100
 _BOMB_BYTES = 256 << 20
 #: Levels of a json: description, and bytes of it, that are looked at.
 _JSON_DEPTH = 4
+_SECTOR = 512
 #: Marks at the end of a file, by which some programs recognise formats: (bytes, distance from the end, format).
 _END_MARKS = ((b"conectix", 512, "vpc"), (b"koly", 512, "dmg"))
 _ISO = (b"CD001", 0x8001)
@@ -94,13 +96,25 @@ def judge(path: str, format: str | None = None, *, max_size: int = MAX_VIRTUAL_S
     size: int | None = None
     if chosen == "qcow2":
         size = _judge_qcow2(path, length, reasons)
+    elif chosen == "luks":
+        size = _judge_luks(path, length, reasons)
     elif chosen == "raw":
         size = length
     else:
         reasons.append(Reason("not-understood", f"what a {chosen} image names and holds is not looked into"))
     if size is not None and size > max_size:
         reasons.append(Reason("size", f"a disk of {format_size(size)} is longer than {format_size(max_size)}"))
-    return Verdict(path, chosen, size, length, tuple(reasons))
+    return Verdict(
+        path, chosen, size, length, tuple(reason._replace(text=_one_line(reason.text)) for reason in reasons)
+    )
+
+
+def _one_line(text: str) -> str:
+    """Return *text* with what steers a terminal, or begins a line of its own, spelled out: names in images may hold anything."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )
 
 
 def _ambiguities(head: bytes, tails: list[str], iso: bool, probed: str, format: str | None) -> list[Reason]:
@@ -108,8 +122,8 @@ def _ambiguities(head: bytes, tails: list[str], iso: bool, probed: str, format: 
     found: list[Reason] = []
     marked = {looks_like_a_format(head) or ""} | {name for mark, at, name in MARKS if head[at : at + len(mark)] == mark}
     marked = {name for name in marked if name} | set(tails)
-    if probed == "qcow2" and head[4:8] != b"\0\0\0\1":
-        marked.add("qcow2")
+    if "qcow" in marked:
+        marked.discard("qcow2")  # the same mark, and another version behind it
     if format is None and probed == "raw":
         text = "the format is a guess: whoever writes the disk's first bytes can make it another one"
         found.append(Reason("guessed-format", f"{text} (if it is raw, say so: -f raw)", 0))
@@ -126,6 +140,44 @@ def _ambiguities(head: bytes, tails: list[str], iso: bool, probed: str, format: 
     return found
 
 
+# -- LUKS
+
+
+def _judge_luks(path: str, length: int, reasons: list[Reason]) -> int | None:
+    from cowhand.crypto import luks
+
+    with open(path, "rb") as file:
+        first = file.read(luks.HEADER_BYTES)
+    try:
+        header = luks.parse(first, path)
+    except CowhandError as error:
+        reasons.append(Reason("invalid-header", error.message, error.offset))
+        return None
+    begin = header.payload * _SECTOR
+    if begin > length:
+        text = f"the encrypted disk begins at {begin}, behind the end of the file"
+        reasons.append(Reason("invalid-header", text, luks.PAYLOAD_OFFSET))
+    _slots(header, 0, reasons)
+    return max(0, length - begin)
+
+
+def _slots(header: LuksHeader, at: int, reasons: list[Reason]) -> None:
+    """Add a reason if trying a passphrase on the key slots of the *header* at offset *at* takes longer than it may."""
+    from cowhand.crypto import luks
+    from cowhand.crypto.effort import Effort
+
+    effort = Effort(None)
+    active = [index for index, slot in enumerate(header.slots) if slot.active]
+    try:
+        costly = [index for index in active if not effort.covers(header, index)]
+    except CowhandError as error:  # the hash is not known here
+        reasons.append(Reason("not-understood", error.message, at))
+        return
+    if costly:
+        text = f"to try a passphrase on key slot {', '.join(map(str, costly))} takes minutes, or hours"
+        reasons.append(Reason("costly-key-slot", text, at + luks.slot_at(costly[0])))
+
+
 # -- qcow2
 
 
@@ -140,6 +192,7 @@ def _judge_qcow2(path: str, length: int, reasons: list[Reason]) -> int | None:
     except CowhandError as error:
         reasons.append(Reason("invalid-header", error.message, error.offset))
         return None
+    _repeated(first[: header.cluster_size], header, reasons)
     _references(header, reasons)
     try:
         headers.check_features(header, path)
@@ -149,6 +202,21 @@ def _judge_qcow2(path: str, length: int, reasons: list[Reason]) -> int | None:
     except CowhandError as error:
         reasons.append(Reason("unreadable", error.message, error.offset))
     return header.size
+
+
+def _repeated(data: bytes, header: Any, reasons: list[Reason]) -> None:
+    """Look for header extensions that are there twice; the *header* was parsed, so that their lengths are right."""
+    at, seen = header.header_length, set()
+    while at + 8 <= min(len(data), int.from_bytes(data[8:16], "big") or len(data)):
+        kind, length = (int.from_bytes(data[begin : begin + 4], "big") for begin in (at, at + 4))
+        if not kind:
+            break
+        if kind in seen:
+            text = f"it has the header extension {kind:#x} twice: other programs may go by the other one"
+            reasons.append(Reason("ambiguous-header", text, at))
+            break
+        seen.add(kind)
+        at += 8 + -(-length // 8) * 8
 
 
 def _references(header: Any, reasons: list[Reason]) -> None:
@@ -161,7 +229,7 @@ def _references(header: Any, reasons: list[Reason]) -> None:
             reasons.append(Reason("unrecorded-format", text, 8))
     data = header.find(L.EXT_DATA_FILE)
     if data is not None:
-        _reference("external data file", data.decode("utf-8", "replace"), reasons, None)
+        _reference("external data file", data.decode("utf-8", "surrogateescape"), reasons, None)
     elif header.incompatible & L.INCOMPAT_DATA_FILE:
         text = "its data lie in another file, which it does not name"
         reasons.append(Reason("external-reference", text, L.OFFSET_INCOMPATIBLE))
@@ -176,7 +244,7 @@ def _reference(what: str, name: str, reasons: list[Reason], offset: int | None) 
     """Add the reasons that a reference to another file gives."""
     shown = name if len(name) < 200 else name[:200] + "..."
     reasons.append(Reason("external-reference", f"it names another file, its {what}: '{shown}'", offset))
-    if any(ord(character) < 32 or ord(character) == 127 for character in name):
+    if not name.isprintable():
         reasons.append(Reason("control-characters", f"the name of its {what} has control characters", offset))
     if name.startswith("json:"):
         reasons.append(
@@ -232,6 +300,8 @@ def _judge_tables(path: str, length: int, reasons: list[Reason]) -> None:
         raise
     with disk:
         node: Qcow2Node = root
+        if node.encryption is not None and node.encryption.luks is not None:
+            _slots(node.encryption.luks, 0, reasons)
         result = check_node(node)
         if result.failure is not None:
             reasons.append(Reason("unreadable", result.failure.message, result.failure.offset))

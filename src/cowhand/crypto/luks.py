@@ -23,7 +23,7 @@ STRIPES = 4000  #: specified; QEMU refuses others
 ENABLED, DISABLED = 0x00AC71F3, 0x0000DEAD
 SLOT_AREA_AT = 4096  #: where the first key material lies, and what the others are aligned to (specified)
 
-_MODE_OFFSET, _HASH_OFFSET, _PAYLOAD_OFFSET, _KEY_BYTES_OFFSET, _DIGEST_ITERATIONS_OFFSET = 40, 72, 104, 108, 164
+_MODE_OFFSET, _HASH_OFFSET, PAYLOAD_OFFSET, _KEY_BYTES_OFFSET, _DIGEST_ITERATIONS_OFFSET = 40, 72, 104, 108, 164
 
 
 class Slot(NamedTuple):
@@ -115,7 +115,7 @@ def parse(data: bytes, path: str, *, at: int = 0, detached: bool = False) -> Hea
         if b"\0" not in field:
             raise wrong(f"LUKS header {what} is not NUL terminated", offset)
     if payload < SLOT_AREA_AT // SECTOR and not (detached and not payload):
-        raise wrong("LUKS payload is overlapping with the header", _PAYLOAD_OFFSET)
+        raise wrong("LUKS payload is overlapping with the header", PAYLOAD_OFFSET)
     if not iterations:
         raise wrong("LUKS key iteration count is zero", _DIGEST_ITERATIONS_OFFSET)
     chain, ivgen, ivgen_hash = _mode(_text(mode), path, at)

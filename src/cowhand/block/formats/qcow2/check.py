@@ -7,11 +7,12 @@ and words are those of qemu-img's check on the same image.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cowhand.block.check import MAX_FINDINGS, CheckResult
 from cowhand.block.findings import ERROR, LEAK, NOTE, REPAIRED, UNREADABLE, Finding, Say
 from cowhand.block.formats.qcow2 import findings as F, layout as L
+from cowhand.block.formats.qcow2.checkblocks import count_blocks
 from cowhand.block.formats.qcow2.checkflags import check_flags
 from cowhand.block.formats.qcow2.checkwalk import Counters, Stopped, Walk
 from cowhand.block.formats.qcow2.runs import words_of
@@ -73,8 +74,14 @@ class Examination:
 
         repairing = (lambda host, index, active: zero_entry(self, host, index, active)) if fix else None
         self.walk = Walk(self.node, self.say, self.counters, repairing)
+        self.walk.room = min(self.walk.room, max(0, self.room) + 1)
         self._kept = None
         return self.walk
+
+    def end(self) -> None:
+        """Let go of what was counted, which can be much: the examination and its walk refer to one another."""
+        del self.walk
+        self._kept = self.regions = None
 
     # -- the whole of it
 
@@ -242,43 +249,7 @@ class Examination:
         walk.run()
         if self.bitmaps is not None:
             self.bitmaps.count(walk, dropping=self.fix_bitmaps)
-        table = words_of(bytes(self.node.refcounts.table))
-        for index, entry in enumerate(table):
-            if entry:
-                self._count_block(walk, index, entry, fix)
-
-    def _count_block(self, walk: Walk, index: int, entry: int, fix: bool) -> None:
-        counters = self.counters
-        cluster = (entry & L.REFCOUNT_TABLE_OFFSET_MASK) >> walk.bits
-        about: dict[str, Any] = {
-            "cluster": cluster,
-            "offset": self.node.header.refcount_table_offset + index * L.ENTRY_SIZE,
-            "owner": "the refcount table",
-            "index": index,
-        }
-        if entry & L.REFCOUNT_TABLE_RESERVED_MASK:
-            self.say(Finding(F.BLOCK_RESERVED, **about))
-        elif entry & (walk.size - 1):
-            self.say(Finding(F.BLOCK_UNALIGNED, **about))
-        elif cluster >= walk.clusters:
-            self.say(Finding(F.BLOCK_OUTSIDE, REPAIRED if fix else ERROR, **about))
-            if not fix:
-                counters.corruptions += 1
-                return
-            from cowhand.block.formats.qcow2.repair import lengthen
-
-            if lengthen(self, entry):
-                counters.corruptions_fixed += 1
-                walk.region(entry, walk.size, f"refcount block {index}")
-                return
-        else:
-            walk.region(entry, walk.size, f"refcount block {index}")
-            count = walk.tally.get(cluster)
-            if count == 1:
-                return
-            self.say(Finding(F.BLOCK_SHARED, refcount=count, **about))
-        counters.corruptions += 1
-        self.rebuild = True
+        count_blocks(self, fix=fix)
 
     # -- comparing
 
@@ -310,6 +281,11 @@ class Examination:
         if offset < self.walk.length:
             self.node.file.read_into(offset, data)
         return native(data, self.order)
+
+    @property
+    def compared_bytes(self) -> int:
+        """From this host offset on nothing was compared, and nothing lies in the file."""
+        return max(self.walk.length, self._compared << self.walk.bits)
 
     def disk_count(self, cluster: int) -> int | None:
         """Return the count that the disk has for *cluster*, None when it cannot be read."""
@@ -437,9 +413,9 @@ class Examination:
         if not fresh:
             self.rebuild = self.rebuild or bool(missing.any())
             mend &= ~missing
-        protected = self._protected()
-        for index in np.flatnonzero(mend & (wanted == 0)).tolist():
-            mend[index] = first + found[index] not in protected
+        freed = np.flatnonzero(mend & (wanted == 0))
+        if len(freed):
+            mend[freed] = ~self._protected().among(np.asarray(found)[freed] + first)
         np.asarray(target)[np.asarray(found)[mend]] = wanted[mend]
         counters = self.counters
         counters.corruptions_fixed += int((short & mend).sum())
@@ -481,9 +457,11 @@ def check(node: Qcow2Node, repair: str | None, say: Say, *, spare_bitmaps: bool 
 
 
 def _checked(node: Qcow2Node, repair: str | None, say: Say, spare_bitmaps: bool) -> CheckResult:
+    examination = Examination(node, repair, say, spare_bitmaps=spare_bitmaps)
     try:
-        return Examination(node, repair, say, spare_bitmaps=spare_bitmaps).run()
+        return examination.run()
     finally:
+        examination.end()
         if repair is not None:
             from cowhand.block.formats.qcow2.repair import forget
 

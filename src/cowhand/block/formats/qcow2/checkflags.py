@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.findings import ERROR, REPAIRED, Finding
 from cowhand.block.formats.qcow2 import findings as F, layout as L
+from cowhand.block.formats.qcow2.checkwalk import LARGE_L1
 from cowhand.block.formats.qcow2.runs import runs_of, words_of
 
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ def check_flags(exam: Examination) -> None:
     judged: dict[int, list[Finding]] = {}
     status = REPAIRED if mend else ERROR
     mending = _L1Mending(exam)
-    for first, entry, times in runs_of(words_of(bytes(node.mapping.l1.data[: node.header.l1_size * 8]))):
+    words = words_of(memoryview(node.mapping.l1.data)[: node.header.l1_size * L.ENTRY_SIZE])
+    if len(words) >= LARGE_L1:
+        _judge_lost(exam, words, mend)
+    for first, entry, times in runs_of(words):
         host = entry & L.L1_OFFSET_MASK
         count = exam.disk_count(host >> walk.bits) if host else None
         if count is None:
@@ -58,6 +63,37 @@ def check_flags(exam: Examination) -> None:
             if alike > 1:
                 break
     mending.write()
+
+
+def _judge_lost(exam: Examination, words: array[int], mend: bool) -> None:
+    """Judge those entries of a large L1 table that name what lies behind the end, uncounted, but for so many as somebody hears of; zero them.
+
+    There can be four million, each of another place. No table lies there, and nothing says that it has a count of 1.
+    """
+    import numpy
+
+    from cowhand.block.formats.qcow2.repair import flag_l1
+
+    walk, room = exam.walk, max(0, exam.room)
+    blocks = numpy.frombuffer(bytes(exam.node.refcounts.table), ">u8") & numpy.uint64(L.REFCOUNT_TABLE_OFFSET_MASK) != 0
+    column = numpy.frombuffer(words, "u8")
+    for first in range(0, len(column), _PIECE // L.ENTRY_SIZE):
+        piece = column[first : first + _PIECE // L.ENTRY_SIZE]
+        host = piece & numpy.uint64(L.L1_OFFSET_MASK)
+        index = (host >> numpy.uint64(walk.bits)) // numpy.uint64(exam.per_block)
+        counted = numpy.zeros(len(piece), bool)
+        known = index < len(blocks)
+        counted[known] = blocks[index[known]]
+        lost = numpy.flatnonzero((host >= exam.compared_bytes) & ~counted)
+        room, lost = max(0, room - len(lost)), lost[room:]
+        wrong = lost[piece[lost] & numpy.uint64(L.COPIED) != 0]
+        if mend and len(wrong):
+            piece[wrong] ^= numpy.uint64(L.COPIED)
+            flag_l1(exam, first * L.ENTRY_SIZE, piece.astype(">u8").tobytes())
+            exam.counters.corruptions_fixed += len(wrong)
+        else:
+            exam.counters.corruptions += len(wrong)
+        piece[lost] = 0
 
 
 class _L1Mending:
@@ -95,6 +131,8 @@ class _L1Mending:
 def _judge_flags(exam: Examination, host: int, mend: bool) -> list[Finding]:
     """Return a finding for each wrong COPIED bit in the table at *host*; with *mend* they are told, counted and put right."""
     walk = exam.walk
+    if host >= walk.length:
+        return []
     seen = walk.seen.get(host)
     if seen is not None and seen.scan.runs is not None and not exam.unreadable:
         if all(walk.tally.is_all(first, count, 1) for first, count in seen.scan.runs):

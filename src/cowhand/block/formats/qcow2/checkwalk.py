@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cowhand.block.check import MAX_FINDINGS
 from cowhand.block.findings import ERROR, REPAIRED, UNREADABLE, Finding, Kind, Say
 from cowhand.block.formats.qcow2 import findings as F, layout as L
 from cowhand.block.formats.qcow2.runs import runs_of, words_of
-from cowhand.block.formats.qcow2.scan import Scan, Scanner
+from cowhand.block.formats.qcow2.scan import EMPTY, Scan, Scanner
 from cowhand.block.formats.qcow2.tally import Tally
 from cowhand.core.errors import CowhandError, IOFailed
 
@@ -27,7 +28,9 @@ _BITMAP_LOW = (1 << 32) - 1
 _NEAR = 64 << 20
 _MANY_BEHIND = 1 << 18
 #: Findings about damage that one walk tells; everything is counted.
-_MOST_TOLD = 1 << 18
+_MOST_TOLD = MAX_FINDINGS + 1
+#: Entries of an L1 table that are looked at together.
+LARGE_L1 = 1 << 17
 
 
 class Counters:
@@ -85,6 +88,10 @@ class _Place:
         return Finding(kind, status, cluster=cluster, offset=self.at, owner=self.owner, **facts)
 
 
+#: What lies behind the end of the file.
+_NOTHING = _Seen(EMPTY)
+
+
 class Walk:
     """Counts references of one image. ``tally`` is what the reference counts ought to be when :meth:`run` has ended."""
 
@@ -114,7 +121,7 @@ class Walk:
         self._uses: dict[int, int] = {}
         self._l1: dict[tuple[int, int], array[int]] = {}
         self.allocated = self.fragmented = self.compressed = 0
-        self._room = _MOST_TOLD
+        self.room = _MOST_TOLD  #: findings that it still tells
         self.behind: set[int] = set()  #: clusters behind the end of the file that something refers to
         self.behind_many = False  #: too many of them to be remembered
         self.uncertain = False  #: a snapshot could not be followed: what it holds counts as unused
@@ -146,8 +153,8 @@ class Walk:
     def _wrong(self, times: int, *found: Finding) -> None:
         """Count each of *found* as *times* corruptions, and tell of them: of a number that somebody could read."""
         self.counters.corruptions += times * len(found)
-        for _ in range(min(times, self._room) if found else 0):
-            self._room -= len(found)
+        for _ in range(min(times, self.room) if found else 0):
+            self.room -= len(found)
             for finding in found:
                 self.say(finding)
 
@@ -196,6 +203,7 @@ class Walk:
         self.region(0, self.size, "the header")
         self.walk_l1(header.l1_offset, header.l1_size, "the active L1 table", active=True)
         self._walk_snapshots()
+        self._l1.clear()  # they can be 32 MiB each
         self.region(header.snapshots_offset, node.snapshot_table_bytes, "the snapshot table")
         self.region(header.refcount_table_offset, header.refcount_table_clusters * self.size, "the refcount table")
         from cowhand.block.formats.qcow2.checkextensions import count_encryption
@@ -224,9 +232,12 @@ class Walk:
                 words = self._read_l1(offset, entries, told=False)
             except Stopped:
                 return  # the walk comes to the same place, and tells what it finds before
+            if len(words) >= LARGE_L1:
+                words = self._inside(words)
             for _, entry, times in runs_of(words):
                 host = entry & L.L1_OFFSET_MASK
-                uses[host] = uses.get(host, 0) + times * tables_alike
+                if host < self.length:  # what lies behind the end refers to nothing
+                    uses[host] = uses.get(host, 0) + times * tables_alike
 
     def _read_l1(self, offset: int, entries: int, *, told: bool = True) -> array[int]:
         """Read an L1 table; the last few are kept, since many snapshots of a hostile image can name one."""
@@ -273,7 +284,10 @@ class Walk:
             return
         self.region(offset, entries * L.ENTRY_SIZE, owner, tables)
         within = self.size - 1
-        for first, entry, times in runs_of(self._read_l1(offset, entries)):
+        words = self._read_l1(offset, entries)
+        if len(words) >= LARGE_L1:
+            words = self._without_lost(words, tables)
+        for first, entry, times in runs_of(words):
             times *= tables
             at = offset + first * L.ENTRY_SIZE
             host = entry & L.L1_OFFSET_MASK
@@ -285,7 +299,7 @@ class Walk:
                     times,
                     Finding(F.L2_TABLE_UNALIGNED, cluster=host >> self.bits, offset=at, owner=owner, host=host),
                 )
-            seen = self.seen.get(host)
+            seen = self.seen.get(host) if host < self.length else _NOTHING
             if seen is None:
                 seen = self.seen[host] = self._look(host, active)
             if active:
@@ -293,6 +307,42 @@ class Walk:
                 self.fragmented += seen.scan.fragmented * times
                 self.compressed += seen.scan.compressed * times
             self._wrong(times, *seen.found)
+
+    def _inside(self, words: array[int]) -> array[int]:
+        """Return a large L1 table without the entries that name what lies behind the end."""
+        import numpy
+
+        rest = array("Q", words)
+        column = numpy.frombuffer(rest, "u8")
+        for first in range(0, len(column), LARGE_L1):
+            piece = column[first : first + LARGE_L1]
+            piece[piece & numpy.uint64(L.L1_OFFSET_MASK) >= self.length] = 0
+        return rest
+
+    def _without_lost(self, words: array[int], tables: int) -> array[int]:
+        """Count those entries of a large L1 table that name what lies behind the end, but for so many as somebody hears of; return the others.
+
+        There can be four million, each of another place, and that is all that is wrong with them.
+        """
+        import numpy
+
+        rest = array("Q", words)
+        column = numpy.frombuffer(rest, "u8")
+        room = max(0, self.room)
+        for first in range(0, len(column), LARGE_L1):
+            piece = column[first : first + LARGE_L1]
+            host = piece & numpy.uint64(L.L1_OFFSET_MASK)
+            odd = piece & numpy.uint64(L.L1_RESERVED_MASK) | host & numpy.uint64(self.size - 1)
+            lost = numpy.flatnonzero((host >= self.length) & (odd == 0) & (host != 0))
+            room, lost = max(0, room - len(lost)), lost[room:]
+            self.counters.corruptions += len(lost) * tables
+            places = host[lost]
+            if not self.behind_many:
+                near = places[places <= 2 * self.length + _NEAR][: _MANY_BEHIND + 1]
+                self.behind.update((near >> numpy.uint64(self.bits)).tolist())
+                self.behind_many = len(self.behind) > _MANY_BEHIND
+            piece[lost] = 0
+        return rest
 
     # -- L2 tables
 

@@ -75,6 +75,12 @@ class ManyClusters:
         """All of them as one array, where nothing was changed."""
         return self._ordered if not self._added and not self._removed else None
 
+    def below(self, end: int) -> Pool:
+        """Return those that are smaller than *end*."""
+        if self._added or self._removed:
+            return {cluster for cluster in self if cluster < end}
+        return ManyClusters(self._ordered[: bisect_left(self._ordered, end)])
+
     def update(self, clusters: Clusters) -> None:
         for cluster in clusters:
             self._removed.discard(cluster)
@@ -131,14 +137,16 @@ class MetadataMap:
         """Add all regions, before the map is used. What snapshots refer to stays when the active tables leave it."""
         waiting: list[Clusters] = []
         kept: list[Clusters] = []
+        count = 0
         for region in everything:
             waiting.append(region.clusters)
+            count += len(region.clusters)
             if region.name in _OF_SNAPSHOTS:
                 kept.append(region.clusters)
             # Together, since each union sorts all that is there; not too many, since they are kept twice meanwhile.
-            if sum(map(len, waiting)) > _WAITING_LIMIT:
+            if count > _WAITING_LIMIT:
                 self._clusters, self._kept = _united(self._clusters, waiting), _united(self._kept, kept)
-                waiting, kept = [], []
+                waiting, kept, count = [], [], 0
         self._clusters, self._kept = _united(self._clusters, waiting), _united(self._kept, kept)
 
     def add(self, first: int, count: int) -> None:
@@ -166,10 +174,16 @@ def _united(one: Pool, others: list[Clusters]) -> Pool:
         return one
     import numpy
 
-    both = numpy.concatenate([_column(part) for part in (one, *others)])
+    # In the memory that is kept: what four million clusters need is not needed twice.
+    both = array("Q", bytes(8 * (len(one) + sum(map(len, others)))))
+    column, at = numpy.frombuffer(both, "u8"), 0
+    for part in (one, *others):
+        column[at : at + len(part)] = _column(part)
+        at += len(part)
     # Merging what is in order already; ranges, and most tables, are.
-    both.sort(kind="stable")
-    return ManyClusters(_ascending(both[numpy.append(True, both[1:] != both[:-1])]))
+    column.sort(kind="stable")
+    new = column[1:] != column[:-1]
+    return ManyClusters(both if new.all() else _ascending(column[numpy.append(True, new)]))
 
 
 def _ascending(column: Any) -> array[int]:
@@ -225,7 +239,7 @@ def _many_named(table: bytes | bytearray, mask: int, bits: int) -> tuple[Cluster
     words = numpy.frombuffer(table, ">u8").astype("u8")
     words &= numpy.uint64(mask)
     words = words[(words & numpy.uint64((1 << bits) - 1) == 0) & (words != 0)] >> numpy.uint64(bits)
-    words.sort()
+    words.sort(kind="stable")  # most are in order already
     equal = words[1:] == words[:-1]
     repeated = None
     if equal.any():

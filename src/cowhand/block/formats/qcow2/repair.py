@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowhand.block.findings import NOTE, UNREADABLE, Finding
 from cowhand.block.formats.qcow2 import findings as F, layout as L, overlap
@@ -68,7 +68,7 @@ class Uncounted:
         self._end = walk.clusters
         ranges: list[range] = []
         others = overlap.MetadataMap()
-        others.include(_other_regions(overlap.regions(exam.node), ranges))
+        others.include(_other_regions(overlap.regions(exam.node), ranges, self._end))
         self._single = others.clusters
         self._begins: list[int] = []
         self._ends: list[int] = []
@@ -88,16 +88,35 @@ class Uncounted:
         at = bisect_right(self._begins, cluster) - 1
         return max(cluster, self._ends[at]) if at >= 0 else cluster
 
+    def among(self, clusters: Any) -> Any:
+        """Return which of *clusters*, a numpy array of such that nothing was counted of, are some of these."""
+        import numpy
+
+        inside = numpy.zeros(len(clusters), bool)
+        if self._begins:
+            at = numpy.searchsorted(numpy.array(self._begins, "i8"), clusters, "right") - 1
+            inside = (at >= 0) & (clusters < numpy.array(self._ends, "i8")[at])
+        ordered = self._single.ordered if isinstance(self._single, overlap.ManyClusters) else None
+        if ordered is not None:
+            known = numpy.frombuffer(ordered, "u8").astype("i8", copy=False)
+            at = numpy.minimum(numpy.searchsorted(known, clusters), len(known) - 1)
+            inside |= known[at] == clusters
+        elif self._single:
+            inside |= numpy.fromiter((cluster in self._single for cluster in clusters.tolist()), bool, len(clusters))
+        return inside & (clusters < self._end)
+
     def next_outside(self, cluster: int) -> int:
         """Return the first cluster behind *cluster*, which is one of these, that need not be one of them."""
         return max(cluster + 1, min(self._behind_range(cluster), self._end))
 
 
-def _other_regions(regions: Iterable[overlap.Region], ranges: list[range]) -> Iterator[overlap.Region]:
-    """Yield *regions*, but for those that are ranges: those are appended to *ranges*."""
+def _other_regions(regions: Iterable[overlap.Region], ranges: list[range], end: int) -> Iterator[overlap.Region]:
+    """Yield *regions* with their clusters below *end*, but for those that are ranges: those are appended to *ranges*."""
     for region in regions:
         if isinstance(region.clusters, range):
             ranges.append(region.clusters)
+        elif isinstance(region.clusters, overlap.ManyClusters):
+            yield region._replace(clusters=region.clusters.below(end))
         else:
             yield region
 
