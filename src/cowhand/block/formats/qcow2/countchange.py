@@ -59,10 +59,13 @@ def _refuse_unreachable(node: Qcow2Node, data: bytes) -> None:
 def l2_tables(node: Qcow2Node, l1: bytes) -> dict[int, int]:
     """Return {host offset: times} of the L2 tables that *l1* names. Raises ImageCorrupt for an impossible offset."""
     found: dict[int, int] = {}
+    most = node.file.node.size // node.cluster_size + 1
     for index, (entry,) in enumerate(L.U64.iter_unpack(l1)):
         host = entry & L.L1_OFFSET_MASK
         if not host:
             continue
+        if len(found) > most:
+            raise _wrong(node, host // node.cluster_size)  # more tables than the file has clusters
         if host % node.cluster_size:
             raise node.mark_corrupt(f"L2 table offset {host:#x} unaligned (L1 index: {L.c_hex(index)})", offset=host)
         found[host] = found.get(host, 0) + 1
