@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 from functools import partial
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from cowhand.bitmaps import bitmap as bitmap_module
 from cowhand.bitmaps.bitmap import PAGE_BYTES, Bitmap
 from cowhand.core.errors import InvalidArgument
 from cowhand.testing.nodes import in_threads
@@ -146,3 +148,60 @@ def test_no_mark_of_many_threads_is_lost() -> None:
 
     in_threads([partial(work, number) for number in range(4)])
     assert bitmap.count() == 2048
+
+
+@pytest.mark.parametrize("most", [1 << 24, 100, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hook_marks_what_mark_marks(seed: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after bits were cleared, the disk changed its size, and where it keeps no byte for a granule."""
+    monkeypatch.setattr(bitmap_module, "MAX_SEEN", most)
+    rng = random.Random(seed)
+    size, granule = 300 * 512, 512
+    ours, model = Bitmap(size, granule), Bitmap(size, granule)
+    hooks = [ours.marker(), ours.marker()]
+    for _ in range(600):
+        offset = rng.randrange(size)
+        length = min(rng.choice((0, 1, 511, 512, 513, 4000, 100_000)), size - offset)
+        kind = rng.randrange(20)
+        if kind == 0:
+            ours.clear(offset, length)
+            model.clear(offset, length)
+        elif kind == 1 and rng.random() < 0.3:
+            ours.clear()
+            model.clear()
+        elif kind == 2:
+            size = rng.randrange(100, 400) * 512
+            ours.resize(size)
+            model.resize(size)
+        elif kind == 3:
+            other = Bitmap(size, granule)
+            other.mark(offset, length)
+            ours.merge(other)
+            model.merge(other)
+        else:
+            hooks[kind % 2](offset, length)
+            model.mark(offset, length)
+        assert list(ours.runs()) == list(model.runs())
+
+
+def test_no_mark_of_eight_threads_is_lost_beside_clears() -> None:
+    """A granule that is marked after it was last cleared is set, whatever other threads do to its neighbours."""
+    ours = Bitmap(64 * 512, 512)
+    hook = ours.marker()
+    lost: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            for granule in range(number, 64, 8):
+                ours.clear(granule * 512, 512)
+                hook(granule * 512 + 5, 100)
+                if not ours.is_dirty(granule * 512):
+                    lost.append(granule)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lost == []
+    assert ours.count() == 64

@@ -17,9 +17,11 @@ _PAGE_SHIFT = 15  #: bits of a page, as a power of two
 _PAGE_BITS = 1 << _PAGE_SHIFT
 _BYTE_MASK = PAGE_BYTES - 1
 _BIT_MASK = _PAGE_BITS - 1
-_BITS = bytes(1 << bit for bit in range(8))
 _ONES = b"\xff" * PAGE_BYTES  #: the page of a range that is set wholly; never changed, so all bitmaps share it
 _ZEROES = bytes(PAGE_BYTES)
+#: Granules, the first ones of a disk, for which a hook keeps a byte each: what it has not touched of these costs no memory.
+MAX_SEEN = 1 << 24
+_SEEN_STEP = 1 << 20
 
 #: Granularities that make sense: a sector to 2 GiB (QEMU's limits as well).
 MIN_GRANULARITY = 512
@@ -31,11 +33,11 @@ _Page: TypeAlias = "bytearray | bytes"
 class Bitmap:
     """Which granules of a disk of ``size`` bytes are dirty.
 
-    Thread-safe: :meth:`mark` may be called by any number of threads at once; :meth:`marker` takes no lock where the bit is set already. A bit that is
-    cleared while another thread sets it ends up in either state. Iteration sees each page at one moment, not the whole at one.
+    Thread-safe: :meth:`mark` may be called by any number of threads at once; :meth:`marker` takes no lock where it has set the bit before. A bit
+    that is cleared while another thread sets it ends up in either state. Iteration sees each page at one moment, not the whole at one.
     """
 
-    __slots__ = ("_lock", "_pages", "_shift", "bits", "size")
+    __slots__ = ("_lock", "_pages", "_seen", "_shift", "bits", "size")
 
     def __init__(self, size: int, granularity: int) -> None:
         if granularity & (granularity - 1) or not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY:
@@ -48,6 +50,8 @@ class Bitmap:
         self.size = size
         self.bits = -(-size >> self._shift)
         self._pages: dict[int, _Page] = {}
+        #: Not zero for granules that are known to be set, whatever is unknown: one look-up for the hook. Changed with the lock held.
+        self._seen = bytearray()
         self._lock = ranked_lock(RANK_LEAF, "dirty bitmap")
 
     @property
@@ -67,21 +71,28 @@ class Bitmap:
         if length > 0:
             first, end = offset >> self._shift, (offset + length - 1 >> self._shift) + 1
             with self._lock:
-                self._set(first, min(end, self.bits))
+                end = min(end, self.bits)
+                self._set(first, end)
+                if first < end <= len(self._seen) and end - first <= PAGE_BYTES:
+                    self._seen[first:end] = _ONES[: end - first]
 
     def marker(self) -> Callable[[int, int], None]:
         """Return :meth:`mark` as an after-write hook: a function, since every small write calls it, and most find their bit set already."""
-        shift, find, slow = self._shift, self._pages.get, self.mark
-        granule = 1 << shift
-        within = granule - 1
+        with self._lock:
+            if not self._seen:
+                self._seen = bytearray(min(self.bits, MAX_SEEN))
+        shift, seen, slow, clean = self._shift, self._seen, self.mark, self._seen.find
 
         def mark(offset: int, length: int) -> None:
             # As few operations as can be on large numbers, which the interpreter is slow with.
-            if (offset & within) + length <= granule:
-                bit = offset >> shift
-                page = find(bit >> _PAGE_SHIFT)
-                if page is not None and page[bit >> 3 & _BYTE_MASK] & _BITS[bit & 7]:
-                    return
+            first = offset >> shift
+            try:
+                if seen[first]:
+                    last = (offset + length - 1) >> shift
+                    if last == first or (seen[last] and clean(0, first, last) < 0):
+                        return
+            except IndexError:
+                pass  # behind what has a byte
             slow(offset, length)
 
         return mark
@@ -95,6 +106,7 @@ class Bitmap:
         begin = -(-offset >> self._shift)
         last = self.bits if end == self.size else end >> self._shift
         with self._lock:
+            self._forget_seen(begin, last)
             if not begin and last == self.bits:
                 self._pages.clear()
             elif begin < last:
@@ -115,7 +127,18 @@ class Bitmap:
             bits = -(-size >> self._shift)
             if bits < self.bits:
                 self._clear(bits, -(-self.bits // _PAGE_BITS) * _PAGE_BITS)
+                del self._seen[bits:]
+            elif self._seen:
+                self._seen.extend(bytes(max(0, min(bits, MAX_SEEN) - len(self._seen))))
             self.size, self.bits = size, bits
+
+    def _forget_seen(self, begin: int, end: int) -> None:
+        """Have the hook look again at granules ``[begin, end)``, before they change (lock held)."""
+        seen = self._seen
+        for at in range(begin, min(end, len(seen)), _SEEN_STEP):
+            stop = min(at + _SEEN_STEP, end, len(seen))
+            if seen.find(0xFF, at, stop) >= 0:
+                seen[at:stop] = bytes(stop - at)
 
     def _set(self, begin: int, end: int) -> None:
         while begin < end:

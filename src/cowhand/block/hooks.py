@@ -48,11 +48,13 @@ class HookedAccess:
         try:
             self.node.submit(batch)
         finally:
-            for kind, offset, what in batch:
-                if kind == WRITE_REQUEST:
-                    self.fire(offset, len(what))
-                elif kind != READ and what:
-                    self.fire(offset, what)
+            # Hooks one after the other, each with all requests: small ones feel every call.
+            for hook in list(self._hooks):
+                for kind, offset, what in batch:
+                    if kind == WRITE_REQUEST:
+                        hook(offset, len(what))
+                    elif kind != READ and what:
+                        hook(offset, what)
 
 
 def _hooked_write(write: Callable[..., None], hooks: Sequence[Hook]) -> Callable[..., None]:
