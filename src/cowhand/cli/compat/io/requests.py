@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.parsing import MAX_REQUEST, Complaint, UsageComplaint, number
 from cowhand.cli.compat.io.report import Timer, dump, failed, statistics, verify
 from cowhand.cli.compat.program import Failure
-from cowhand.core.errors import CowhandError, NoSpace, NotSupported
+from cowhand.core.errors import CowhandError, IOFailed, NoSpace, NotSupported
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -233,6 +234,8 @@ def _write_compressed(disk: Disk, offset: int, data: bytes) -> None:
     from cowhand.block.format import FormatNode
 
     node = disk.root
+    if offset + len(data) > whole_sectors(disk.size):
+        raise IOFailed("the disk ends before", path=node.filename, offset=offset, errno=errno.EIO)
     if not isinstance(node, FormatNode) or not can_compress(node):
         raise NotSupported("this format stores nothing compressed")
     write_compressed(node, disk.edge, offset, memoryview(data))
