@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import cowhand
 from cowhand.block import graph, status
+from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.node import BlockNode, Role
 from cowhand.block.options import NodeOptions
@@ -178,7 +181,7 @@ class TestLayered:
     def test_a_short_backing_file_ends_in_zeroes_of_the_layer_above(self) -> None:
         with qcow2_disk(4096, backing=MemoryNode(content=b"x" * 700), cluster_size=512) as disk:
             rows = [(row.start, row.length, row.depth, row.flags & (DATA | ZERO)) for row in merged(disk.extents())]
-        assert rows == [(0, 700, 1, DATA), (700, 4096 - 700, 0, ZERO)]
+        assert rows == [(0, 700, 1, DATA), (700, 324, 1, ZERO), (1024, 3072, 0, ZERO)]
 
     def test_depth_one_asks_the_root_alone(self) -> None:
         with qcow2_disk(4096, backing=MemoryNode(content=b"x" * 1024), cluster_size=512) as disk:
@@ -224,3 +227,17 @@ class TestHoles:
             batches = list(disk.extents())
         assert [len(batch) for batch in batches] == [10] * 6 + [4]
         assert [bool(row.flags & ZERO) for batch in batches for row in batch] == [False, True] * 32
+
+
+@pytest.mark.parametrize("length", [1, 511, 513, 300_000])
+def test_a_base_that_ends_inside_a_sector_answers_for_all_of_it(length: int, tmp_path: Path) -> None:
+    """As qemu-img's map tells it: zeroes of the base, where its next bytes would lie."""
+    base, top = tmp_path / "base", tmp_path / "top"
+    base.write_bytes(b"x" * length)
+    create(top, "qcow2", 1 << 20, backing="base", backing_format="raw")
+    with cowhand.open(top) as disk:
+        rows = [row for batch in disk.extents() for row in batch]
+    assert [(row.start, row.depth) for row in rows] == [(0, 1), (length, 1), (-(-length // 512) * 512, 0)]
+    assert [bool(row.flags & ZERO) for row in rows] == [False, True, True]
+    assert rows[1].flags & OFFSET
+    assert rows[1].host == length

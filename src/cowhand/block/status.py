@@ -10,6 +10,7 @@ from cowhand.block.node import BlockNode
 from cowhand.core.extents import DATA, MAX_ROWS, OFFSET, RECURSE, ZERO, Extent, ExtentBatch
 
 _CONTENT = DATA | ZERO
+SECTOR = 512
 
 
 def layered(node: BlockNode, offset: int, length: int, depth: int | None = None) -> ExtentBatch:
@@ -58,6 +59,14 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
             continue
         lower = below.node
         limit = lower.size
+        if limit <= part.start < -(-limit // SECTOR) * SECTOR:
+            # A file that ends inside a sector reads on as zeroes up to the sector's end, and is what says so.
+            count = min(part.length, -limit % SECTOR - (part.start - limit))
+            if not _fill_sector(out, lower, part, count, at + 1):
+                return False
+            if count < part.length:
+                stack.append((here, _behind(part, count), at))
+            continue
         if part.start >= limit:
             out.add(part.start, part.length, part.flags | ZERO, part.host, _owner(part, here), at)
             continue
@@ -75,6 +84,16 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
             stack.append((here, _behind(part, told), at))
         layer = skip_filters(lower)
         stack.extend((layer, answer, at + 1) for answer in reversed(list(answers)))
+    return True
+
+
+def _fill_sector(out: ExtentBatch, lower: BlockNode, part: Extent, count: int, level: int) -> bool:
+    """Add *count* zero bytes behind the end of *lower*, which go on where its last byte lies. False: *out* is full."""
+    if len(out) >= MAX_ROWS:
+        return False
+    last = next(iter(lower.map_batch(lower.size - 1, 1)))
+    host = last.host + 1 + part.start - lower.size if last.flags & OFFSET else last.host
+    out.add(part.start, count, last.flags & ~(DATA | RECURSE) | ZERO, host, last.node, level)
     return True
 
 
