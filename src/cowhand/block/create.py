@@ -128,6 +128,10 @@ class Creation:
             raise self._no_device()
         if self.options.get("data_file") == "":
             raise InvalidArgument("the data file has no name", qemu="Could not create '': No such file or directory")
+        below = self.options.get("backing_fmt")
+        if below is not None and self.options.get("backing_file") is None and self._registry.find(below) is None:
+            # Without a backing file nobody has looked for the driver yet.
+            raise InvalidArgument(f"Parameter 'backing-fmt' does not accept value '{below}'")
         check = getattr(self._creator(), "check_creation", None)
         own = local_path(self.filename)
         if check is not None and (own is None or os.path.isdir(os.path.dirname(own) or ".")):
