@@ -26,6 +26,10 @@ SECTOR = 512
 _FILE_ONLY = ("nocow", "extent_size_hint")
 #: Protocols that can be named in the place of a format: bytes without any, which a raw image is too.
 _BARE = ("file", "host_device")
+_DEVICE_OPTIONS = (
+    FILE_OPTIONS[0],
+    CreateOption("preallocation", "str", help="Preallocation mode (allowed values: off)"),
+)
 #: Options of making an image that opening it takes as well.
 _SECRETS = ("key-secret", "encrypt.key-secret")
 
@@ -303,7 +307,7 @@ def create(
 def create_options_of(entry: DriverEntry) -> tuple[CreateOption, ...]:
     """Return what the format takes at creation; raises NotSupported when it makes no images."""
     if entry.kind == "protocol" and entry.name in _BARE:
-        return FILE_OPTIONS
+        return _DEVICE_OPTIONS if entry.name == "host_device" else FILE_OPTIONS
     if entry.kind != "format" or not entry.creatable:
         raise NotSupported(f"Format driver '{entry.name}' does not support image creation")
     return cast("type[Creator]", entry.load()).create_options
