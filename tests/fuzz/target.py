@@ -6,6 +6,7 @@ own limits (``-timeout`` of wall-clock time, ``-rss_limit_mb``) and the address 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import pkgutil
@@ -19,6 +20,7 @@ import atheris
 from tests.fuzz.budget import Exceeded, TooSlow
 
 ADDRESS_SPACE = 3 << 30
+_COLLECT_EVERY = 50
 _ROOMS = ("cowhand.core", "cowhand.block", "cowhand.crypto")
 
 
@@ -69,7 +71,13 @@ def main() -> None:
     target = TARGETS[name]
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
 
+    inputs = 0
+
     def one_input(data: bytes) -> None:
+        nonlocal inputs
+        inputs += 1
+        if inputs % _COLLECT_EVERY == 0:
+            gc.collect()  # which counts objects, and not how large they are
         try:
             target.exercise(bytes(data))
         except KeyboardInterrupt:
