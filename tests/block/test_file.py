@@ -686,6 +686,22 @@ def test_growth_is_preallocated_as_asked(node: FileNode, preallocation: str, all
     assert not any(found)
 
 
+@pytest.mark.parametrize("preallocation", ["falloc", "full"])
+def test_space_that_is_not_there_is_not_asked_for(
+    node: FileNode, preallocation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("this would fill the file system up")
+
+    monkeypatch.setattr("cowhand.block.protocols.file_syscalls.allocate", refuse)
+    monkeypatch.setattr("cowhand.block.protocols.file_space.write_zero_bytes", refuse)
+    found, before = os.fstatvfs(node.fd), node.size
+    with pytest.raises(NoSpace) as caught:
+        node.resize(before + (found.f_bfree + 1) * found.f_frsize, preallocation=preallocation)
+    assert caught.value.qemu() == "Could not preallocate new data: No space left on device"
+    assert os.fstat(node.fd).st_size == node.size == before
+
+
 def test_what_cannot_be_preallocated_is_refused_in_qemus_words(node: FileNode) -> None:
     with pytest.raises(NotSupported) as unknown:
         node.resize(2 << 20, preallocation="metadata")

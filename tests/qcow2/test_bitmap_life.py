@@ -195,7 +195,7 @@ def test_power_failures(shape: Shape, policy: Policy) -> None:
         counts[1] += found[1]
 
     assert replay.replay(replay.crash_states(recorder.log, samples=50), look) > 50
-    assert min(counts) > 10, counts
+    assert min(counts) >= 5, counts
     assert len({name for moment in life.moments for name in moment.dirty}) > 1
 
 

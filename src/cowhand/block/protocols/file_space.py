@@ -78,11 +78,13 @@ def set_size(fd: int, size: int, preallocation: str, path: str) -> None:
     try:
         if preallocation == "falloc" and size > old:
             doing = "preallocating"
+            _check_free(fd, old, size)
             _reserve(fd, old, size - old)
         else:
             os.ftruncate(fd, size)
             if preallocation == "full":
                 doing = "preallocating"
+                _check_free(fd, old, size)
                 write_zero_bytes(fd, old, size - old)
                 os.fsync(fd)
         if preallocation != "full" and not old:
@@ -95,6 +97,18 @@ def set_size(fd: int, size: int, preallocation: str, path: str) -> None:
         raise raised.within(
             qemu="Could not resize file" if doing == "resizing" else "Could not preallocate new data"
         ) from error
+
+
+def _check_free(fd: int, old: int, size: int) -> None:
+    """Raise OSError where a file of *old* bytes cannot get space up to *size*: to find out by taking it would leave none to anybody for a while."""
+    if not hasattr(os, "fstatvfs"):
+        return
+    found = os.fstatvfs(fd)
+    blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
+    behind_end = max(0, os.fstat(fd).st_blocks * 512 - old)
+    if found.f_blocks and size - old - behind_end > blocks * found.f_frsize:
+        os.ftruncate(fd, size)  # what is too long for any file there is refused as that
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _fill_first_block(fd: int, size: int) -> None:

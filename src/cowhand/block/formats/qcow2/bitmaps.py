@@ -314,10 +314,10 @@ def load(node: Qcow2Node, *, as_qemu: bool = False) -> None:
         diagnostics.report(_ADVICE)
     if as_qemu and directory.present:
         _refuse_as_qemu(node)
+    # Thousands of problems have one name between them, which takes its time to put together.
+    name = node.filename if directory.problems else ""
     for offset, text, _ in directory.problems:
-        diagnostics.report(
-            f"warning: '{node.filename}': the bitmap directory is broken at {offset:#x}: {text}", as_tool=True
-        )
+        diagnostics.report(f"warning: '{name}': the bitmap directory is broken at {offset:#x}: {text}", as_tool=True)
     if not directory.entries:
         return
     from cowhand.bitmaps.named import BitmapSet
