@@ -70,10 +70,10 @@ class Requests:
 
         return run
 
-    def peer(self, image: Callable[[], Path], aio: str = "threads") -> Callable[[], Sample]:
-        """Return qemu-img bench's side."""
+    def peer(self, image: Callable[[], Path], aio: str = "threads", tool: str = "qemu-img") -> Callable[[], Sample]:
+        """Return qemu-img bench's side, or with *tool* that of the command of ours that takes its arguments."""
         command = [
-            program("qemu-img"),
+            program(tool),
             "bench",
             "-f",
             "qcow2",
@@ -121,6 +121,9 @@ def cases(inputs: Inputs, size: int, count: int) -> Iterator[Case]:
     if has_io_uring(filled):
         peer = reads.peer(lambda: filled, "io_uring")
         yield Case("the same", f"{name}, io_uring", 0.75, reads.ours(lambda: filled), peer)
+    for requests, words in ((reads, "reads"), (Requests(size, BLOCK, count, write=True), "writes in place")):
+        ours = requests.peer(lambda: filled, tool="cowhand-img")
+        yield Case(f"cowhand-img bench, random 4 KiB {words}", name, 0.5, ours, requests.peer(lambda: filled))
     for goal, flush, words in ((0.5, False, ""), (0.75, True, ", a flush every 64")):
         writes = Requests(size, BLOCK, count // 4 if flush else count, write=True, flush=flush)
         yield Case(
