@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from cowhand.block.cache import Table
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
+#: Counts in the blocks that change from which numpy is worth its import.
+_MANY_COUNTS = 1 << 19
+
 
 def references(node: Qcow2Node, l1: bytes) -> Tally:
     """Return how often the L1 table *l1*, big-endian as on disk, refers to each host cluster: L2 tables, and all that they name.
@@ -131,7 +134,11 @@ def _changes(node: Qcow2Node, change: Tally, sign: int) -> Iterator[tuple[int, T
     """Yield (index, block, native counts before, after) of the blocks that *change* touches."""
     refcounts = node.refcounts
     per_block = refcounts.per_block
-    for index in change.used_blocks(per_block):
+    touched = list(change.used_blocks(per_block))
+    if len(touched) * per_block >= _MANY_COUNTS:
+        # However the references were counted: here each count is looked at.
+        change.use_numpy()
+    for index in touched:
         first = index * per_block
         delta = change.piece(first, per_block)
         if delta is None or not delta.strip(b"\0"):
