@@ -1,9 +1,10 @@
 """What the bytes alone cost: two threads that read and write (or read and compare) pieces, with nothing else in the process.
 
 ``python -I -S bare.py copy SOURCE TARGET`` packs the data of a sparse SOURCE into TARGET; ``compare ONE OTHER`` compares two raw disks
-whose data lies at the same places. No format, no check, no error handling: nobody in Python is faster, so it tells how far a goal is within reach.
+whose data lies at the same places. No format, no check, no error handling: so it tells how near a goal one can come.
 """
 
+import ctypes
 import os
 import sys
 import threading
@@ -11,6 +12,10 @@ from collections.abc import Callable, Iterator
 
 PIECE = 1 << 20
 ZEROES = bytes(PIECE)
+#: linux/falloc.h: the file's length stays, which makes writing into the space cheaper.
+KEEP_SIZE = 1
+fallocate = ctypes.CDLL(None).fallocate
+fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def pieces(descriptor: int) -> Iterator[tuple[int, int]]:
@@ -46,7 +51,7 @@ def copy(source: int, target: int) -> Callable[[], None]:
             with lock:
                 to = place[0]
                 place[0] += length
-            os.posix_fallocate(target, to, length)
+            fallocate(target, KEEP_SIZE, to, length)
             os.pwritev(target, (view[:length],), to)
 
     return run

@@ -16,7 +16,7 @@ import cowhand
 from cowhand.block.check import check_node
 from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2 import layout as L, scan
+from cowhand.block.formats.qcow2 import countchange, layout as L, scan
 from cowhand.block.formats.qcow2.snapshots import Snapshot, encode_table
 from cowhand.block.formats.qcow2.snapshotting import next_id
 from cowhand.block.opening import Opening
@@ -530,3 +530,17 @@ def test_a_filter_above_does_not_hide_snapshots() -> None:
         assert disk.read(0, 600) == b"a" * 600
         delete_snapshot(disk, "s")
     keeper.close()
+
+
+def test_many_counts_change_by_numpy_however_they_were_counted(tmp_path: Path) -> None:
+    """All clusters of 256 MiB mapped in order, which is counted without numpy: changing their counts one by one would take ten times as long."""
+    create(tmp_path / "x", "qcow2", 256 << 20, {"cluster_size": "512", "preallocation": "metadata"})
+    with cowhand.open(tmp_path / "x", writable=True) as disk:
+        node: Any = disk.root
+        change = countchange.references(node, bytes(node.mapping.l1.data))
+        change.numpy = None
+        countchange.verify(node, change, 1)
+        assert change.numpy is not None
+        create_snapshot(disk, "s")
+        delete_snapshot(disk, "s")
+    assert_clean(tmp_path / "x")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
-from cowhand.block import graph
-from cowhand.block.node import ALL_PERMISSIONS, CONSISTENT_READ, BlockNode, Capabilities, Child, Role, Zeroing
-from cowhand.block.options import NodeOptions
+from cowhand.block.node import BlockNode
+from cowhand.block.standin import StandInNode
 from cowhand.core.buffers import Buffer
-from cowhand.core.errors import NotSupported, UnsupportedFeature
 
 SECTOR = 512
 #: Bytes that a rehearsal may write; what is beyond stays on no machine's wish list: the counts of a full 8 TiB image and all its tables.
@@ -29,30 +26,19 @@ class Step(NamedTuple):
     place: int = 0
 
 
-class RehearsalNode(BlockNode):
+class RehearsalNode(StandInNode):
     """Takes writes for a node that is only read. ``steps`` is what would have to be done below, in this order. Used by one thread."""
 
     driver: ClassVar[str] = "rehearsal"
-    is_filter: ClassVar[bool] = True
+    max_bytes, in_memory = MAX_BYTES, _IN_MEMORY
+    way_out = "Repair it without a log (--no-log), on a copy."
 
     def __init__(self, inner: BlockNode) -> None:
-        super().__init__(NodeOptions(read_only=False))
-        self.limits = inner.limits
-        self.capabilities = Capabilities(writable=True, zeroes=Zeroing.EMULATED, resizable=True)
+        super().__init__(inner)
         self.steps: list[Step] = []
         self.sectors: dict[int, int] = {}  #: sector: where its last content is kept
         self._reads: list[tuple[int, int]] = []
-        self._kept = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed with the node
         self._end = 0
-        self._size = inner.size
-        self.below = graph.attach(self, "file", inner, Role.FILTERED)
-
-    def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
-        return CONSISTENT_READ, ALL_PERMISSIONS
-
-    @property
-    def size(self) -> int:
-        return self._size
 
     def content(self, step: Step) -> bytes:
         """Return the bytes of a write."""
@@ -80,11 +66,7 @@ class RehearsalNode(BlockNode):
         data = b"".join(buffers)
         begin, end = offset // SECTOR * SECTOR, -(-(offset + len(data)) // SECTOR) * SECTOR
         whole = bytearray(end - begin)
-        if self._end + len(whole) > MAX_BYTES:
-            raise UnsupportedFeature(
-                f"more than {MAX_BYTES >> 20} MiB of the image would be changed, which cannot be tried out first",
-                path=self.filename, hint="Repair it without a log (--no-log), on a copy.",
-            )  # fmt: skip
+        self._check_room(self._end + len(whole))
         self._read(begin, memoryview(whole))
         whole[offset - begin : offset - begin + len(data)] = data
         self._kept.seek(self._end)
@@ -95,28 +77,13 @@ class RehearsalNode(BlockNode):
         self._end += len(whole)
         self._size = max(self._size, end)
 
-    def write_zeroes(
-        self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
-    ) -> None:
-        if not fallback:
-            raise NotSupported("a rehearsal writes zeroes as bytes")
-        while length:
-            piece = min(length, 1 << 20)
-            self.write(offset, (bytes(piece),))
-            offset, length = offset + piece, length - piece
-
     def flush(self) -> None:
         if self.steps and self.steps[-1].kind != FLUSH:
             self.steps.append(Step(FLUSH))
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        if size < self._size:
-            raise NotSupported("what is cut off cannot be tried out", path=self.filename)
-        self._size = size
+        super().resize(size, preallocation=preallocation, shrink=shrink)
         self.steps.append(Step(RESIZE, length=size))
-
-    def close(self) -> None:
-        self._kept.close()
 
     # -- what it learnt
 

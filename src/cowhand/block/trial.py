@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from typing import ClassVar
 
-from cowhand.block import graph
-from cowhand.block.node import ALL_PERMISSIONS, CONSISTENT_READ, BlockNode, Capabilities, Child, Role, Zeroing
-from cowhand.block.options import NodeOptions
+from cowhand.block.node import BlockNode
+from cowhand.block.standin import StandInNode
 from cowhand.core.buffers import Buffer
-from cowhand.core.errors import NotSupported, UnsupportedFeature
 
 #: What is kept together: most that is written are whole tables.
 PAGE = 64 << 10
@@ -19,27 +16,16 @@ MAX_BYTES = 2 << 30
 _IN_MEMORY = 8 << 20
 
 
-class TrialNode(BlockNode):
+class TrialNode(StandInNode):
     """Takes writes for a node that is only read. Used by one thread. Raises UnsupportedFeature past :data:`MAX_BYTES`."""
 
     driver: ClassVar[str] = "trial"
-    is_filter: ClassVar[bool] = True
+    max_bytes, in_memory, zero_piece = MAX_BYTES, _IN_MEMORY, PAGE
+    way_out = "Do it without trying, on a copy."
 
     def __init__(self, inner: BlockNode) -> None:
-        super().__init__(NodeOptions(read_only=False))
-        self.limits = inner.limits
-        self.capabilities = Capabilities(writable=True, zeroes=Zeroing.EMULATED, resizable=True)
+        super().__init__(inner)
         self._places: dict[int, int] = {}  #: page: where its content is kept
-        self._kept = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed with the node
-        self._size = inner.size
-        self.below = graph.attach(self, "file", inner, Role.FILTERED)
-
-    def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
-        return CONSISTENT_READ, ALL_PERMISSIONS
-
-    @property
-    def size(self) -> int:
-        return self._size
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         view = memoryview(buffer).cast("B")
@@ -82,11 +68,7 @@ class TrialNode(BlockNode):
         place = self._places.get(page)
         if place is None:
             place = len(self._places) * PAGE
-            if place + PAGE > MAX_BYTES:
-                raise UnsupportedFeature(
-                    f"more than {MAX_BYTES >> 20} MiB of the image would be changed, which cannot be tried out first",
-                    path=self.filename, hint="Do it without trying, on a copy.",
-                )  # fmt: skip
+            self._check_room(place + PAGE)
             content = bytearray(PAGE)
             self._read_below(page * PAGE, memoryview(content))
             self._kept.seek(place)
@@ -94,23 +76,5 @@ class TrialNode(BlockNode):
             self._places[page] = place
         return place
 
-    def write_zeroes(
-        self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
-    ) -> None:
-        if not fallback:
-            raise NotSupported("a trial writes zeroes as bytes")
-        while length:
-            piece = min(length, PAGE)
-            self.write(offset, (bytes(piece),))
-            offset, length = offset + piece, length - piece
-
     def flush(self) -> None:
         """Nothing is ever stable."""
-
-    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        if size < self._size:
-            raise NotSupported("what is cut off cannot be tried out", path=self.filename)
-        self._size = size
-
-    def close(self) -> None:
-        self._kept.close()

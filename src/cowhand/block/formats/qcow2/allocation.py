@@ -74,7 +74,7 @@ class EntryChange:
         if old.count(0) != len(old):
             new = self.entries
             if node.extended:
-                from cowhand.block.formats.qcow2.subclusters import every_second
+                from cowhand.block.formats.qcow2.subclusterspace import every_second
 
                 old, new = every_second(old), every_second(new)
             free_entries(node, old, new, discard=self.discard)
@@ -200,9 +200,9 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
         table.uncounted = False
         raise Unprepared(node.flush_counts)
     if node.extended:
-        from cowhand.block.formats.qcow2 import subclusters
+        from cowhand.block.formats.qcow2 import subclusterspace
 
-        return subclusters.reserve_data(node, table, first, count, offset, length)
+        return subclusterspace.reserve_data(node, table, first, count, offset, length)
     if node.external:
         from cowhand.block.formats.qcow2.datafile import reserve_data
 
@@ -285,9 +285,9 @@ def _reserve_new(
 def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
     """See :meth:`cowhand.block.format.FormatNode.reserve_units`: adjoining clusters for all of *writes* that have none, in their order."""
     if node.extended:
-        from cowhand.block.formats.qcow2 import subclusters
+        from cowhand.block.formats.qcow2 import subclusterspace
 
-        return subclusters.reserve_units(node, writes)
+        return subclusterspace.reserve_units(node, writes)
     mapping = node.mapping
     bits, shift, mask = mapping.cluster_bits, mapping.table_shift, mapping.entries - 1
     places: list[tuple[int, Table, int] | None] = []
@@ -384,9 +384,9 @@ def _reserve_empty(node: Qcow2Node, offset: int, length: int, kind: Kind) -> Res
         return Reservation(offset, min(length, covered - offset), kind, state=NothingToDo())
     table = writable_table(node, index)
     if node.extended:
-        from cowhand.block.formats.qcow2 import subclusters
+        from cowhand.block.formats.qcow2 import subclusterspace
 
-        return subclusters.reserve_empty(node, table, first, count, offset, length, kind)
+        return subclusterspace.reserve_empty(node, table, first, count, offset, length, kind)
     old = array("Q", bytes(table.data[first * 8 : (first + count) * 8]))
     old.byteswap()
     new = (

@@ -325,9 +325,9 @@ class Qcow2Node(MetadataNode):
     def spare(self, reservation: Reservation, begin: int, end: int) -> bool:
         if not self.extended:
             return False
-        from cowhand.block.formats.qcow2 import subclusters
+        from cowhand.block.formats.qcow2 import subclusterspace
 
-        return subclusters.spare(self, reservation, begin, end)
+        return subclusterspace.spare(self, reservation, begin, end)
 
     def _make_room(self) -> None:
         """Keep caches and quarantine within their limits; what needs a flush for that is done without the lock, and then begun again."""

@@ -302,7 +302,7 @@ class Mapping:
                     out.add(offset, stop - offset, NORMAL | recurse, place, node.data_child.node)
                     offset = stop
                     continue
-            entries = self._words(table, first, last)
+            entries = self.words(table, first, last)
             alike = self._alike(entries, entry) if self.l1_entry(index + 1) == entry else None
             ends = find_ends(entries, self.cluster_size) if find_ends is not None else None
             offset = self._rows(out, entries, table, first, offset, stop, recurse, ends)
@@ -328,7 +328,7 @@ class Mapping:
         finally:
             self._comparing.release()
 
-    def _words(self, table: Table, first: int, last: int) -> array[int]:
+    def words(self, table: Table, first: int, last: int) -> array[int]:
         """Return what *table* says of its entries ``[first, last)``, as native integers."""
         words = array("Q", bytes(table.data[first * 8 : last * 8]))
         words.byteswap()

@@ -38,7 +38,7 @@ def preallocate(node: Qcow2Node, begin: int, end: int, mode: str) -> None:
             continue
         try:
             if node.extended:
-                from cowhand.block.formats.qcow2.subclusters import without_data
+                from cowhand.block.formats.qcow2.subclusterspace import without_data
 
                 without_data(reservation.state.table, reservation.state)
             _fill(node, reservation, position, min(end, reservation.end) if padded else reservation.end)
