@@ -6,7 +6,6 @@ import random
 
 import pytest
 
-from cowhand.block import trial
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.block.trial import PAGE, TrialNode
@@ -42,7 +41,7 @@ def test_it_reads_like_what_was_written(seed: int) -> None:
 
 
 def test_it_ends_where_too_much_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "MAX_BYTES", 4 * PAGE)
+    monkeypatch.setattr(TrialNode, "max_bytes", 4 * PAGE)
     below = MemoryNode(content=bytes(8 * PAGE))
     with Disk(below), Disk(TrialNode(below), writable=True) as disk:
         for _ in range(3):
