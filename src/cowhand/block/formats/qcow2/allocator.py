@@ -172,6 +172,12 @@ class Allocator:
         self.next_byte = end if end % size else 0
         return offset
 
+    def close_room(self, first: int, count: int) -> None:
+        """Put nothing more behind compressed data in such of *count* clusters from *first* on as became free: they may be anybody's next."""
+        cluster = self.next_byte // self.cluster_size
+        if self.next_byte and first <= cluster < first + count and not self.refcounts.get(cluster):
+            self.next_byte = 0
+
     # -- giving back
 
     def free(self, cluster: int, count: int, *, discard: bool = False) -> None:
@@ -241,9 +247,6 @@ class Allocator:
                 self.refcounts.change(part.cluster, part.clusters, -1)
             except CowhandError as error:
                 self._release_singly(part, error)
-            end = (part.cluster + part.clusters) * self.cluster_size
-            if part.cluster * self.cluster_size <= self.next_byte < end and not self.refcounts.get(part.cluster):
-                self.next_byte = 0
 
     def _release_singly(self, part: Freed, error: CowhandError) -> None:
         failed = part.clusters == 1

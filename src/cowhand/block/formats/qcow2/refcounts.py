@@ -164,6 +164,7 @@ class Refcounts:
             self.cache.touch(block, start, end)
         if delta < 0:
             self.free_index = min(self.free_index, cluster)
+            self.node.allocator.close_room(cluster, count)
 
     def _check_table(self) -> None:
         """Raise ImageCorrupt when the header itself serves as the table: its bytes name no blocks that may be written."""
