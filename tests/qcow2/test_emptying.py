@@ -12,6 +12,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
+from cowhand.jobs.commit import empty
 from cowhand.testing import replay
 from cowhand.testing.recorder import RecorderNode
 from tests.qcow2 import images, oracle
@@ -174,3 +175,28 @@ def test_what_has_to_stay_is_gone_through_instead(rng: random.Random) -> None:
         images.snapshot_create(disk, "kept")
         assert not make_empty(disk)
     keeper.close()
+
+
+def test_a_power_failure_never_shows_a_hole_of_the_data_file(rng: random.Random) -> None:
+    """What a commit has brought down is seen at every moment: in the data file, or where the tables do not name it any more below."""
+    shape = Shape(cluster=4096, size=16 * 4096, data="plain", backed=True)
+    content = rng.randbytes(shape.size)
+    image, data = images.create_media(shape, content)
+    recorder = RecorderNode(image, sector=512)
+    recorded = RecorderNode(data, sector=512, log=recorder.log)
+    keepers = [Disk(recorder), Disk(recorded)]
+    with images.open_over(recorder, MemoryNode(content=content), writable=True, data=recorded) as disk:
+        assert empty(disk)
+        assert disk.read(0, disk.size) == content
+    for keeper in keepers:
+        keeper.close()
+    assert any(change.kind == "discard" for change in recorder.log.changes if change.medium)
+
+    def judge(state: replay.CrashState) -> None:
+        held = [Disk(medium) for medium in (state.image, *state.others)]
+        with images.open_over(state.image, MemoryNode(content=content), data=state.others[0]) as disk:
+            assert disk.read(0, disk.size) == content
+        for disk in held:
+            disk.close()
+
+    replay.replay(replay.crash_states(recorder.log, samples=20), judge)

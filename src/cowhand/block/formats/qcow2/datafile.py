@@ -191,24 +191,36 @@ def reserve_data(node: Qcow2Node, table: Table, first: int, count: int, begin: i
 
 
 def change(node: Qcow2Node, offset: int, length: int, kind: Kind) -> None:
-    """Bring whole clusters to a state without data: in the data file first where that has to follow, and then in the tables."""
+    """Bring whole clusters to a state without data: in the data file first where that has to follow, and then in the tables.
+
+    Where the backing file is to show through it is the other way round, and the tables are stable in between: a hole would hide it.
+    """
     node.check_writable()
     end = offset + length
+    uncovered: list[tuple[int, int, Any]] = []
     while offset < end:
         reservation = node.claim(offset, end - offset, kind)
         assert reservation is not None
         stop = min(reservation.end, node.size)
+        part = reservation.begin, stop - reservation.begin, reservation.state
         try:
-            if stop > reservation.begin:
-                _follow(node, reservation.begin, stop - reservation.begin, kind, reservation.state)
+            if kind == Kind.EMPTY:
+                uncovered.append(part)
+            elif stop > reservation.begin:
+                _follow(node, *part, kind)
         except BaseException as error:
             node.give_up(reservation, error)
             raise
         FormatNode.finish(node, reservation)
         offset = reservation.end
+    if uncovered:
+        node.flush()
+    for begin, count, state in uncovered:
+        if count > 0:
+            _follow(node, begin, count, state, kind)
 
 
-def _follow(node: Qcow2Node, offset: int, length: int, kind: Kind, state: Any) -> None:
+def _follow(node: Qcow2Node, offset: int, length: int, state: Any, kind: Kind) -> None:
     from cowhand.block.formats.qcow2.allocation import EntryChange
 
     child = node.data_child
