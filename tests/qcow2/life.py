@@ -189,8 +189,8 @@ class Life:
             offset = quarter * room + self.rng.randrange((room - length) // 512 + 1) * 512
             batch.append((WRITE_REQUEST, offset, self.rng.randbytes(length)))
             behind = offset + length + self.rng.choice((0, 0, 512, 2048))
-            if self.shape.extended and behind + 1024 <= (quarter + 1) * room:
-                # Another one in the same cluster, mostly: adjoining, in the same subcluster, or in one that follows.
+            if behind + 1024 <= (quarter + 1) * room:
+                # Another one in the same cluster, mostly: adjoining, or not; with subclusters, in the same one, or in one that follows.
                 batch.append((WRITE_REQUEST, behind, self.rng.randbytes(1024)))
         with ExitStack() as stack:
             for _, offset, data in batch:

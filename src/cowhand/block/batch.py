@@ -1,32 +1,28 @@
 """Many requests at once on a format: what can be done in place goes straight to the descriptor, neighbours together.
 
-Writes that need space take it together as well: one pass that reserves, the bytes, one pass that links. Such writes to one unit that adjoin
-are one write. What is difficult (one that straddles two units, a unit that somebody owns) goes singly.
+Writes that need space take it together as well: one pass that reserves, the bytes (:mod:`cowhand.block.placing`), one pass that links, all of them
+one reservation in columns (:mod:`cowhand.block.unitwrites`). What is difficult (one that straddles two units, a unit that somebody owns) goes singly.
 
-A loop over plain tuples with as few calls as possible: at 4 KiB a request costs 2 µs, of which the system call takes three quarters.
+Loops over plain tuples and lists with as few calls as possible: a request of 4 KiB in place costs 2 µs, three quarters of it for the system call.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.node import READ, WRITE_REQUEST, Request, one_by_one
-from cowhand.core.buffers import Buffer, give, take
+from cowhand.block.placing import put
+from cowhand.block.unitwrites import SINGLY, UnitWrites
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import DATA
 
 if TYPE_CHECKING:
     from cowhand.block.format import FormatNode
-    from cowhand.block.node import Child
-    from cowhand.block.reserving import Reservation
 
 #: Neighbours that are done by one system call, at most.
 _MAX_TOGETHER = 64
-#: Units that are copied up by one write; and from how many bytes on a second thread helps.
-_GROUP = 8
-_WORTH_A_THREAD = 512 << 10
 #: in an answer of ``places``
 NEEDS_SPACE = -2
 _preadv = getattr(os, "preadv", None)
@@ -92,6 +88,7 @@ def _one_after_another(
     descriptor, hosts = places
     writing = batch[0][0] != READ
     move: Any = _pwritev if writing else _preadv
+    wanted, unit, writes = gathered.wanted, gathered.unit, gathered.writes
     try:
         for request, host in zip(batch, hosts, strict=True):
             if host >= 0:
@@ -104,7 +101,14 @@ def _one_after_another(
                 except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
                     failure = failure or error
                     continue
+            elif host == NEEDS_SPACE and wanted:
+                _, offset, what = request
+                number = offset // unit
+                if number not in writes.numbers:
+                    writes.add(number, offset, what)
+                    continue
             failure = gathered.take_or_do(request, failure, empty=host == NEEDS_SPACE)
+            writes = gathered.writes
     finally:
         # After the writes: a flush that begins before they have ended does not count for them.
         if writing:
@@ -113,13 +117,13 @@ def _one_after_another(
 
 
 class _Gathered:
-    """The writes of a batch that need space, each in a unit of its own, until all are done together."""
+    """The writes of a batch that need space, until all are done together."""
 
     def __init__(self, node: FormatNode, count: int) -> None:
         self.node = node
         self.unit = node.allocation_unit
         self.wanted = not node.detects_zeroes and count > 1
-        self.writes: dict[int, _Write] = {}  #: by the number of their unit
+        self.writes = UnitWrites(self.unit, node.copy_unit)
 
     def take_or_do(self, request: Request, failure: Exception | None, *, empty: bool = False) -> Exception | None:
         """Keep *request* for later if it is such a write (*empty*: it looked so), or do it now; return *failure*, or else the first error."""
@@ -127,19 +131,17 @@ class _Gathered:
         try:
             if self.wanted and kind == WRITE_REQUEST and (empty or _needs_unit(self.node, offset, len(what))):
                 number = offset // self.unit
-                known = self.writes.get(number)
-                if known is None:
-                    self.writes[number] = _Write(offset, what)
+                if number not in self.writes.numbers:
+                    self.writes.add(number, offset, what)
                     return failure
-                if known.offset + known.length == offset:
-                    known.add(what)
+                if self.writes.join(number, offset, what):
                     return failure
                 failure = self.allocate(failure)
                 # The unit has a place now; a part of it may still need one.
                 if _needs_unit(self.node, offset, len(what)):
-                    self.writes[number] = _Write(offset, what)
+                    self.writes.add(number, offset, what)
                     return failure
-            if self.writes and _meets(self.writes, self.unit, kind, offset, what):
+            if self.writes.offsets and _meets(self.writes, kind, offset, what):
                 # One that comes later in the batch finds what it would have found if they had been done one by one.
                 failure = self.allocate(failure)
             one_by_one(self.node, (request,))
@@ -149,37 +151,19 @@ class _Gathered:
 
     def allocate(self, failure: Exception | None) -> Exception | None:
         """Do the writes that were kept; return *failure*, or else the first error."""
-        if self.writes:
-            writes = list(self.writes.values())
-            self.writes.clear()
+        writes = self.writes
+        if writes.offsets:
+            self.writes = UnitWrites(self.unit, writes.part)
             failure = _allocate(self.node, writes, failure)
         return failure
 
 
-class _Write:
-    """Bytes for one unit, from one request or from several that adjoin, and the reservation for them."""
-
-    __slots__ = ("buffers", "failure", "length", "offset", "reservation")
-
-    reservation: Reservation
-
-    def __init__(self, offset: int, what: Buffer) -> None:
-        self.offset = offset
-        self.length = len(what)
-        self.buffers = [what]
-        self.failure: Exception | None = None
-
-    def add(self, what: Buffer) -> None:
-        """Write *what* behind the rest."""
-        self.length += len(what)
-        self.buffers.append(what)
-
-
-def _meets(gathered: dict[int, _Write], unit: int, kind: int, offset: int, what: Any) -> bool:
+def _meets(writes: UnitWrites, kind: int, offset: int, what: Any) -> bool:
     """Tell whether a request may touch a unit that is about to be taken."""
     if kind > WRITE_REQUEST:
         return True
-    return any(number in gathered for number in range(offset // unit, (offset + len(what) - 1) // unit + 1))
+    unit = writes.unit
+    return any(number in writes.numbers for number in range(offset // unit, (offset + len(what) - 1) // unit + 1))
 
 
 def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
@@ -191,159 +175,37 @@ def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
     return found == length and not flags & DATA
 
 
-def _allocate(node: FormatNode, writes: list[_Write], failure: Exception | None) -> Exception | None:
-    """Do *writes*, each into a unit of its own that has no place yet; return *failure*, or else the first error."""
+def _allocate(node: FormatNode, writes: UnitWrites, failure: Exception | None) -> Exception | None:
+    """Do *writes*: reserve, put the bytes, link; then one by one what could not be done so. Return *failure*, or else the first error."""
     try:
         node.check_writable()
-        reservations = node.claim_units([(write.offset, write.length) for write in writes])
     except CowhandError as error:
         return failure or error
-    reserved: list[_Write] = []
-    singly: list[_Write] = []
-    for number, write in enumerate(writes):
-        reservation = reservations[number] if number < len(reservations) else None
-        if reservation is None:
-            singly.append(write)
-        else:
-            write.reservation = reservation
-            reserved.append(write)
-    try:
-        _put_all(node, reserved)
-    except BaseException as error:
-        for write in reserved:
-            node.give_up(write.reservation, error)
-        raise
-    placed: list[Reservation] = []
-    for write in reserved:
-        if write.failure is None:
-            placed.append(write.reservation)
-        else:
-            node.give_up(write.reservation, write.failure)
-            failure = failure or write.failure
-    if placed:
-        error_of_link = node.finish_units(placed)
-        failure = failure or error_of_link
-    for write in singly:
+    singly: Iterable[int] = range(len(writes.offsets))
+    if node.claim_writes(writes):
+        failures: dict[int, Exception] = {}
         try:
-            node.write(write.offset, write.buffers)
-        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
-            failure = failure or error
-    return failure
-
-
-def _put_all(node: FormatNode, writes: list[_Write]) -> None:
-    """Place the bytes of *writes* and what surrounds them; each keeps its error."""
-    copying: list[_Write] = []
-    for write in writes:
-        reservation, child = write.reservation, write.reservation.child
-        try:
-            if (
-                child is not None
-                and not node.encodes
-                and (
-                    (reservation.blank and reservation.fresh)
-                    or write.length == reservation.end - reservation.begin < node.allocation_unit
-                )
-            ):
-                # Nothing has to be put around it: old and new read as zeroes, or it is all that changes of a unit.
-                host = reservation.host + write.offset - reservation.offset
-                if not _go_straight(child, host, write):
-                    child.write(host, write.buffers)
-            elif node.encodes or node.known_zero(reservation.begin, reservation.end - reservation.begin):
-                views = [memoryview(buffer) for buffer in write.buffers]
-                node.put(reservation, write.offset, views, write.length)
+            put(node, writes, failures)
+        except BaseException as error:
+            node.give_up_writes(writes, error)
+            raise
+        singly = [row for row, host in enumerate(writes.hosts) if host == SINGLY] if SINGLY in writes.hosts else []
+        for row, met in failures.items():
+            if len(writes.requests(row)) == 1 or not isinstance(met, CowhandError):
+                failure = failure or met
             else:
-                copying.append(write)
-        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
-            write.failure = error
-    groups = list(_neighbours(copying))
-    if len(groups) < 2 or len(copying) * node.copy_unit < _WORTH_A_THREAD:
-        for group in groups:
-            _copy_up(node, group)
-        return
-    from cowhand.core.pairs import both
-
-    # Both take from one iterator, which hands each group out once.
-    remaining = iter(groups)
-
-    def work() -> None:
-        for group in remaining:
-            _copy_up(node, group)
-
-    both(work, work)
-
-
-def _go_straight(child: Child, host: int, write: _Write) -> bool:
-    """Write to the descriptor that *child* ends in, if it does; False when it has to be the long way, which finds out what is wrong."""
-    lane = child.lane
-    if lane is None or lane.lane_fd < 0 or len(write.buffers) > _MAX_TOGETHER or _pwritev is None:
-        return False
-    try:
-        return bool(_pwritev(lane.lane_fd, write.buffers, host) == write.length)
-    except OSError:
-        return False
-
-
-def _neighbours(writes: list[_Write]) -> Iterator[list[_Write]]:
-    """Yield *writes* in groups whose new places adjoin."""
-    group: list[_Write] = []
-    for write in writes:
-        last = group[-1].reservation if group else None
-        if last is not None and (
-            len(group) == _GROUP
-            or write.reservation.child is not last.child
-            or _place(write.reservation) != _place(last) + last.end - last.begin
-        ):
-            yield group
-            group = []
-        group.append(write)
-    if group:
-        yield group
-
-
-def _place(reservation: Reservation) -> int:
-    """Return where the first byte goes that is to be filled."""
-    return reservation.host + reservation.begin - reservation.offset
-
-
-def _copy_up(node: FormatNode, group: list[_Write]) -> None:
-    """Copy what a group of units read before to their new places, with what is written there, in one write."""
-    borrowed: list[memoryview] = []
-    try:
-        pieces = [piece for write in group for piece in _filled(node, write, borrowed)]
-        first = group[0].reservation
-        assert first.child is not None
-        first.child.write(_place(first), pieces)
-    except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
-        if len(group) == 1:
-            group[0].failure = error
-            return
-    else:
-        return
-    finally:
-        for piece in borrowed:
-            give(piece)
-    for write in group:
-        # One by one: whose fault it is is found out, and the others get what is theirs.
-        _copy_up(node, [write])
-
-
-def _filled(node: FormatNode, write: _Write, borrowed: list[memoryview]) -> list[Buffer]:
-    """Return the bytes of all that *write*'s reservation changes; what was taken for it is added to *borrowed*."""
-    from cowhand.block.format import FormatNode
-
-    begin, end = write.reservation.begin, write.reservation.end
-    if write.length == end - begin:
-        return write.buffers
-    piece = take(end - begin)
-    borrowed.append(piece)
-    # All of it at once, and the guest's bytes put over it: one system call instead of two.
-    FormatNode.read_into(node, begin, piece)
-    at = write.offset - begin
-    for buffer in write.buffers:
-        piece[at : at + len(buffer)] = buffer
-        at += len(buffer)
-    return [piece]
+                singly.append(row)  # whose fault it is is found out, and the others get what is theirs
+        try:
+            node.finish_writes(writes, failures)
+        except CowhandError as poisoned:
+            failure = failure or poisoned
+    for row in singly:
+        for offset, what in writes.requests(row):
+            try:
+                node.write(offset, (what,))
+            except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+                failure = failure or error
+    return failure
 
 
 def _together(node: FormatNode, batch: Sequence[Request], index: int, child: Any, host: int) -> int:

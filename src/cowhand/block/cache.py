@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from cowhand.core.buffers import Buffer
 
-PAGE = 4096
+PAGE_BITS = 12
+PAGE = 1 << PAGE_BITS
 
 
 class Table:

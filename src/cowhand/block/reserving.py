@@ -8,12 +8,13 @@ meanwhile waits, then looks again. Here too: the first change of an image, and i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, ClassVar
 
 from cowhand.block.node import BlockNode, Child
 from cowhand.block.options import NodeOptions
+from cowhand.block.unitwrites import SINGLY, UnitWrites
 from cowhand.core.errors import CowhandError, NotSupported, Poisoned, ReadOnly
 from cowhand.core.extents import NO_HOST
 from cowhand.core.locks import RANK_ALLOCATION, ranked_lock
@@ -73,6 +74,11 @@ class Unprepared(Exception):
         self.prepare = prepare
 
 
+def _understood(error: BaseException) -> bool:
+    """Tell whether *error* came by an error path of its own; after another one it is not known what was done."""
+    return isinstance(error, (CowhandError, OSError, MemoryError))
+
+
 class ReservingNode(BlockNode):
     """A node whose allocation units change by reservations. Drivers set ``allocation_unit`` (bytes) before any I/O."""
 
@@ -85,6 +91,7 @@ class ReservingNode(BlockNode):
         self.lock = ranked_lock(RANK_ALLOCATION, "allocation")
         self.poison: CowhandError | None = None
         self._reserved: list[Reservation] = []
+        self._batches: list[UnitWrites] = []
         self._writing = False
         #: During ``reserve``: the same request has written what lies before.
         self.continues = False
@@ -119,13 +126,23 @@ class ReservingNode(BlockNode):
         """
         return False
 
-    def reserve_units(self, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
-        """Reserve for *writes*, (offset, length) each inside a unit of its own, at once, as kind DATA; None for what :meth:`reserve` has to look at.
+    #: Whether the driver has the three methods below.
+    takes_batches: ClassVar[bool] = False
 
-        A reservation covers the whole write. Called with the lock held, for units that nobody owns. A driver need not have it. Raises as
+    def reserve_writes(self, writes: UnitWrites) -> None:
+        """Reserve for *writes* at once, as kind DATA; a row stays SINGLY where :meth:`reserve` has to look at it, and where its unit is busy.
+
+        A row's copy units hold no data, or none that has to be kept but what is copied around the row. Called with the lock held. Raises as
         :meth:`reserve`; then nothing is taken.
         """
-        return ()
+        raise NotSupported(f"driver '{self.driver}' cannot allocate")
+
+    def link_writes(self, writes: UnitWrites) -> None:
+        """Make readers see *writes*, whose bytes are in place; what was taken for rows that are SINGLY by now is given back. Lock is held."""
+        raise NotSupported(f"driver '{self.driver}' cannot allocate")
+
+    def abandon_writes(self, writes: UnitWrites) -> None:
+        """Take *writes* back. Never raises; a leak at worst. Called with the lock held."""
 
     # -- before a change, and after a failure
 
@@ -204,8 +221,14 @@ class ReservingNode(BlockNode):
             elif waiter is not None:
                 waiter.acquire()
 
-    def _owner_of(self, begin: int, end: int) -> tuple[Reservation | None, int]:
+    def _owner_of(self, begin: int, end: int) -> tuple[Reservation | UnitWrites | None, int]:
         """Return who owns the unit at *begin*, or None and how far the units from there on are free."""
+        for batch in self._batches:
+            at = batch.owned(begin, end)
+            if at == begin:
+                return batch, begin
+            if at is not None:
+                end = at
         for known in self._reserved:
             if known.offset < end and begin < known.offset + known.length:
                 if known.offset <= begin:
@@ -235,10 +258,9 @@ class ReservingNode(BlockNode):
         """Take *reservation* back because of *error*; readers see what they saw."""
         with self.lock:
             try:
-                if isinstance(error, (CowhandError, OSError, MemoryError)):
+                if _understood(error):
                     self.abandon(reservation)
                 else:
-                    # Not through an error path of its own: what was done is not known.
                     self.set_poison(error)
             finally:
                 self._release(reservation)
@@ -256,24 +278,76 @@ class ReservingNode(BlockNode):
         for waiter in reservation.waiters:
             waiter.release()
 
-    def claim_units(self, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
-        """Reserve for *writes*, (offset, length) each inside a unit of its own; None for what :meth:`claim` has to do.
+    def claim_writes(self, writes: UnitWrites) -> bool:
+        """Reserve for *writes* what can be done at once, see :meth:`reserve_writes`; False when nothing was, and :meth:`claim` has to do it all.
 
-        One pass of the lock for all of them, see :mod:`cowhand.block.batch`. They end with :meth:`finish_units`, or :meth:`give_up`.
+        True: they end with :meth:`finish_writes` or :meth:`give_up_writes`. This waits for nobody.
         """
-        with self.lock:
-            if self.poison is not None or self._reserved:
-                return ()  # somebody may own one of them: the long way finds out who waits for whom
+        unit = self.allocation_unit
+        while self.takes_batches:
+            with self.lock:
+                if self.poison is not None:
+                    break
+                if self._reserved or self._batches:
+                    writes.busy = {
+                        n for n in writes.numbers if self._owner_of(n * unit, n * unit + unit)[0] is not None
+                    }
+                try:
+                    self.reserve_writes(writes)
+                except Unprepared as signal:
+                    prepare = signal.prepare
+                except CowhandError:
+                    break  # nothing was taken; the long way meets the same, and deals with it
+                except BaseException as error:
+                    self.set_poison(error)
+                    raise
+                else:
+                    self._batches.append(writes)
+                    self.changed = True
+                    return True
             try:
-                reservations = self.reserve_units(writes)
-            except (CowhandError, Unprepared):
-                return ()  # nothing was taken; the long way meets the same, and deals with it
+                prepare()
+            except CowhandError:
+                break
+        return False
+
+    def finish_writes(self, writes: UnitWrites, failures: Mapping[int, BaseException]) -> None:
+        """Link *writes*, whose bytes are in place, but for the rows of *failures*, which are taken back; let those go on who wait for their units."""
+        with self.lock:
+            self.changed = True
+            try:
+                for row, error in failures.items():
+                    writes.hosts[row] = SINGLY
+                    if not _understood(error):
+                        self.set_poison(error)
+                if self.poison is not None:
+                    # Also when it was found while the bytes were on their way: what was reserved may be somebody else's.
+                    self.abandon_writes(writes)
+                    raise self._poisoned()
+                self.link_writes(writes)
+            except Poisoned:
+                raise
             except BaseException as error:
                 self.set_poison(error)
                 raise
-            self._reserved.extend(one for one in reservations if one is not None)
-            self.changed = True
-            return reservations
+            finally:
+                self._release_writes(writes)
+
+    def give_up_writes(self, writes: UnitWrites, error: BaseException) -> None:
+        """Take all of *writes* back because of *error*; readers see what they saw."""
+        with self.lock:
+            try:
+                if _understood(error):
+                    self.abandon_writes(writes)
+                else:
+                    self.set_poison(error)
+            finally:
+                self._release_writes(writes)
+
+    def _release_writes(self, writes: UnitWrites) -> None:
+        self._batches.remove(writes)
+        for waiter in writes.waiters:
+            waiter.release()
 
     def claim_compressed(self, pieces: Sequence[tuple[int, int]]) -> list[Reservation]:
         """Reserve, as kind COMPRESSED, a unit for each of *pieces* (guest offset, bytes), in rising order; as many of the first as go at once.

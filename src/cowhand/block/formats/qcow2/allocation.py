@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
@@ -175,6 +174,16 @@ def writable_table(node: Qcow2Node, index: int) -> Table:
     return table
 
 
+def counted_table(node: Qcow2Node, index: int) -> Table:
+    """Return the same for an entry that is to hold data. Raises Unprepared where the table has to be counted in the file first."""
+    table = writable_table(node, index)
+    if node.lazy and table.uncounted and not node.exclusive_held:
+        # Tables are counted at once even so: a repair then has only data to find.
+        table.uncounted = False
+        raise Unprepared(node.flush_counts)
+    return table
+
+
 def _place(node: Qcow2Node, offset: int, length: int) -> tuple[int, int, int]:
     """Return (L1 index, first L2 entry, number of entries) of the clusters that a request touches inside one table."""
     mapping = node.mapping
@@ -194,11 +203,7 @@ def _action(entry: int) -> int:
 def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | None:
     mapping = node.mapping
     index, first, count = _place(node, offset, length)
-    table = writable_table(node, index)
-    if node.lazy and table.uncounted and not node.exclusive_held:
-        # Tables are counted at once even so: a repair then has only data to find.
-        table.uncounted = False
-        raise Unprepared(node.flush_counts)
+    table = counted_table(node, index)
     if node.extended:
         from cowhand.block.formats.qcow2 import subclusterspace
 
@@ -280,55 +285,6 @@ def _reserve_new(
     entries.byteswap()
     change = EntryChange(table, first, entries.tobytes(), taken=cluster, taken_count=count)
     return Reservation(begin, count << bits, Kind.DATA, node.data_child, host, fresh=fresh, blank=blank, state=change)
-
-
-def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
-    """See :meth:`cowhand.block.format.FormatNode.reserve_units`: adjoining clusters for all of *writes* that have none, in their order."""
-    if node.extended:
-        from cowhand.block.formats.qcow2 import subclusterspace
-
-        return subclusterspace.reserve_units(node, writes)
-    mapping = node.mapping
-    bits, shift, mask = mapping.cluster_bits, mapping.table_shift, mapping.entries - 1
-    places: list[tuple[int, Table, int] | None] = []
-    held: list[Table] = []
-    try:
-        table, before = None, -1
-        for offset, _ in writes:
-            if table is None or before != offset >> shift:
-                before = offset >> shift
-                table = writable_table(node, before)
-            first = offset >> bits & mask
-            if L.U64.unpack_from(table.data, first * 8)[0]:
-                places.append(None)
-                continue
-            # The tables of the other writes must not push this one out of a small cache.
-            table.writing += 1
-            held.append(table)
-            places.append((offset >> bits << bits, table, first))
-        return _reserve_places(node, places, len(held)) if held else []
-    finally:
-        for table in held:
-            table.writing -= 1
-
-
-def _reserve_places(
-    node: Qcow2Node, places: list[tuple[int, Table, int] | None], count: int
-) -> list[Reservation | None]:
-    size, bits = node.mapping.cluster_size, node.mapping.cluster_bits
-    cluster = node.allocator.take(count)
-    fresh, blank, child = node.allocator.fresh, node.backing is None, node.data_child
-    reservations: list[Reservation | None] = []
-    for place in places:
-        if place is None:
-            reservations.append(None)
-            continue
-        begin, table, first = place
-        host = cluster << bits
-        change = EntryChange(table, first, L.U64.pack(host | L.COPIED), taken=cluster, taken_count=1)
-        reservations.append(Reservation(begin, size, Kind.DATA, child, host, fresh=fresh, blank=blank, state=change))
-        cluster += 1
-    return reservations
 
 
 def _entry_before(node: Qcow2Node, table: Table, first: int, begin: int) -> int:

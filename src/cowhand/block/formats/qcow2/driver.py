@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.snapshots import Snapshot
     from cowhand.block.opening import Opening
     from cowhand.block.snapshots import SnapshotInfo
+    from cowhand.block.unitwrites import UnitWrites
     from cowhand.core.extents import ExtentBatch
 
 
@@ -44,6 +45,7 @@ class Qcow2Node(MetadataNode):
     driver: ClassVar[str] = "qcow2"
     options_class: ClassVar[type[NodeOptions]] = Qcow2Options
     supports_backing: ClassVar[bool] = True
+    takes_batches: ClassVar[bool] = True
     changeable: ClassVar[frozenset[str]] = frozenset(Qcow2Options.declared_options) - frozenset(
         NodeOptions.declared_options
     )
@@ -314,13 +316,17 @@ class Qcow2Node(MetadataNode):
         self._make_room()
         return allocation.reserve(self, offset, length, kind, nbytes)
 
-    def reserve_units(self, writes: Sequence[tuple[int, int]]) -> Sequence[Reservation | None]:
-        from cowhand.block.formats.qcow2 import allocation
+    def reserve_writes(self, writes: UnitWrites) -> None:
+        from cowhand.block.formats.qcow2 import firstwrites
 
-        if self.lazy or self.data_child is not self.file:
-            return ()
         self._make_room()
-        return allocation.reserve_units(self, writes)
+        firstwrites.reserve(self, writes)
+
+    def link_writes(self, writes: UnitWrites) -> None:
+        writes.state.link(self, writes)
+
+    def abandon_writes(self, writes: UnitWrites) -> None:
+        writes.state.abandon(self)
 
     def spare(self, reservation: Reservation, begin: int, end: int) -> bool:
         if not self.extended:

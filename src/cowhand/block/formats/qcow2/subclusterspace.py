@@ -6,7 +6,6 @@ The functions are called with the node's lock held, as those of :mod:`cowhand.bl
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
@@ -103,89 +102,6 @@ def _reserve_new(
     )
     made.fresh, made.blank = fresh, blank
     return made
-
-
-def reserve_units(node: Qcow2Node, writes: Sequence[tuple[int, int]]) -> list[Reservation | None]:
-    """See :meth:`cowhand.block.reserving.ReservingNode.reserve_units`: a write goes into its cluster's own place, or all others into adjoining ones.
-
-    What has data already where it is written, or data that has to move with it, is left to :func:`reserve_data`.
-    """
-    from cowhand.block.formats.qcow2.allocation import writable_table
-
-    mapping = node.mapping
-    assert isinstance(mapping, ExtendedMapping)
-    bits_, shift, mask, sub = mapping.cluster_bits, mapping.table_shift, mapping.entries - 1, mapping.sub_bits
-    within, metadata = mapping.cluster_size - 1, node.metadata_clusters
-    #: (table, number of the entry, entry, bitmap, data bits of the write); entry 0: to be taken
-    places: list[tuple[Table, int, int, int, int] | None] = []
-    held: list[Table] = []
-    new, before, table = 0, -1, None
-    try:
-        for offset, length in writes:
-            if table is None or before != offset >> shift:
-                before = offset >> shift
-                table = writable_table(node, before)
-                # The tables of the other writes must not push this one out of a small cache.
-                table.writing += 1
-                held.append(table)
-            first = offset >> bits_ & mask
-            entry, bitmap = PAIR.unpack_from(table.data, first << 4)
-            begin = offset & within
-            marked = (1 << (begin + length - 1 >> sub) + 1) - (1 << (begin >> sub))
-            host = entry & L.L2_OFFSET_MASK
-            if bitmap & (marked | bitmap >> 32) & ALL_DATA or entry & (L.ENTRY_COMPRESSED | mapping._bad):
-                places.append(None)
-                continue
-            if host:
-                if not entry & L.COPIED or host >> bits_ in metadata:
-                    places.append(None)
-                    continue
-            elif bitmap & ALL_DATA:
-                places.append(None)
-                continue
-            else:
-                entry = 0
-                new += 1
-            places.append((table, first, entry, bitmap, marked))
-        return _reserve_places(node, mapping, writes, places, new)
-    finally:
-        for table in held:
-            table.writing -= 1
-
-
-def _reserve_places(
-    node: Qcow2Node,
-    mapping: ExtendedMapping,
-    writes: Sequence[tuple[int, int]],
-    places: list[tuple[Table, int, int, int, int] | None],
-    new: int,
-) -> list[Reservation | None]:
-    from cowhand.block.formats.qcow2.allocation import EntryChange
-
-    size, sub, child, bare = mapping.cluster_size, mapping.sub_bits, node.data_child, node.backing is None
-    cluster = node.allocator.take(new) if new else 0
-    fresh = bool(new) and node.allocator.fresh
-    reservations: list[Reservation | None] = []
-    for (offset, length), place in zip(writes, places, strict=True):
-        if place is None:
-            reservations.append(None)
-            continue
-        table, first, entry, bitmap, marked = place
-        taken = 0
-        if not entry:
-            taken, entry = cluster, cluster * size | L.COPIED
-            cluster += 1
-        pair = PAIR.pack(entry, (bitmap | marked) & ~(marked << 32))
-        if taken:
-            change = EntryChange(table, first * 2, pair, taken=taken, taken_count=1)
-        else:
-            change = EntryChange(table, first * 2, pair, barrier=True, same_places=True)
-        made = Reservation(offset - offset % size, size, Kind.DATA, child, entry & L.L2_OFFSET_MASK, state=change)
-        made.begin, made.end = offset >> sub << sub, -(-(offset + length) >> sub) << sub
-        if taken:
-            made.fresh, made.blank = fresh, bare and not bitmap
-        reservations.append(made)
-    return reservations
 
 
 def _held(entry: int, bitmap: int) -> tuple[int, int]:
