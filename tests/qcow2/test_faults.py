@@ -10,7 +10,7 @@ import errno
 import random
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pytest
@@ -19,7 +19,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError, Poisoned, ReadOnly
-from cowhand.testing.faults import ALL, CHANGES, FLUSH, GROWTH, HALF, NOTHING, FaultNode
+from cowhand.testing.faults import ALL, CHANGES, FLUSH, GROWTH, HALF, NOTHING, READ, FaultNode
 from cowhand.testing.model import compare
 from tests.qcow2 import images, oracle
 from tests.qcow2.images import Shape
@@ -247,7 +247,8 @@ class Bench:
         self.faults = nodes[operation.medium]
         self.keepers = [Disk(node) for node in nodes]
         self.base = BASE if operation.shape.backed else b""
-        self.disk = images.open_over(nodes[0], self._backing(), writable=True, data=nodes[1] if nodes[1:] else None)
+        data, cache = nodes[1] if nodes[1:] else None, operation.shape.cache
+        self.disk = images.open_over(nodes[0], self._backing(), writable=True, data=data, cache=cache)
 
     def _backing(self) -> MemoryNode | None:
         return MemoryNode(content=self.base) if self.base else None
@@ -438,6 +439,14 @@ def test_an_io_error_at_each_step(operation: Operation, done: float) -> None:
         fails_and_goes_on(operation, CHANGES, number, errno.EIO, done)
 
 
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o.name != "refcount-table"], ids=str)
+def test_a_table_that_cannot_be_read_at_each_step(operation: Operation) -> None:
+    forgetful = replace(operation, shape=replace(operation.shape, cache=1024))
+    if READ in reference(forgetful).kinds:
+        for number in steps(forgetful, frozenset((READ,))):
+            fails_and_goes_on(forgetful, frozenset((READ,)), number, errno.EIO, NOTHING)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_no_space_at_each_step(operation: Operation) -> None:
     for number in steps(operation, GROWTH):
@@ -474,3 +483,19 @@ def test_a_flush_waits_for_the_one_that_is_under_way() -> None:
     second.join()
     bench.shut()
     assert waits, "the second flush returned though nothing was stable yet"
+
+
+def test_an_old_table_that_cannot_be_counted_down_is_lost_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = next(operation for operation in OPERATIONS if operation.name == "refcount-table")
+    bench = Bench(replace(growing, shape=replace(growing.shape, cache=1024)))
+    switch = Qcow2Node.switch_header
+
+    def switch_then_fail(node: Qcow2Node, **fields: int) -> None:
+        switch(node, **fields)
+        bench.faults.fail(READ)
+
+    monkeypatch.setattr(Qcow2Node, "switch_header", switch_then_fail)
+    assert bench.act() is None
+    assert bench.faults.failed == 1
+    bench.shut()
+    assert len(bench.look("closed").check().leaks) == 1

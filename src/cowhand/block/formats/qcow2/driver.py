@@ -281,8 +281,14 @@ class Qcow2Node(MetadataNode):
             begin(self)
 
     def rebuild_metadata_map(self) -> None:
-        """Learn anew where this image's metadata lies (lock held)."""
-        fresh = overlap.build(self)
+        """Learn anew where this image's metadata lies (lock held). Where that fails, an image that is in use is not written any more."""
+        try:
+            fresh = overlap.build(self)
+        except CowhandError as error:
+            if self.begun:
+                # What was freed would still count as metadata, and its next user as damage.
+                self.set_poison(error)
+            raise
         self.metadata = fresh
         self.unprotected = overlap.unknown(self) is not None
         self.metadata_clusters = overlap.EVERY if self.unprotected else fresh.clusters

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from cowhand.block.cache import Table, TableCache
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.counts import Counts
-from cowhand.core.errors import ImageCorrupt, InvalidFormat, NoSpace
+from cowhand.core import diagnostics
+from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, NoSpace
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -263,4 +264,8 @@ class Refcounts:
         node.metadata.add(cluster, clusters)
         node.metadata.remove(old, old_count)
         if old_count:
-            self.change(old, old_count, -1)
+            try:
+                self.change(old, old_count, -1)
+            except CowhandError as error:
+                # The new table is the image's already, so nothing of it is to be taken back.
+                diagnostics.report(f"qcow2_free_clusters failed: {error.qemu()}")

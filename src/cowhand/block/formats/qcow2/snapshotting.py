@@ -173,7 +173,11 @@ def _free(node: Qcow2Node, first: int, clusters: int) -> None:
 
 def _end(node: Qcow2Node) -> None:
     """Bring what is left to the disk. The new state is valid already: an error here leaks clusters at worst."""
-    node.rebuild_metadata_map()
+    try:
+        node.rebuild_metadata_map()
+    except CowhandError as error:
+        error.facts["told"] = True  # closing has nothing to add
+        raise
     node.write_back.run(locked=True)
 
 
