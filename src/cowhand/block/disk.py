@@ -424,6 +424,9 @@ class Disk:
                     node.flush()
                 except Exception as error:  # noqa: BLE001 - kept, and raised at the end
                     failure = error
+                except BaseException:
+                    self._closed = False  # interrupted: nothing is given back yet, and closing can be called again
+                    raise
             try:
                 graph.detach(self.edge)
             except Exception as error:  # noqa: BLE001 - kept, and raised at the end

@@ -382,12 +382,7 @@ class Qcow2Node(MetadataNode):
                 f"'{self.filename}' failed before: {self.poison.message}", path=self.filename, errno=self.poison.errno
             )
         self.fire("flush_to_os")
-        try:
-            self.write_back.flush()
-        except BaseException as error:
-            if not isinstance(error, CowhandError):
-                self.set_poison(error)
-            raise
+        self.write_back.flush()
         self.release_quarantine()
 
     def settle(self) -> None:

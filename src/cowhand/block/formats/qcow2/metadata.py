@@ -131,11 +131,19 @@ class MetadataNode(FormatNode):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the write-back and the allocation lock: for what writes metadata at once (table growth, snapshots)."""
+        """Hold the write-back and the allocation lock: for what writes metadata at once (table growth, snapshots).
+
+        What leaves the block by another way than an error of ours poisons the node: memory and file may differ by more than a write-back mends.
+        """
         with self.write_back.lock, self.lock:
             self.exclusive_held = True
             try:
                 yield
+            except CowhandError:
+                raise
+            except BaseException as error:
+                self.set_poison(error)
+                raise
             finally:
                 self.exclusive_held = False
 

@@ -46,9 +46,12 @@ def grow(node: Qcow2Node, begin: int, end: int, mode: str, *, hide_backing: bool
             node.write_back.barrier = True
         while linked < count:
             linked += _link(node, start + linked * unit, first + linked, count - linked, begin, hide_backing)
-    except BaseException:
+    except CowhandError:
         with node.lock:
             node.allocator.untake(first + linked, count - linked)
+        raise
+    except BaseException as error:
+        node.set_poison(error)  # it is not known how far the run is linked
         raise
 
 

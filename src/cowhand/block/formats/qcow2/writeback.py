@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Piece
+from cowhand.core.errors import CowhandError
 from cowhand.core.locks import RANK_FLUSH, ranked_lock
 
 if TYPE_CHECKING:
@@ -44,8 +45,15 @@ class WriteBack:
             with self.node.lock:
                 self._ticket += 1
                 ticket = self._ticket
-            self.run()
-            self.node.trust_counts()
+            try:
+                self.run()
+                self.node.trust_counts()
+            except CowhandError:
+                raise
+            except BaseException as error:
+                # Of what was taken out of the lists of changes some may not be back in them.
+                self.node.set_poison(error)
+                raise
             self._done = ticket
 
     def run(self, *, locked: bool = False) -> None:
