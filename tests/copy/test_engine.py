@@ -15,6 +15,7 @@ from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
 from cowhand.copy import sink as sinks
+from cowhand.copy.convert import convert
 from cowhand.copy.engine import PIECE, Engine
 from cowhand.copy.plan import Policy
 from cowhand.copy.source import Part, SalvagingSource, Source
@@ -155,6 +156,18 @@ def test_hooks_hear_of_what_went_by_the_lane(rng: random.Random, tmp_path: Path)
             told.update(range(offset // 4096, -(-(offset + length) // 4096)))
         assert {at // 4096 for at in range(0, len(data), 4096) if any(data[at : at + 4096])} <= told
         assert target.read(0, len(data)) == data
+
+
+def test_hooks_hear_of_what_was_copied_inside_the_kernel(rng: random.Random, tmp_path: Path) -> None:
+    data = rng.randbytes(4 * MIB)
+    (tmp_path / "source").write_bytes(data)
+    heard: list[tuple[int, int]] = []
+    with qcow2_disk(tmp_path / "x", 4 * MIB) as target:
+        graph.add_hook(target.root, lambda offset, length: heard.append((offset, length)))
+        convert(tmp_path / "source", target, source_format="raw", skip_create=True, copy_range=True)
+        assert target.read(0, len(data)) == data
+    told = {at for offset, length in heard for at in range(offset, offset + length, 65536)}
+    assert told == set(range(0, len(data), 65536))
 
 
 def test_the_first_error_ends_all_and_names_the_place(rng: random.Random) -> None:

@@ -11,6 +11,7 @@ import pytest
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.protocols.memory import MemoryNode
+from cowhand.block.reserving import Kind
 from cowhand.core.errors import CowhandError
 from cowhand.testing.faults import WRITE, FaultNode
 from tests.qcow2 import images, oracle
@@ -81,4 +82,19 @@ def test_nothing_is_packed_behind_what_failed_to_be_written(rng: random.Random, 
         disk.write(2 * UNIT, expected[2])
         store(node, 3, expected[3])
     check(file, expected)
+    keeper.close()
+
+
+def test_units_that_somebody_writes_are_left_out_of_those_taken_together(rng: random.Random) -> None:
+    """Not only where the first of them is somebody's."""
+    file = images.create(SHAPE)
+    keeper = Disk(file)
+    with opened(file) as (_, node):
+        node.check_writable()
+        theirs = node.claim(2 * UNIT, UNIT, Kind.DATA)
+        assert theirs is not None
+        made = node.claim_compressed([(number * UNIT, 100) for number in range(4)])
+        assert [reservation.offset for reservation in made] == [0, UNIT]
+        for reservation in (theirs, *made):
+            node.withdraw(reservation)
     keeper.close()

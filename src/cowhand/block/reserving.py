@@ -359,11 +359,14 @@ class ReservingNode(BlockNode):
             if self.poison is not None or not pieces:
                 return made
             unit = self.allocation_unit
-            if self._owner_of(pieces[0][0], pieces[-1][0] + unit)[0] is not None:
+            owner, limit = self._owner_of(pieces[0][0], pieces[-1][0] + unit)
+            if owner is not None:
                 return made
             self.continues = False
             try:
                 for offset, nbytes in pieces:
+                    if offset >= limit:
+                        break  # somebody owns this unit
                     reservation = self.reserve(offset, unit, Kind.COMPRESSED, nbytes)
                     if reservation is None:
                         break

@@ -108,10 +108,14 @@ class Cloner:
         if not isinstance(self.sink, LaneSink):
             self._share(source, row.host, count, _plain_descriptor(self.sink.disk), offset)
             return
-        node = self.sink.node
-        while offset < end:
-            host = row.host + (offset - delta - row.start)
-            offset += self._clone_reserved(node, source, host, offset, end - offset)
+        node, begin = self.sink.node, offset
+        try:
+            while offset < end:
+                host = row.host + (offset - delta - row.start)
+                offset += self._clone_reserved(node, source, host, offset, end - offset)
+        finally:
+            for hook in node.hooks:
+                hook(begin, count)
 
     def _clone_reserved(self, node: FormatNode, source: int, host: int, offset: int, length: int) -> int:
         count, flags, _, _ = node.map(offset, length)
