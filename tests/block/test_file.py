@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -262,6 +263,14 @@ def test_only_regular_files_are_files(image_dir: Path) -> None:
     with pytest.raises(CowhandError) as raised:
         open_file(image_dir, read_only=False)
     assert raised.value.qemu() == f"Could not open '{image_dir}': Is a directory"
+
+
+def test_a_socket_is_no_image(image_dir: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(image_dir / "s"))
+        with pytest.raises(InvalidArgument, match="socket") as caught:
+            open_file(image_dir / "s")
+    assert caught.value.qemu() == f"Could not open '{image_dir}/s': No such device or address"
 
 
 def test_a_file_is_no_device(image_dir: Path) -> None:

@@ -55,6 +55,11 @@ class TestConvert:
         cowhand("convert", "--overwrite", "disk.raw", "copy.qcow2", cwd=raw.parent)
         assert content(raw.parent / "copy.qcow2") == raw.read_bytes()
 
+    @pytest.mark.parametrize("words", [("--verify", "disk.raw", "disk.raw"), ("--bitmaps", "-l", "s", "disk.raw")])
+    def test_what_contradicts_itself_is_refused_before_anything_is_made(self, raw: Path, words: tuple[str, ...]) -> None:
+        cowhand("convert", *words, "copy.qcow2", cwd=raw.parent, status=1)
+        assert [path.name for path in raw.parent.iterdir()] == ["disk.raw"]
+
     def test_into_an_existing_image(self, raw: Path) -> None:
         target = image(raw.parent / "target.qcow2", 8 * MiB)
         fill(target, 5 * MiB, MiB, 9)

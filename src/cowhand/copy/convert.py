@@ -123,7 +123,6 @@ def convert(
                 what,
                 stack,
                 source_format,
-                snapshot=snapshot,
                 cache=source_cache,
                 force_share=force_share,
                 unshared=True,
@@ -131,7 +130,10 @@ def convert(
             )
             for what in request.inputs
         ]
-        conversion = _Conversion(request, settings, disks, warn)
+        active = disks[0]
+        if snapshot is not None:
+            disks = [open_source(active, stack, snapshot=snapshot)]
+        conversion = _Conversion(request, settings, disks, active, warn)
         conversion.check_sources()
         conversion.prepare(registry, policy)
         with conversion.open_target(policy) as destination:
@@ -142,11 +144,17 @@ class _Conversion:
     """One call of :func:`convert` whose sources are open; the public methods are its steps, in their order."""
 
     def __init__(
-        self, request: Request, settings: Settings, disks: Sequence[Disk], warn: Callable[[str], None] | None
+        self,
+        request: Request,
+        settings: Settings,
+        disks: Sequence[Disk],
+        active: Disk,
+        warn: Callable[[str], None] | None,
     ) -> None:
         self.request = request
         self.settings = settings
         self.disks = disks
+        self._active = active  # has the bitmaps, also where a snapshot is what is copied
         self.size = sum(-(-disk.size // SECTOR) * SECTOR for disk in disks)
         self._warn = warn or (lambda message: None)
         self._creation: Creation | None = None
@@ -162,7 +170,7 @@ class _Conversion:
         if request.bitmaps:
             if len(self.disks) > 1:
                 raise InvalidArgument("Copying bitmaps only possible with single source")
-            copying.check_bitmaps(self.disks[0], skip_broken=request.skip_broken_bitmaps)
+            copying.check_bitmaps(self._active, skip_broken=request.skip_broken_bitmaps)
         if request.snapshots:
             from cowhand.copy.history import check_history
 
@@ -212,7 +220,7 @@ class _Conversion:
         moved = move(target, progress, cancel)
         if request.bitmaps:
             skip_broken = request.skip_broken_bitmaps
-            copying.copy_bitmaps(self.disks[0], target.disk, skip_broken=skip_broken, warn=self._warn)
+            copying.copy_bitmaps(self._active, target.disk, skip_broken=skip_broken, warn=self._warn)
         name = self._creation.filename if self._creation is not None else target.disk.filename
         return ConvertResult(
             name, target.disk.format, self.size, moved.data, moved.zero, moved.skip, tuple(self._unreadable)

@@ -228,7 +228,11 @@ def amend(volume: Volume, store: Store, options: Mapping[str, Any], *, force: bo
 
 def _slot_number(value: int) -> int:
     if not 0 <= value < luks.SLOTS:
-        raise InvalidArgument(f"Invalid keyslot {value} specified, must be between 0 and {luks.SLOTS - 1}")
+        within = f"must be between 0 and {luks.SLOTS - 1}"
+        raise InvalidArgument(
+            f"Invalid keyslot {value} specified, {within}",
+            qemu=f"Invalid keyslot {value & 0xFFFFFFFF} specified, {within}",
+        )
     return value
 
 

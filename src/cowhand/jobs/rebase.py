@@ -159,7 +159,7 @@ def _open_below(
             cowhand.open(path, format=format, cache=cache, force_share=force_share, policy=policy)
         )
     except CowhandError as error:
-        raise error.within("the new backing file", qemu=f"Could not open new backing file '{path}'") from None
+        raise error.within("the new backing file", qemu=f"Could not open new backing file '{name}'") from None
 
 
 def _copy(disk: Disk, below: Disk | None, sink: Any, progress: Progress, cancel: CancelToken | None) -> int:

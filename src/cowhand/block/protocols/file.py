@@ -200,6 +200,11 @@ class FileNode(DescriptorNode):
         return fd
 
     def _check_kind(self, mode: int) -> None:
+        if stat.S_ISSOCK(mode):
+            raise InvalidArgument(
+                f"'{self.path}' is a socket, which holds no image",
+                qemu=f"Could not open '{self.path}': {os.strerror(errno.ENXIO)}", errno=errno.ENXIO, path=self.path,
+            )  # fmt: skip
         if not stat.S_ISREG(mode):
             raise InvalidArgument(f"'{self.driver}' driver requires '{self.path}' to be a regular file", path=self.path)
 

@@ -96,10 +96,7 @@ class HostDeviceNode(FileNode):
             raise NotSupported(
                 f"Preallocation mode '{preallocation}' unsupported for this non-regular file", path=self.path
             )
-        current = self.size
-        if size > current:
-            raise InvalidArgument("Cannot grow device files", path=self.path)
-        if size != current:
+        if size != self.size:
             raise NotSupported("Cannot resize device files", path=self.path)
 
 

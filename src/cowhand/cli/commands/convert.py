@@ -126,6 +126,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Convert."""
     from cowhand.cli.guard import refuse_existing, refuse_harm
 
+    _check(args)
     there = refuse_existing(args.target, args.overwrite or args.no_create)
     if there:
         refuse_harm(context, args.target, "writing over it", force=args.force or args.dry_run)
@@ -170,6 +171,16 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.verify:
         _verify(args, result, context)
     return _tell(args, result, context)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself before anything is read."""
+    if args.bitmaps and args.snapshot is not None:
+        raise InvalidArgument(
+            "dirty bitmaps tell of the disk as it is now, not as it was at a snapshot", hint="Leave out --bitmaps, or -l."
+        )
+    if args.verify and len(args.source) > 1:
+        raise InvalidArgument("only a copy of one source can be verified", hint="Leave out --verify.")
 
 
 def _options(args: argparse.Namespace) -> dict[str, str]:
@@ -242,8 +253,8 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
 def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -> None:
     from cowhand.copy.compare import compare
 
-    if len(args.source) > 1 or result.unreadable:
-        raise InvalidArgument("only a copy of one whole source can be verified; the copy was made")
+    if result.unreadable:
+        raise InvalidArgument("a copy of what cannot be read cannot be verified; the copy was made")
     from cowhand.copy.opening import open_source
 
     with ExitStack() as stack:

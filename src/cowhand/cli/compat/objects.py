@@ -24,6 +24,7 @@ _ELSEWHERE = (
     "rng-egd",
     "rng-random",
 )
+_WANTS_HELP = "?"
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
 
 
@@ -39,9 +40,14 @@ class Objects:
             print("List of user creatable objects:", *TYPES, sep="\n  ")
             raise Failure(status=0)
         given = _parse(text)
+        if given.pop(_WANTS_HELP, None) and given.get("qom-type") in TYPES:
+            print(f"{given['qom-type']} options:", *_properties(given["qom-type"]), sep="\n  ")
+            raise Failure(status=0)
         kind = given.pop("qom-type", None)
         if kind is None:
             raise Failure("Parameter 'qom-type' is missing")
+        if not isinstance(kind, str):
+            raise Failure("Invalid parameter type for 'qom-type', expected: string")
         if kind not in TYPES:
             if kind in _ELSEWHERE:
                 raise Failure(f"invalid object type: {kind}")
@@ -49,6 +55,8 @@ class Objects:
         name = given.pop("id", None)
         if name is None:
             raise Failure("Parameter 'id' is missing")
+        if not isinstance(name, str):
+            raise Failure("Invalid parameter type for 'id', expected: string")
         secret = b""
         if kind == "secret":
             secret, given = _secret(given), {}
@@ -78,16 +86,31 @@ def _parse(text: str) -> dict[str, Any]:
         return dict(given)
     out: dict[str, Any] = {}
     for pair in parse(text, "qom-type") if text else []:
+        if pair.short and pair.value == "on" and pair.name in ("help", "?"):
+            out[_WANTS_HELP] = True
+            continue
         if pair.short:
             raise Failure(f"Expected '=' after parameter '{pair.name if pair.value == 'on' else 'no' + pair.name}'")
         out[pair.name] = pair.value
     return out
 
 
+def _properties(kind: str) -> list[str]:
+    """Return a line for each property that objects of *kind* have."""
+    if kind == "secret":
+        return [f"{name}=<{'QCryptoSecretFormat' if name == 'format' else 'string'}>" for name in TYPES[kind]]
+    from cowhand.block.throttling import KINDS
+
+    limits = ["x-iops-size", *(f"x-{name}{end}" for name in KINDS for end in ("", "-max", "-max-length"))]
+    return ["limits=<ThrottleLimits>", *sorted(f"{name}=<int>" for name in limits)]
+
+
 def _secret(given: dict[str, Any]) -> bytes:
-    for key in given:
+    for key, value in given.items():
         if key not in TYPES["secret"]:
             raise Failure(f"Parameter '{key}' is unexpected")
+        if not isinstance(value, str):
+            raise Failure(f"Invalid parameter type for '{key}', expected: string")
     if given.get("format", "raw") not in ("raw", "base64"):
         raise Failure(f"Parameter 'format' does not accept value '{given['format']}'")
     from cowhand.core.errors import CowhandError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cowhand.block.options import CACHE_MODES
 from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image, output_format
-from cowhand.cli.compat.images import cache_mode, describe, warn_of_raw
+from cowhand.cli.compat.images import cache_mode, describe, open_image, warn_of_raw
 from cowhand.cli.compat.img.command import Command, failing_as
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError, NotSupported
@@ -100,6 +100,8 @@ def _check(
         if error.qemu_message == "This image format does not support checks":
             if repair is not None and error.facts.get("guessed"):
                 warn_of_raw(name)
+            # Such an image was not opened whole: without its passphrase it cannot be.
+            open_image(name, format=format, image_opts=image_opts, force_share=repair is None).close()
             raise Failure(error.qemu_message, status=_UNSUPPORTED) from None
         raise Failure(f"Could not open '{name}': {error.qemu()}") from error
     except CowhandError as error:

@@ -165,7 +165,7 @@ def run(words: Sequence[str]) -> int:
 
 def _existing(line: _Line) -> Disk:
     target_opts = "target_image_opts" in line.flags
-    format = None if target_opts else line.target_format or "raw"
+    format = line.target_format if target_opts else line.target_format or "raw"
     return open_image(line.names[-1], format=format, image_opts=target_opts, writable=True, cache=line.cache)
 
 
@@ -190,7 +190,7 @@ def _creation_options(line: _Line) -> dict[str, Any]:
             options[name] = value
     if line.backing is not None and len(line.names) > 2:
         raise Failure(_CONCATENATED)
-    if options.get("backing_file") and not options.get("backing_fmt"):
+    if "backing_file" in options and not options.get("backing_fmt"):
         raise Failure("Use of backing file requires explicit backing format")
     if "compressed" in line.flags and not can_compress(entry.load()):
         raise Failure("Compression not supported for this file format")

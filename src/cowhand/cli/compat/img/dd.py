@@ -40,6 +40,13 @@ class _Operands:
         if len(self.names) != 2:
             raise Failure("Must specify both input and output files")
 
+    def bound(self) -> None:
+        """Let what lies past the end of every disk lie just there: products of these numbers are no sizes."""
+        last = MAX_SIZE // self.block_size
+        self.skip = min(self.skip, last)
+        if self.count is not None:
+            self.count = min(self.count, last)
+
 
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
@@ -58,6 +65,7 @@ def run(words: Sequence[str]) -> int:
             case "image-opts":
                 image_opts = True
     operands = _Operands(command.positional)
+    operands.bound()
     target = operands.names["of"]
     from cowhand.block.create import protocol_of
     from cowhand.copy.dd import dd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,13 @@ def snapshot_table(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         milliseconds = one["vm-clock-nsec"] // 1_000_000
         clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
         size = human(one["vm-state-size"])
-        yield f"{one['id']:<9} {one['name']:<16}{size:>9}{date:>20}{clock:>13}{one.get('icount', ''):>11}"
+        ident, name = _padded(one["id"], 9), _padded(one["name"], 16)
+        yield f"{ident} {name}{size:>9}{date:>20}{clock:>13}{one.get('icount', ''):>11}"
+
+
+def _padded(text: str, width: int) -> str:
+    """Return *text* with blanks behind it up to *width* bytes, which is what C's printf counts."""
+    return text + " " * (width - len(os.fsencode(text)))
 
 
 def as_text(info: Mapping[str, Any]) -> Iterator[str]:

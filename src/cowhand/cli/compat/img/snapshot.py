@@ -18,6 +18,8 @@ from cowhand.core.errors import BitmapUnusable, CowhandError, SnapshotNotFound
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
 
+_NAME_BYTES = 255  #: of a longer name QEMU keeps the beginning
+
 
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
@@ -74,7 +76,8 @@ def _create(disk: Disk, name: str) -> None:
     number = errno.EOPNOTSUPP
     try:
         if _has_snapshots(disk):
-            create_snapshot(disk, name, icount=0)
+            kept = os.fsencode(name)[:_NAME_BYTES]
+            create_snapshot(disk, os.fsdecode(kept), icount=0)
             return
     except CowhandError as error:
         number = error.number

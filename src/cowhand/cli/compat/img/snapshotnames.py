@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat import program
-from cowhand.cli.compat.optionstrings import parse
+from cowhand.cli.compat.optionstrings import parse, warn_of_short_form
 from cowhand.cli.compat.program import Failure
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Wanted:
             self._word = text
             return
         for pair in parse(text):
+            warn_of_short_form(pair)
             if pair.name == "snapshot.id":
                 self._id = pair.value
             elif pair.name == "snapshot.name":
