@@ -56,7 +56,9 @@ class TestConvert:
         assert content(raw.parent / "copy.qcow2") == raw.read_bytes()
 
     @pytest.mark.parametrize("words", [("--verify", "disk.raw", "disk.raw"), ("--bitmaps", "-l", "s", "disk.raw")])
-    def test_what_contradicts_itself_is_refused_before_anything_is_made(self, raw: Path, words: tuple[str, ...]) -> None:
+    def test_what_contradicts_itself_is_refused_before_anything_is_made(
+        self, raw: Path, words: tuple[str, ...]
+    ) -> None:
         cowhand("convert", *words, "copy.qcow2", cwd=raw.parent, status=1)
         assert [path.name for path in raw.parent.iterdir()] == ["disk.raw"]
 

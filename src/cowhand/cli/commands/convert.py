@@ -177,7 +177,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what contradicts itself before anything is read."""
     if args.bitmaps and args.snapshot is not None:
         raise InvalidArgument(
-            "dirty bitmaps tell of the disk as it is now, not as it was at a snapshot", hint="Leave out --bitmaps, or -l."
+            "dirty bitmaps tell of the disk as it is now, not as it was at a snapshot",
+            hint="Leave out --bitmaps, or -l.",
         )
     if args.verify and len(args.source) > 1:
         raise InvalidArgument("only a copy of one source can be verified", hint="Leave out --verify.")
