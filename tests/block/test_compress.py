@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cowhand.block import graph
 from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.node import BlockNode
@@ -49,6 +50,16 @@ def test_what_is_written_is_stored_compressed_and_reads_the_same(image: Path) ->
         assert disk.read(0, 1) + disk.read(UNIT + 99, 2) + disk.read(5 * UNIT + 511, 1) == b"a\0bc"
     assert compressed(image) == [0, 1, 5]
     assert_clean(image)
+
+
+def test_hooks_of_the_format_hear_of_every_unit(image: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    root = over(image)
+    with Disk(root, writable=True) as disk:
+        graph.add_hook(root.children["file"].node, lambda offset, length: heard.append((offset, length)))
+        disk.write(UNIT, b"a" * UNIT + os.urandom(UNIT))
+        disk.write(5 * UNIT, b"c" * 512)
+    assert heard == [(UNIT, UNIT), (2 * UNIT, UNIT), (5 * UNIT, 512)]
 
 
 def test_a_unit_that_does_not_shrink_is_stored_as_it_is(image: Path) -> None:

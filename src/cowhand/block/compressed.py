@@ -39,5 +39,10 @@ def write_compressed(node: FormatNode, edge: Edge, offset: int, data: memoryview
         payload = codec.compress(bytes(part).ljust(unit, b"\0"))
         if payload is None:
             edge.write(offset + position, (part,))
-        else:
+            continue
+        try:
             node.write_compressed(offset + position, payload)
+        finally:
+            # Not by way of the edge, which knows of no such request.
+            for hook in node.hooks:
+                hook(offset + position, len(part))
