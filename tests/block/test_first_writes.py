@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,63 @@ def test_first_writes_over_zero_clusters_need_no_more_than_their_bytes() -> None
         image.submit([(n * cluster + 100 * n, b"z" * 700) for n in range(COUNT)])
         assert image.data.counts["read"] == 0 and image.data.counts["write"] == COUNT
         image.judge()
+
+
+@pytest.mark.parametrize(("cluster", "options"), [PLAIN, EXTENDED], ids=["plain", "extended"])
+def test_batches_fill_holes(cluster: int, options: dict[str, Any]) -> None:
+    """Space that was given back here and there is used again, also where no run of it is as long as the batch."""
+    image = Image(cluster, options)
+    rng = random.Random(3)
+    image.submit([(n * cluster, rng.randbytes(cluster)) for n in range(COUNT)])
+    end = 0
+    for turn in range(12):
+        numbers = rng.sample(range(COUNT), 8)
+        for number in numbers:
+            image.disk.discard(number * cluster, cluster)
+        for _ in range(2):
+            image.disk.flush()
+        image.submit([(number * cluster + 9, rng.randbytes(200)) for number in numbers])
+        for number in numbers:
+            image.model[number * cluster : number * cluster + 9] = bytes(9)
+            image.model[number * cluster + 209 : (number + 1) * cluster] = bytes(cluster - 209)
+        assert image.disk.read(0, image.size) == image.model
+        end = end or image.file.size
+        assert image.file.size == end, turn
+    image.judge()
+
+
+def test_many_small_requests_for_one_cluster_cost_their_number() -> None:
+    """Ten thousand of them neither adjoin nor come in order."""
+    image = Image(65536, {})
+    image.submit([(image.size - 1, b"t")])
+    places = random.Random(1).sample(range(0, 65536, 6), 10_000)
+    begin = time.process_time()
+    image.submit([(at, b"abc") for at in places])
+    assert time.process_time() - begin < 2
+    image.judge()
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_new_tables_of_a_batch_are_counted_together(extended: bool) -> None:
+    """With lazy reference counts the file counts all of them before one holds data."""
+    cluster = 16384 if extended else 512
+    reach = cluster * (cluster // (16 if extended else 8))
+    file = qcow2_file(8 * reach, cluster_size=cluster, extended_l2=extended, lazy_refcounts=True)
+    keeper = Disk(file)
+    fault = FaultNode(file)
+    with Disk(qcow2_node(fault), writable=True) as disk:
+        disk.write(0, b"first")
+        batch = [(WRITE_REQUEST, table * reach + 5, b"x" * 100) for table in range(1, 8)]
+        fault.fail("flush", lasting=True)
+        with pytest.raises(IOFailed):
+            disk.submit(batch)
+        assert [disk.read(at, 100) for _, at, _ in batch] == [bytes(100)] * 7
+        fault.reset()
+        disk.submit(batch)
+        assert fault.counts["flush"] == 1
+        assert [disk.read(at, 100) for _, at, _ in batch] == [b"x" * 100] * 7
+    keeper.close()
+    assert oracle.Image(file.snapshot_bytes()).check() == oracle.Findings()
 
 
 # -- others meanwhile

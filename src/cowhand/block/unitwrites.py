@@ -79,7 +79,7 @@ class UnitWrites:
             self.buffers[met].append(what)
             self.lengths[met] += len(what)
             return True
-        self.mixed[met] = [*self.requests(met), (offset, what)]
+        self.mixed.setdefault(met, self.requests(met)).append((offset, what))
         self.offsets[met] = min(begin, offset)
         self.lengths[met] = max(stop, end) - self.offsets[met]
         return True

@@ -174,14 +174,21 @@ def writable_table(node: Qcow2Node, index: int) -> Table:
     return table
 
 
-def counted_table(node: Qcow2Node, index: int) -> Table:
-    """Return the same for an entry that is to hold data. Raises Unprepared where the table has to be counted in the file first."""
-    table = writable_table(node, index)
-    if node.lazy and table.uncounted and not node.exclusive_held:
-        # Tables are counted at once even so: a repair then has only data to find.
-        table.uncounted = False
-        raise Unprepared(node.flush_counts)
-    return table
+def prepare_tables(node: Qcow2Node, tables: list[Table]) -> None:
+    """Raise Unprepared where the file has to count some of *tables* before they hold data: with lazy reference counts, when they are new.
+
+    A repair then has only data to find.
+    """
+    waiting = [table for table in tables if table.uncounted]
+    if not waiting or node.exclusive_held:
+        return
+
+    def count() -> None:
+        node.flush_counts()
+        for table in waiting:
+            table.uncounted = False
+
+    raise Unprepared(count)
 
 
 def _place(node: Qcow2Node, offset: int, length: int) -> tuple[int, int, int]:
@@ -203,7 +210,9 @@ def _action(entry: int) -> int:
 def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | None:
     mapping = node.mapping
     index, first, count = _place(node, offset, length)
-    table = counted_table(node, index)
+    table = writable_table(node, index)
+    if node.lazy:
+        prepare_tables(node, [table])
     if node.extended:
         from cowhand.block.formats.qcow2 import subclusterspace
 

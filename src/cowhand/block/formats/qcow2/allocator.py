@@ -83,6 +83,25 @@ class Allocator:
             self.fresh = self.use(first, count)
             return first
 
+    def take_runs(self, count: int) -> list[tuple[int, int, bool]]:
+        """Take *count* clusters wherever they are free, the lowest first; return (first, how many, fresh) of the runs that they make.
+
+        For those who do not need them to adjoin: holes are filled, as if each was taken by itself. Raises as :meth:`take`; then nothing is taken.
+        """
+        runs: list[tuple[int, int, bool]] = []
+        refcounts = self.refcounts
+        try:
+            while count:
+                first = refcounts.find_free(refcounts.free_index, 1)
+                have = max(1, refcounts.free_run(first, count))
+                runs.append((self.take(have), have, self.fresh))
+                count -= have
+        except BaseException:
+            for first, have, _ in runs:
+                self.untake(first, have)
+            raise
+        return runs
+
     def take_at(self, first: int, count: int) -> int:
         """Take those of *count* clusters from *first* on that lie before the first in use; return how many."""
         refcounts = self.refcounts

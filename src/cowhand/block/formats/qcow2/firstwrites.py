@@ -8,11 +8,12 @@ The functions are called with the node's lock held.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import PAGE_BITS, Table
 from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.allocation import counted_table
+from cowhand.block.formats.qcow2.allocation import prepare_tables, writable_table
 from cowhand.block.formats.qcow2.datafile import missing
 from cowhand.block.formats.qcow2.subclusters import ALL_DATA, PAIR, ExtendedMapping
 from cowhand.block.unitwrites import SINGLY, UnitWrites
@@ -24,18 +25,18 @@ if TYPE_CHECKING:
 class Places:
     """Where the writes of one batch are put in the tables."""
 
-    __slots__ = ("first", "held", "marks", "new", "tables")
+    __slots__ = ("held", "marks", "new", "runs", "tables")
 
     def __init__(self) -> None:
         self.held: dict[int, Table] = {}  #: by L1 index: they stay in the cache until the reservation ends
         self.tables: list[tuple[Table, int]] = []  #: a row's table, and where its entry is in it, in bytes
         self.marks: list[int] = []  #: with subclusters: the data bits of a row
         self.new: list[int] = []  #: rows that take a cluster
-        self.first = 0  #: the first cluster taken; 0 for none
+        self.runs: list[tuple[int, int, bool]] = []  #: what they took, in their order, see ``Allocator.take_runs``
 
     def table(self, node: Qcow2Node, index: int) -> Table:
         """Return L2 table *index* for changing. The tables of other writes must not push it out of a small cache."""
-        table = counted_table(node, index)
+        table = writable_table(node, index)
         table.writing += 1
         self.held[index] = table
         return table
@@ -70,18 +71,41 @@ class Places:
                 node.mapping.cache.dirty[id(table)] = table
         # The entries make bytes visible, which have to be stable first.
         node.write_back.barrier = True
-        if self.first:
-            for number, row in enumerate(self.new):
+        if self.runs and SINGLY in writes.hosts:
+            for cluster, row in zip(self._taken(), self.new, strict=True):
                 table, at = self.tables[row]
                 if writes.hosts[row] == SINGLY and not L.U64.unpack_from(table.data, at)[0] & L.L2_OFFSET_MASK:
-                    node.allocator.untake(self.first + number, 1)
+                    node.allocator.untake(cluster, 1)
         self.let_go()
 
     def abandon(self, node: Qcow2Node) -> None:
         """Give back what was taken."""
-        if self.first:
-            node.allocator.untake(self.first, len(self.new))
+        for first, count, _ in self.runs:
+            node.allocator.untake(first, count)
         self.let_go()
+
+    def _taken(self) -> Iterator[int]:
+        for first, count, _ in self.runs:
+            yield from range(first, first + count)
+
+    def take(self, node: Qcow2Node, writes: UnitWrites, relative: list[int]) -> None:
+        """Take the clusters of ``new``; the hosts of the rows *relative* count from the first of them on, and become what they are."""
+        size, hosts, bare = node.cluster_size, writes.hosts, writes.bare
+        self.runs = node.allocator.take_runs(len(self.new))
+        if len(self.runs) == 1 and len(relative) == len(hosts):
+            first, _, fresh = self.runs[0]
+            base = first * size
+            writes.hosts = [base + host for host in hosts]
+            if not fresh:
+                writes.bare = [False] * len(hosts)
+            return
+        found = [
+            (cluster * size, fresh) for first, count, fresh in self.runs for cluster in range(first, first + count)
+        ]
+        for row in relative:
+            place, fresh = found[hosts[row] // size]
+            hosts[row] = place + hosts[row] % size
+            bare[row] = bare[row] and fresh
 
 
 def reserve(node: Qcow2Node, writes: UnitWrites) -> None:
@@ -91,27 +115,22 @@ def reserve(node: Qcow2Node, writes: UnitWrites) -> None:
     places = Places()
     try:
         relative = (_look_at_subclusters if node.extended else _look)(node, writes, places)
-        fresh = False
-        if places.new and not node.external:
-            places.first = node.allocator.take(len(places.new))
-            fresh = node.allocator.fresh
-            base, hosts = places.first * node.cluster_size, writes.hosts
-            if len(relative) == len(hosts):
-                writes.hosts = [base + host for host in hosts]
-            else:
-                for row in relative:
-                    hosts[row] += base
+        if node.lazy:
+            prepare_tables(node, list(places.held.values()))
+        if node.external:
+            # What the file holds at a new place is not known.
+            writes.bare = [False] * len(writes.hosts)
+        elif places.new:
+            places.take(node, writes, relative)
     except BaseException:
         places.let_go()
         raise
-    if not fresh:
-        writes.bare = [False] * len(writes.hosts)
     writes.child = node.data_child
     writes.state = places
 
 
 def _look(node: Qcow2Node, writes: UnitWrites, places: Places) -> list[int]:
-    """Fill the columns of *writes* and *places*; return the rows whose hosts are relative to the first cluster to be taken."""
+    """Fill the columns of *writes* and *places*; return the rows whose hosts count from the first cluster on that is to be taken."""
     mapping, external, busy = node.mapping, node.external, writes.busy
     bits, shift, mask, within = mapping.cluster_bits, mapping.table_shift, mapping.entries - 1, mapping.cluster_size - 1
     unpack, zero, bare_entry = L.U64.unpack_from, L.ENTRY_ZERO, node.backing is None
@@ -164,9 +183,11 @@ def _look_at_subclusters(node: Qcow2Node, writes: UnitWrites, places: Places) ->
                 pass
             elif place == offset - begin if external else place and place >> bits not in metadata:
                 host = place + begin
+        elif bitmap & ALL_DATA:
+            pass  # without a place: damage
         elif external:
             host = offset
-        elif not bitmap & ALL_DATA:
+        else:
             blank = not backed or bitmap >> 32 & marked == marked
             if row in shared:
                 other = shared[row]  # which is in the same cluster
