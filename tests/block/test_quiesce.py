@@ -10,6 +10,7 @@ import pytest
 from cowhand.block import graph
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode
+from cowhand.core import clock
 from cowhand.core.errors import DeadlineExceeded
 from cowhand.core.locks import RANK_ALLOCATION, RANK_FLUSH, RANK_GRAPH, RANK_LEAF, LockOrderError, ranked_lock
 from cowhand.testing.faults import FaultNode
@@ -130,6 +131,27 @@ class TestDeadline:
         assert disk.read(0, 1) == b"\0"
         suspended.resume()
         writer.done()
+        disk.close()
+
+    def test_an_interrupt_while_it_waits_lets_everybody_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        node, disk = faulty()
+        suspended = node.suspend("write")
+        writer = Worker(disk.write, 0x1000, b"x" * 0x200)
+        wait_until(suspended.reached)
+
+        def interrupt() -> float:
+            if disk.gate.closed:
+                raise KeyboardInterrupt
+            return time.monotonic()
+
+        monkeypatch.setattr(clock, "monotonic", interrupt)
+        with pytest.raises(KeyboardInterrupt), graph.quiesce(node):
+            pass
+        monkeypatch.undo()
+        assert not disk.gate.closed
+        suspended.resume()
+        writer.done()
+        assert disk.read(0x1000, 1) == b"x"
         disk.close()
 
     def test_one_that_stays_lets_the_others_go(self) -> None:

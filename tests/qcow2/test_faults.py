@@ -19,8 +19,10 @@ from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError, Poisoned, ReadOnly
+from cowhand.testing import replay
 from cowhand.testing.faults import ALL, CHANGES, FLUSH, GROWTH, HALF, NOTHING, READ, FaultNode
 from cowhand.testing.model import compare
+from cowhand.testing.recorder import RecorderNode
 from tests.qcow2 import images, oracle
 from tests.qcow2.images import Shape
 
@@ -499,3 +501,25 @@ def test_an_old_table_that_cannot_be_counted_down_is_lost_and_nothing_else(monke
     assert bench.faults.failed == 1
     bench.shut()
     assert len(bench.look("closed").check().leaks) == 1
+
+
+def test_a_new_table_that_may_be_named_already_is_no_longer_new() -> None:
+    """The flush after L1 was written failed: from then on the table's entries wait for counts and bytes as those of any other."""
+    recorder = RecorderNode(images.create(Shape(cluster=4096)), sector=SECTOR)
+    faults = FaultNode(recorder, sector=SECTOR)
+    keeper = Disk(faults)
+    with images.open_over(faults, writable=True) as disk:
+        disk.write(0, b"a" * 4096)
+        faults.fail(FLUSH, 2)
+        with pytest.raises(CowhandError):
+            disk.flush()
+        disk.write(4096, b"b" * 4096)
+        disk.flush()
+    keeper.close()
+
+    def judge(state: replay.CrashState) -> None:
+        image = oracle.Image(state.image.snapshot_bytes())
+        assert image.check().corruptions == []
+        assert image.content()[4096:8192] in (bytes(4096), b"b" * 4096)
+
+    replay.replay(replay.crash_states(recorder.log, samples=60), judge)

@@ -39,6 +39,14 @@ class Gate:
             self._depth += 1
             drained = self.drained = self.drained or threading.Event()
             self.closed = True
+        try:
+            self._wait_drained(drained, mine, last, deadline)
+        except BaseException:
+            self.open()
+            raise
+
+    def _wait_drained(self, drained: threading.Event, mine: int, last: float, deadline: float) -> None:
+        """Wait until no request of another thread than *mine* is in flight; raises DeadlineExceeded after *last*."""
         while True:
             # An event that was set between the test and the wait is seen at once; one that is lost costs 50 ms.
             others = [entry for entry in list(self._disk.in_flight.values()) if entry[3] != mine]
@@ -47,7 +55,6 @@ class Gate:
             drained.wait(0.05)
             drained.clear()
             if clock.monotonic() > last:
-                self.open()
                 names = ", ".join(f"{entry[0]} at {entry[1]:#x}+{entry[2]:#x}" for entry in others[:5])
                 raise DeadlineExceeded(
                     f"requests of disk '{self._disk.name}' did not end in {deadline:g} s: {names}",

@@ -72,6 +72,10 @@ class WriteBack:
             self._write(first, "refblock_update_part")
             if second and (first or barrier):
                 self.node.flush_all()
+            if second:
+                for piece in first:
+                    # Even if what follows fails: an L1 entry on disk may name it from now on, and it is stable as it was copied.
+                    piece.table.fresh = False
             self._write(second, "l2_update")
             self.node.flush_all()
         except BaseException:
