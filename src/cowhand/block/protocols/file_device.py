@@ -97,7 +97,7 @@ class HostDeviceNode(FileNode):
                 f"Preallocation mode '{preallocation}' unsupported for this non-regular file", path=self.path
             )
         if size != self.size:
-            raise NotSupported("Cannot resize device files", path=self.path)
+            raise NotSupported("Cannot resize device files", path=self.path, fixed=True)
 
 
 class HostCdromNode(HostDeviceNode):

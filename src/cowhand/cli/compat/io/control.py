@@ -17,7 +17,7 @@ from cowhand.cli.compat.io.parsing import Complaint, UsageComplaint, c_integer, 
 from cowhand.cli.compat.io.report import number_of
 from cowhand.cli.compat.io.requests import the_disk
 from cowhand.cli.compat.program import Failure
-from cowhand.core.errors import CowhandError, NotSupported
+from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.filters.blkdebug import BlkDebugNode
@@ -126,9 +126,11 @@ def truncate(session: Session, words: Sequence[str]) -> bool:
     try:
         the_disk(session).resize(size, preallocation=preallocation, shrink=True)
     except CowhandError as error:
-        if isinstance(error, NotSupported) and preallocation == "off" and size <= the_disk(session).size:
-            return True  # a device: to QEMU it is enough that so much is there
-        raise Failure(error.qemu()) from error
+        if not error.facts.get("fixed") or preallocation != "off":
+            raise Failure(error.qemu()) from error
+        if size > the_disk(session).size:
+            raise Failure(error.qemu().replace("Cannot resize", "Cannot grow")) from error
+        # A device: to QEMU it is enough that so much is there.
     return True
 
 
