@@ -11,6 +11,7 @@ import pytest
 
 import cowhand
 from cowhand.block import graph
+from cowhand.block.check import check
 from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
@@ -253,3 +254,35 @@ def test_salvaging_loses_only_the_sectors_that_cannot_be_read(rng: random.Random
             data[at : at + 512] = bytes(512)
         assert read_all(target) == data
     assert sorted(lost) == bad
+
+
+@pytest.mark.parametrize(
+    ("cluster", "unit", "sparse"), [(4096, 4096, 4096), (512, 4096, 4096), (65536, 512, 4096), (512, 512, 65536)]
+)
+def test_a_fragmented_source_is_copied_in_large_pieces(
+    rng: random.Random, tmp_path: Path, cluster: int, unit: int, sparse: int
+) -> None:
+    """Scattered units of data, also with gaps that are too short to be left out: the target allocates what a copy run by run allocates."""
+    size = 6 * MIB + 512
+    create(tmp_path / "s", "qcow2", size, {"cluster_size": unit})
+    model = bytearray(size)
+    with cowhand.open(tmp_path / "s", format="qcow2", writable=True) as source:
+        for _ in range(300):
+            offset = rng.randrange(size // unit) * unit
+            length = min(rng.choice((1, 1, 2, 20)) * unit, size - offset)
+            model[offset : offset + length] = rng.randbytes(length)
+            source.write(offset, bytes(model[offset : offset + length]))
+        allocated = []
+        for joins in (True, False):
+            name = tmp_path / f"t{joins}"
+            create(name, "qcow2", size, {"cluster_size": cluster})
+            with cowhand.open(name, format="qcow2", writable=True) as target:
+                made, policy = engine(Source([source]), target, sparse=sparse)
+                made.sink.joins = joins
+                made.run(made.source.runs(policy))
+                assert read_all(target) == model
+                rows = [(row.start, row.length, row.flags) for batch in target.extents() for row in batch]
+                allocated.append((rows, made.progress.done))
+            found = check(name, format="qcow2")
+            assert not found.corruptions and not found.leaks
+    assert allocated[0] == allocated[1]

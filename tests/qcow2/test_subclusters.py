@@ -318,10 +318,10 @@ def test_numpy_and_the_loop_find_the_same_rows(seed: int) -> None:
         first = offset // CLUSTER
         part = words[2 * first : 2 * -(-stop // CLUSTER)]
         answers = []
-        for ends in (None, []):
+        for numpy in (False, True):
             out = ExtentBatch()
             try:
-                end = node.mapping._rows(out, part, table, first, offset, stop, 0, ends)
+                end = node.mapping._rows(out, part, table, first, offset, stop, 0, numpy)
                 answers.append((end, [row[:4] for row in out]))
             except ImageCorrupt as error:
                 answers.append((error.message, []))

@@ -21,8 +21,8 @@ import pytest
 
 #: What QEMU's tools say when the processor time of a key derivation cannot be told, which happens now and then on virtual
 #: machines; they have written nothing of use by then, and the same command succeeds the next time.
-_UNSTEADY_CLOCK = "Unable to get accurate CPU usage"
-_ATTEMPTS = 5
+UNSTEADY_CLOCK = "Unable to get accurate CPU usage"
+ATTEMPTS = 5
 
 
 class ProgramMissing(Exception):
@@ -90,7 +90,7 @@ def run(
         raise ProgramMissing(f"{name} is not installed ({variable(name)} may name it)")
     command = (path, *(os.fspath(argument) for argument in arguments))
     settings = {**os.environ, "LC_ALL": "C", "TZ": "UTC", **(environment or {})}
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         done = subprocess.run(
             command,
             input=stdin,
@@ -101,7 +101,7 @@ def run(
             cwd=cwd,
             errors="surrogateescape",
         )
-        if done.returncode == 0 or _UNSTEADY_CLOCK not in done.stderr:
+        if done.returncode == 0 or UNSTEADY_CLOCK not in done.stderr:
             break
     result = Result(command, done.returncode, done.stdout, done.stderr)
     if check and done.returncode != 0:

@@ -6,6 +6,9 @@ the backing file ends, or there is none, the bytes read as zeroes in the layer a
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
+
 from cowhand.block.node import BlockNode
 from cowhand.core.extents import DATA, MAX_ROWS, OFFSET, RECURSE, ZERO, Extent, ExtentBatch
 
@@ -18,12 +21,42 @@ def layered(node: BlockNode, offset: int, length: int, depth: int | None = None)
 
     Rows tell their layer in ``depth``. Rows that no asked layer allocates have neither DATA nor ZERO, unless there is nothing below.
     """
-    out = ExtentBatch()
     top = node.map_batch(offset, length)  # through its filters, which may refuse
-    for row in top:
-        if not _resolve(out, skip_filters(node), row, 0, depth):
-            break
+    here = skip_filters(node)
+    out = _alone(here, top)
+    if out is None:
+        out, holes = ExtentBatch(), _Holes()
+        for row in top:
+            if not _resolve(out, here, row, 0, depth, holes):
+                break
     return out
+
+
+def _alone(here: BlockNode, top: ExtentBatch) -> ExtentBatch | None:
+    """Return what *top*, the answer of layer *here*, says where nobody else has to be asked; None where somebody has to be. A column at a time."""
+    kinds = set(top.flags)
+    if len(top) > MAX_ROWS or any(top.depth) or any(flags & RECURSE for flags in kinds):
+        return None
+    empty = {flags for flags in kinds if not flags & _CONTENT}
+    if not empty:
+        return top
+    if here.backing is not None:
+        return None
+    out = ExtentBatch()
+    out.start, out.length, out.host, out.depth, out.nodes = top.start, top.length, top.host, top.depth, [*top.nodes]
+    implied = _implied(here)
+    meaning = {flags: flags | implied if flags in empty else flags for flags in kinds}
+    out.flags = array("H", [meaning[flags] for flags in top.flags])
+    own = out.index_of(here)
+    placeless = {flags for flags in empty if not flags & OFFSET}
+    pairs = zip(top.flags, top.node, strict=True)
+    out.node = array("H", [own if flags in placeless else node for flags, node in pairs])
+    return out
+
+
+def _implied(here: BlockNode) -> int:
+    """Return how what *here* does not allocate reads with no layer below. QEMU says of it: zero, and of no layer's doing."""
+    return ZERO if here.supports_backing else DATA
 
 
 def skip_filters(node: BlockNode) -> BlockNode:
@@ -36,7 +69,7 @@ def skip_filters(node: BlockNode) -> BlockNode:
     return node
 
 
-def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: int | None) -> bool:
+def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: int | None, holes: _Holes) -> bool:
     """Add *row* of *node*'s own answer to *out*, asking further down where it says nothing; False when *out* is full."""
     # A stack instead of recursion: a chain may be longer than Python's.
     stack: list[tuple[BlockNode, Extent, int]] = [(node, row, level)]
@@ -46,16 +79,14 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
         here, part, at = stack.pop()
         if part.flags & _CONTENT:
             if part.flags & RECURSE and part.flags & OFFSET:
-                if not _ask_file(out, part, at):
+                if not _ask_file(out, part, at, holes):
                     return False
             else:
                 out.add(part.start, part.length, part.flags & ~RECURSE, part.host, part.node, at)
             continue
         below = here.backing
         if below is None:
-            # QEMU says of it: zero, and of no layer's doing.
-            flags = ZERO if here.supports_backing else DATA
-            out.add(part.start, part.length, part.flags | flags, part.host, _owner(part, here), at)
+            out.add(part.start, part.length, part.flags | _implied(here), part.host, _owner(part, here), at)
             continue
         lower = below.node
         limit = lower.size
@@ -97,7 +128,40 @@ def _fill_sector(out: ExtentBatch, lower: BlockNode, part: Extent, count: int, l
     return True
 
 
-def _ask_file(out: ExtentBatch, part: Extent, level: int) -> bool:
+class _Holes:
+    """What a file said of itself lately: clusters that lie about ask for neighbouring parts of it, again and again."""
+
+    #: Bytes that are asked for together: more, as long as they are all alike.
+    _LEAST, _MOST = 64 << 10, 1 << 40
+
+    def __init__(self) -> None:
+        self._node: BlockNode | None = None
+        self._known = ExtentBatch()
+        self._window = self._LEAST
+
+    def rows(self, node: BlockNode, offset: int, end: int) -> ExtentBatch:
+        """Return what *node* says of *offset* and what follows, at least one row and not past *end*."""
+        known = self._known
+        if node is not self._node or not known.begin <= offset < known.end:
+            begin = offset - offset % self._window
+            known = node.map_batch(begin, max(min(begin + self._window, node.size), end) - begin)
+            if known.end <= offset:
+                return node.map_batch(offset, end - offset)  # of so many pieces that it did not come this far
+            self._node, self._known = node, known
+            self._window = min(self._window * 4, self._MOST) if len(known) < 3 else max(self._window // 4, self._LEAST)
+        out = ExtentBatch()
+        for at in range(bisect_right(known.start, offset) - 1, len(known)):
+            start = max(known.start[at], offset)
+            stop = min(known.start[at] + known.length[at], end)
+            if start >= stop:
+                break
+            flags, host = known.flags[at], known.host[at]
+            place = host + start - known.start[at] if flags & OFFSET else host
+            out.add(start, stop - start, flags, place, known.nodes[known.node[at]])
+        return out
+
+
+def _ask_file(out: ExtentBatch, part: Extent, level: int, holes: _Holes) -> bool:
     """Add a row of preallocated data, split by the holes that the file below tells of; its offsets stay the format's. False: *out* is full."""
     position = part.host
     end = part.host + part.length
@@ -107,7 +171,7 @@ def _ask_file(out: ExtentBatch, part: Extent, level: int) -> bool:
         if position >= limit:
             out.add(part.start + position - part.host, end - position, flags | ZERO, position, part.node, level)
             break
-        answer = part.node.map_batch(position, min(end, limit) - position)
+        answer = holes.rows(part.node, position, min(end, limit))
         for row in answer:
             if len(out) >= MAX_ROWS:
                 return False

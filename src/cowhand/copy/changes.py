@@ -124,6 +124,7 @@ class _Changes(Sink):
     as_bytes = 0  #: before this offset what has become zero is written like everything else
     copied = 0
     zeroes = 0
+    joins = False
 
     def begin(self, below: Disk | None) -> None:
         """Learn what the pieces are compared with."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.copy.plan import DATA, SKIP, ZERO, Run
+from cowhand.core.buffers import fill_zero
 from cowhand.core.errors import CowhandError
 from cowhand.core.progress import CancelToken, Progress
 
@@ -60,13 +61,16 @@ class Engine:
         self._turns = _Turns(self.workers if sink.works_long else 0) if in_order and self.workers > 1 else None
         self._spare: list[bytearray] = []  #: buffers that nobody has
         self._lock = threading.Lock()  #: guards the iterator of pieces
-        self._pieces: Iterator[Run] = iter(())
+        self._pieces: Iterator[_Piece] = iter(())
         self._numbers = 0
         self._failure: BaseException | None = None
 
     def run(self, runs: Iterable[Run]) -> None:
         """Copy *runs*; return when the last byte is where it belongs. Raises the first error, or Cancelled."""
-        self._pieces = self._cut(runs)
+        pieces = (_Piece(*piece) for piece in self._cut(runs))
+        # Between runs of data nothing is written either when it reads as zeroes, and is found to: a fragmented source is copied in large pieces.
+        joins = self.source.joins and self.sink.joins and self.sink.reads_zero and self.sink.grain
+        self._pieces = self._joined(pieces) if joins else pieces
         threads = [threading.Thread(target=self._work, name=f"copy-{index}") for index in range(self.workers)]
         for thread in threads:
             thread.start()
@@ -93,11 +97,42 @@ class Engine:
                 size = self.piece
                 if kind == ZERO:
                     size = ZERO_PIECE
-                elif self._cloner is not None and self._cloner.active and self._throttle is None:
+                elif self._clones and self._throttle is None:
+                    assert self._cloner is not None
                     size = self._cloner.piece
                 stop = min(start - start % size + size, end)
                 yield Run(start, stop - start, kind)
                 start = stop
+
+    @property
+    def _clones(self) -> bool:
+        """Whether blocks are shared instead of copied, as far as is known."""
+        return self._cloner is not None and self._cloner.active
+
+    def _joined(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+        """Yield *pieces* with those of data that one buffer takes made one, where what lies between them will be found to be zero as a whole."""
+        last: _Piece | None = None
+        for piece in pieces:
+            if last is not None:
+                begin, end = last.start + last.length, piece.start
+                told = begin == end or (end - begin >= self.sink.sparse and not (begin | end) % self.sink.grain)
+                if (
+                    piece.kind != DATA
+                    or not told
+                    or (piece.start + piece.length - 1) // self.piece != last.start // self.piece
+                ):
+                    yield last
+                    last = None
+                else:
+                    gaps = (*last.gaps, (begin - last.start, end - last.start)) if begin < end else last.gaps
+                    last = _Piece(last.start, piece.start + piece.length - last.start, DATA, gaps)
+                    continue
+            if piece.kind == DATA and not self._clones:
+                last = piece
+            else:
+                yield piece
+        if last is not None:
+            yield last
 
     # -- a worker
 
@@ -113,11 +148,14 @@ class Engine:
                     self._numbers += 1
                 if piece is None:
                     return
-                start, length, kind = piece
+                start, length, kind, _ = piece
                 if self._throttle is not None:
-                    self._throttle.take(length, self.cancel)
+                    self._throttle.take(piece.amount, self.cancel)
                 if kind == DATA:
-                    self._copy(start, length, number)
+                    if length <= self.piece and not self._clones:
+                        self._copy_piece(piece, number)
+                    else:
+                        self._copy(start, length, number)
                 else:
                     self._await_turn(number)
                     self._writing(start, self.sink.zero, start, length)
@@ -129,16 +167,11 @@ class Engine:
     def _copy(self, start: int, length: int, number: int) -> None:
         cloner = self._cloner
         whole = length
+        self._await_turn(number)
         if cloner is not None and cloner.active:
-            self._await_turn(number)
             done = self._writing(start, cloner.clone, start, length)
             start += done
             length -= done
-        elif length <= self.piece:
-            self._copy_piece(start, length, number)
-            return
-        else:
-            self._await_turn(number)
         # What cannot be shared of this large piece goes the common way.
         buffer = self._buffer()
         end = start + length
@@ -153,9 +186,9 @@ class Engine:
         self.progress.advance(whole)
         self._put_following(self._end_turn())
 
-    def _copy_piece(self, start: int, length: int, number: int) -> None:
+    def _copy_piece(self, piece: _Piece, number: int) -> None:
         buffer = self._buffer()
-        ready = _Ready(start, buffer, length, self._read(buffer, start, length))
+        ready = _Ready(piece, buffer, self._read(buffer, piece.start, piece.length, piece.gaps))
         if self._turns is not None and self._turns.leave(number, ready):
             return
         self._await_turn(number)
@@ -164,13 +197,14 @@ class Engine:
     def _put_following(self, ready: _Ready | None) -> None:
         """Write *ready*, whose turn it is, and what was left for the turns after it."""
         while ready is not None:
-            start, buffer, length, prepared = ready
+            piece, buffer, prepared = ready
+            start, length = piece.start, piece.length
             with self.sink.hold():
                 placed = self._writing(start, self.sink.place, start, buffer, length, prepared)
                 ready = self._end_turn()
                 self._writing(start, self.sink.store, start, buffer, placed)
             self._spare.append(buffer)
-            self.progress.advance(length)
+            self.progress.advance(piece.amount)
 
     def _buffer(self) -> bytearray:
         try:
@@ -178,12 +212,18 @@ class Engine:
         except IndexError:
             return bytearray(self.piece)
 
-    def _read(self, buffer: bytearray, start: int, length: int) -> Any:
+    def _read(self, buffer: bytearray, start: int, length: int, gaps: tuple[tuple[int, int], ...] = ()) -> Any:
         view = memoryview(buffer)
+        position = 0
         try:
-            self.source.read_into(start, view if length == len(view) else view[:length])
+            for begin, end in gaps:
+                self.source.read_into(start + position, view[position:begin])
+                fill_zero(view[begin:end])
+                position = end
+            self.source.read_into(start + position, view[position:length])
         except CowhandError as error:
             error.facts["doing"] = "reading"
+            start += position
             raise error.within(f"reading at {start:#x}", qemu=f"error while reading at byte {start}") from None
         return self.sink.prepare(start, buffer, length)
 
@@ -214,12 +254,25 @@ class _Stopped(Exception):
     """Another worker failed while this one waited for its turn."""
 
 
+class _Piece(NamedTuple):
+    """What a worker does at once: a part of a run, or data of several without the *gaps* between (positions in the piece)."""
+
+    start: int
+    length: int
+    kind: int
+    gaps: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def amount(self) -> int:
+        """How many bytes are copied."""
+        return self.length - sum(end - begin for begin, end in self.gaps)
+
+
 class _Ready(NamedTuple):
     """A piece that was read and prepared."""
 
-    start: int
+    piece: _Piece
     buffer: bytearray
-    length: int
     prepared: Any
 
 

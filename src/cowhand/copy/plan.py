@@ -53,26 +53,38 @@ class Policy(NamedTuple):
 
 
 def rows_of(batches: Iterable[ExtentBatch], base: int, policy: Policy) -> Iterator[Run]:
-    """Yield one source's extents as runs, its byte 0 at *base* of the target; not yet rounded or joined."""
+    """Yield one source's extents as runs, its byte 0 at *base* of the target; joined within a batch, not yet rounded."""
     limit = policy.skip_zero_from
     for batch in batches:
-        for start, length, flags in zip(batch.start, batch.length, batch.flags, strict=True):
+        for start, length, kind in _of_one_kind(batch, policy):
             start += base
-            if flags & extents.ZERO:
-                if policy.zeroes_are_data:
-                    yield Run(start, length, DATA)
-                elif limit is None or start + length <= limit:
-                    yield Run(start, length, ZERO)
-                else:
-                    if start < limit:
-                        yield Run(start, limit - start, ZERO)
-                        length -= limit - start
-                        start = limit
-                    yield Run(start, length, SKIP)
-            elif flags & extents.DATA or not policy.skip_unallocated:
-                yield Run(start, length, DATA)
-            else:
-                yield Run(start, length, SKIP)
+            if kind == ZERO and limit is not None and start + length > limit:
+                if start < limit:
+                    yield Run(start, limit - start, ZERO)
+                    length -= limit - start
+                    start = limit
+                kind = SKIP
+            yield Run(start, length, kind)
+
+
+def _of_one_kind(batch: ExtentBatch, policy: Policy) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, length, kind) of *batch*, neighbours of one kind as one: a fragmented disk has many more extents than runs."""
+    meaning = {flags: _kind(flags, policy) for flags in set(batch.flags)}
+    begin, last = batch.begin, -1
+    for start, flags in zip(batch.start, batch.flags, strict=True):
+        kind = meaning[flags]
+        if kind != last:
+            if last >= 0:
+                yield begin, start - begin, last
+            begin, last = start, kind
+    if last >= 0:
+        yield begin, batch.end - begin, last
+
+
+def _kind(flags: int, policy: Policy) -> int:
+    if flags & extents.ZERO:
+        return DATA if policy.zeroes_are_data else ZERO
+    return DATA if flags & extents.DATA or not policy.skip_unallocated else SKIP
 
 
 def rounded(rows: Iterable[Run], unit: int, end: int) -> Iterator[Run]:
@@ -83,6 +95,9 @@ def rounded(rows: Iterable[Run], unit: int, end: int) -> Iterator[Run]:
     covered = 0  # the end of the last widened data
     waiting: list[Run] = []  # parts of one unit, its beginning included, that data may still take in
     for row in rows:
+        if not waiting and row.start >= covered and not (row.start | row.start + row.length) % unit:
+            yield row
+            continue
         if row.kind == DATA:
             waiting = []
             start = max(row.start - row.start % unit, covered)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block.disk import Disk
 from cowhand.block.format import FormatNode
+from cowhand.block.protocols.file_data import MAX_BUFFERS
 from cowhand.block.reserving import Kind, Reservation
 from cowhand.copy.ahead import SpaceAhead
 from cowhand.copy.zeroes import data_parts
@@ -41,6 +42,8 @@ class Sink:
     unit = part = 1
     #: whether ``prepare`` takes long enough for it to be worth that another thread, on another core, stores the piece
     works_long = False
+    #: whether it pays when data of several runs come as one piece, with zeroes for what lies between
+    joins = False
 
     def __init__(self, disk: Disk, *, sparse: int, reads_zero: bool) -> None:
         self.disk = disk
@@ -134,12 +137,21 @@ class _Move:
         self.reservation = reservation
         self.last = False
 
+    def followed_by(self, other: _Move) -> bool:
+        """Tell whether *other* can be written together with this one: right behind it, and into space that is as new."""
+        if self.child is not other.child or self.host + self.end - self.begin != other.host:
+            return False
+        one, two = self.reservation, other.reservation
+        return (one is not None and one.fresh) == (two is not None and two.fresh)
+
 
 class LaneSink(Sink):
     """The fast lane: space comes from the format in long runs, and the bytes go straight to the file's descriptor.
 
     Only for a disk whose root is a format with nothing in between (see :func:`lane_of`); its hooks hear of whole pieces.
     """
+
+    joins = True
 
     def __init__(self, disk: Disk, node: FormatNode, *, sparse: int, reads_zero: bool) -> None:
         super().__init__(disk, sparse=sparse, reads_zero=reads_zero)
@@ -223,8 +235,7 @@ class LaneSink(Sink):
         view = memoryview(buffer)
         done = 0
         try:
-            for move in moves:
-                self._put(move, view, offset)
+            self._put_all(moves, view, offset)
             self.node.changed = True
             for move in moves:
                 done += 1
@@ -238,25 +249,38 @@ class LaneSink(Sink):
                 for hook in self.node.hooks:
                     hook(offset + move.begin, move.end - move.begin)
 
-    def _put(self, move: _Move, view: memoryview, offset: int) -> None:
-        reservation = move.reservation
-        data = [view[move.begin : move.end]]
-        if move.child is None:
-            self.node.write(offset + move.begin, data)
-            return
-        if reservation is not None and move.last:
-            data += self._rest_of_unit(reservation, offset + move.end)
-        child = move.child
-        descriptor = child.lane.lane_fd if child.lane is not None else -1
-        if descriptor >= 0 and len(data) == 1 and reservation is not None and reservation.fresh:
-            self.ahead.allocate(descriptor, move.host, len(data[0]), child.node.filename)
-        if descriptor < 0 or len(data) > 1 or self.node.encodes:
-            put = self.node.overwrite if reservation is None else self.node.store
-            put(child, move.host, offset + move.begin, data)
-        else:
-            write_fully(descriptor, data[0], move.host, child.node.filename)
+    def _put_all(self, moves: Sequence[_Move], view: memoryview, offset: int) -> None:
+        """Move the bytes of *moves*, whose places adjoin by one system call."""
+        together: list[_Move] = []
+        for move in moves:
+            reservation = move.reservation
+            data = [view[move.begin : move.end]]
+            if move.child is None:
+                self.node.write(offset + move.begin, data)
+                continue
+            if reservation is not None and move.last:
+                data += self._rest_of_unit(reservation, offset + move.end)
+            if len(data) > 1 or self.node.encodes or move.child.lane is None or move.child.lane.lane_fd < 0:
+                put = self.node.overwrite if reservation is None else self.node.store
+                put(move.child, move.host, offset + move.begin, data)
+                continue
+            if together and not together[-1].followed_by(move):
+                self._put_together(together, view)
+                together = []
+            together.append(move)
+        if together:
+            self._put_together(together, view)
+
+    def _put_together(self, moves: Sequence[_Move], view: memoryview) -> None:
+        """Write *moves*, of which each lies behind the one before it, to the descriptor that their place is in."""
+        first, child = moves[0], moves[0].child
+        descriptor = child.lane.lane_fd
+        length = moves[-1].host - first.host + moves[-1].end - moves[-1].begin
+        if first.reservation is not None and first.reservation.fresh:
+            self.ahead.allocate(descriptor, first.host, length, child.node.filename)
+        write_fully(descriptor, [view[move.begin : move.end] for move in moves], first.host, child.node.filename)
         if self.behind is not None:
-            self.behind.begin(descriptor, move.host, len(data[0]))
+            self.behind.begin(descriptor, first.host, length)
 
     def _rest_of_unit(self, reservation: Reservation, start: int) -> list[memoryview]:
         """Return what follows a piece in its last unit: what the disk shows from *start* on, as far as it goes.
@@ -285,21 +309,26 @@ def _within(parts: Parts, low: int, high: int) -> Parts:
     return [(max(begin, low), min(end, high)) for begin, end in parts if begin < high and end > low]
 
 
-def write_fully(descriptor: int, view: memoryview, offset: int, name: str) -> None:
-    """Write all of *view* at *offset*; raises IOFailed or NoSpace naming the file *name*."""
-    while True:
+def write_fully(descriptor: int, views: Sequence[memoryview], offset: int, name: str) -> None:
+    """Write all of *views* (of bytes), one behind the other, at *offset*; raises IOFailed or NoSpace naming the file *name*."""
+    waiting = list(views)
+    while waiting:
         try:
-            count = os.pwritev(descriptor, (view,), offset)
+            count = os.pwritev(descriptor, waiting[:MAX_BUFFERS], offset)
         except OSError as error:
             raised = from_os_error(error, name, doing="writing")
             raised.offset = offset
             raise raised from error
-        if count == len(view):
-            return
         if count == 0:
             raise IOFailed("writing failed: no bytes were taken", path=name, offset=offset)
-        view = view[count:]
         offset += count
+        done = 0
+        while done < len(waiting) and count >= len(waiting[done]):
+            count -= len(waiting[done])
+            done += 1
+        waiting = waiting[done:]
+        if count:
+            waiting[0] = waiting[0][count:]
 
 
 def lane_of(disk: Disk) -> FormatNode | None:

@@ -39,6 +39,9 @@ class Source:
     *depth* limits how many layers are asked what they allocate (1: each disk's own image, for a target that has a backing file).
     """
 
+    #: whether several runs may be read before what the first one brings is told
+    joins = True
+
     def __init__(self, parts: Sequence[Disk | Part], *, depth: int | None = None) -> None:
         self.parts = tuple(part if isinstance(part, Part) else Part(part, 0, part.size) for part in parts)
         self.depth = depth
@@ -102,6 +105,8 @@ class SalvagingSource(Source):
 
     Where not even the kind of a sector can be found out (*unknown* is told, if given), it is read.
     """
+
+    joins = False
 
     def __init__(
         self,

@@ -97,22 +97,36 @@ class ExtentBatch:
     def add(self, start: int, length: int, flags: int, host: int = NO_HOST, node: Any = None, depth: int = 0) -> None:
         """Append an extent, merged into the last row when both say the same and their host bytes adjoin."""
         index = self.index_of(node)
-        if self.start:
-            if (
-                self.flags[-1] == flags
-                and self.depth[-1] == depth
-                and self.node[-1] == index
-                and self.start[-1] + self.length[-1] == start
-                and (not flags & OFFSET or self.host[-1] + self.length[-1] == host)
-            ):
-                self.length[-1] += length
-                return
+        if (
+            self.start
+            and self.flags[-1] == flags
+            and (not flags & OFFSET or self.host[-1] + self.length[-1] == host)
+            and self.depth[-1] == depth
+            and self.node[-1] == index
+            and self.start[-1] + self.length[-1] == start
+        ):
+            self.length[-1] += length
+            return
         self.start.append(start)
         self.length.append(length)
         self.flags.append(flags)
         self.host.append(host if flags & OFFSET else NO_HOST)
         self.node.append(index)
         self.depth.append(depth)
+
+    def extend(
+        self, start: array[int], length: array[int], flags: array[int], host: array[int], node: array[int]
+    ) -> None:
+        """Append many rows of depth 0, given as columns, adjoining and merged among each other; the first may go on with what is there."""
+        if not start:
+            return
+        self.add(start[0], length[0], flags[0], host[0], self.nodes[node[0]])
+        self.start += start[1:]
+        self.length += length[1:]
+        self.flags += flags[1:]
+        self.host += host[1:]
+        self.node += node[1:]
+        self.depth.frombytes(bytes(2 * len(start) - 2))
 
     def __iter__(self) -> Iterator[Extent]:
         nodes = self.nodes
@@ -131,26 +145,25 @@ def merged(batches: Iterable[ExtentBatch], mask: int = 0xFFFF) -> Iterator[Exten
 
     With OFFSET outside of *mask* the host offsets are not looked at (and are NO_HOST).
     """
-    last: Extent | None = None
+    begin = end = place = following = depth = 0
+    kind, owner = -1, None
     for batch in batches:
-        for row in batch:
-            flags = row.flags & mask
-            here = row._replace(flags=flags) if flags & OFFSET else row._replace(flags=flags, host=NO_HOST)
-            if (
-                last is not None
-                and last.flags == flags
-                and last.depth == here.depth
-                and last.node is here.node
-                and last.end == here.start
-                and (not flags & OFFSET or last.host + last.length == here.host)
-            ):
-                last = last._replace(length=last.length + here.length)
-                continue
-            if last is not None:
-                yield last
-            last = here
-    if last is not None:
-        yield last
+        nodes = batch.nodes
+        columns = zip(batch.start, batch.length, batch.flags, batch.host, batch.node, batch.depth, strict=True)
+        for start, length, flags, host, node, level in columns:
+            flags &= mask
+            if flags == kind and start == end and level == depth and nodes[node] is owner:
+                if not flags & OFFSET or host == following:
+                    end += length
+                    following += length
+                    continue
+            if kind >= 0:
+                yield Extent(begin, end - begin, kind, place, owner, depth)
+            begin, end, kind, depth, owner = start, start + length, flags, level, nodes[node]
+            place = host if flags & OFFSET else NO_HOST
+            following = host + length
+    if kind >= 0:
+        yield Extent(begin, end - begin, kind, place, owner, depth)
 
 
 def by_content(batches: Iterable[ExtentBatch]) -> Iterator[tuple[int, int, bool]]:

@@ -104,12 +104,21 @@ def row_document(row: Extent) -> dict[str, Any]:
 def _json(batches: Iterator[ExtentBatch]) -> int:
     import json
 
-    # One object a line, and none kept: a map may have millions of rows.
-    before = "[\n"
+    # One object a line, and none kept: a map may have millions of rows. What many rows have in common is written once.
+    alike: dict[tuple[int, int], tuple[str, str]] = {}
+    before, write = "[\n", sys.stdout.write
     for row in merged(batches, _SHOWN):
-        sys.stdout.write(f"{before}{json.dumps(row_document(row))}")
+        start, length, flags, host, node, depth = row
+        parts = alike.get((flags, id(node)))
+        if parts is None:
+            words = json.dumps(row_document(Extent(0, 0, flags, 0, node, 0)))
+            middle, mark, end = words.partition('"offset": 0')
+            parts = middle.removeprefix('{"start": 0, "length": 0, "depth": 0') + mark[:-1], end
+            alike[flags, id(node)] = parts
+        place = host if flags & OFFSET else ""
+        write(f'{before}{{"start": {start}, "length": {length}, "depth": {depth}{parts[0]}{place}{parts[1]}')
         before = ",\n"
-    sys.stdout.write("[]\n" if before == "[\n" else "\n]\n")
+    write("[]\n" if before == "[\n" else "\n]\n")
     return 0
 
 

@@ -140,7 +140,7 @@ class ExternalMapping(Mapping):
         return None if entries[0] & (L.COPIED | L.ENTRY_COMPRESSED) else super()._alike(entries, l1_entry)
 
     def _rows(
-        self, out: ExtentBatch, entries: array[int], table: Table, first: int, offset: int, stop: int, recurse: int, ends: list[int] | None
+        self, out: ExtentBatch, entries: array[int], table: Table, first: int, offset: int, stop: int, recurse: int, numpy: bool
     ) -> int:  # fmt: skip
         before = max(0, len(out) - 1)
         size = self.cluster_size
@@ -148,12 +148,8 @@ class ExternalMapping(Mapping):
             end = min(stop, size)
             out.add(offset, end - offset, NORMAL | recurse, offset, self.node.data_child.node)
             offset, first, entries = end, first + 1, entries[1:]
-            if ends is not None and entries:
-                from cowhand.block.formats.qcow2.ramps import ends_of_runs
-
-                ends = ends_of_runs(entries, size)
         if entries:
-            offset = super()._rows(out, entries, table, first, offset, stop, recurse, ends)
+            offset = super()._rows(out, entries, table, first, offset, stop, recurse, numpy)
         for row in range(before, len(out)):
             if out.flags[row] & OFFSET and out.host[row] != out.start[row]:
                 at = (out.start[row] >> self.cluster_bits & (self.entries - 1)) << 3

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from operator import sub
+from typing import TYPE_CHECKING, TypeAlias
 
 from cowhand.block.cache import Table, TableCache
 from cowhand.block.formats.qcow2 import layout as L
@@ -50,13 +52,18 @@ DAMAGED = DATA | ENCODED | ALLOCATED
 ZERO_PLAIN = ZERO | ALLOCATED
 ZERO_HOST = ZERO | ALLOCATED | OFFSET
 
+#: What the entries of a run are: bits of a kind, PACKED (compressed) alone; and what that means: flags of an extent, and the node of its bytes.
+ZEROES, PLACED, PACKED = L.ENTRY_ZERO, 2, 4
+Meanings: TypeAlias = "dict[int, tuple[int, BlockNode | None]]"
+
 _unpack = L.U64.unpack_from
 _HOST = L.L2_OFFSET_MASK
 _COMPRESSED = L.ENTRY_COMPRESSED
 #: what an extended entry whose every subcluster holds data says of them
 _ALL_DATA = L.U64.pack(0xFFFFFFFF)
-#: Tables in one batch above which numpy, whose import takes 100 ms, finds the runs.
+#: Tables in one batch above which numpy, whose import takes 100 ms, finds the runs; and rows found without it since the image was opened.
 _MANY_TABLES = 256
+_MANY_ROWS = 1 << 16
 
 
 class Mapping:
@@ -73,6 +80,7 @@ class Mapping:
         self.cache = TableCache(CACHE_LIMIT)
         self.tables = self.cache.tables
         self._in_order: OrderedTables | None = None
+        self._looped = 0
         self._comparing = threading.Lock()
         self._within = self.cluster_size - 1
         self._bad = (self.cluster_size - 1) & L.L2_OFFSET_MASK  #: bits of a host offset that must be clear
@@ -266,7 +274,7 @@ class Mapping:
         end = offset + length
         node = self.node
         recurse = RECURSE if node.metadata_preallocated else 0
-        find_ends = self._run_finder(length)
+        many = self._many_tables(length)
         tables = 0
         alike: tuple[int, int] | None = (
             None  #: (L1 entry, flags) of a table whose entries are all alike, and name no place
@@ -304,8 +312,11 @@ class Mapping:
                     continue
             entries = self.words(table, first, last)
             alike = self._alike(entries, entry) if self.l1_entry(index + 1) == entry else None
-            ends = find_ends(entries, self.cluster_size) if find_ends is not None else None
-            offset = self._rows(out, entries, table, first, offset, stop, recurse, ends)
+            known = len(out)
+            numpy = many or self._looped >= _MANY_ROWS
+            offset = self._rows(out, entries, table, first, offset, stop, recurse, numpy)
+            if not numpy:
+                self._looped += len(out) - known
         return out
 
     def _one_run(self, table: Table) -> int:
@@ -333,19 +344,6 @@ class Mapping:
         words = array("Q", bytes(table.data[first * 8 : last * 8]))
         words.byteswap()
         return words
-
-    def _run_finder(self, length: int) -> Callable[[array[int], int], list[int]] | None:
-        """Return what finds runs by numpy when so many tables are asked for that importing it pays."""
-        if not self._many_tables(length):
-            return None
-
-        def find(entries: array[int], step: int) -> list[int]:
-            # Imported by the first table that is not one run: often there is none.
-            from cowhand.block.formats.qcow2.ramps import ends_of_runs
-
-            return ends_of_runs(entries, step)
-
-        return find
 
     def _many_tables(self, length: int) -> bool:
         """Tell whether *length* bytes of the disk have so many tables that importing numpy pays."""
@@ -396,47 +394,100 @@ class Mapping:
         offset: int,
         stop: int,
         recurse: int,
-        ends: list[int] | None,
+        numpy: bool,
     ) -> int:
-        size, bits = self.cluster_size, self.cluster_bits
-        node = self.node
-        owner: BlockNode = node
-        position, count, number = 0, len(entries), 0
+        """Add the rows of *entries*, from entry *first* of *table* on, to *out*, by *numpy* or by a loop; return up to where."""
+        if numpy:
+            done = self._rows_by_numpy(out, entries, offset, stop, recurse)
+            if done is not None:
+                return done
+        size = self.cluster_size
+        mask = L.L2_OFFSET_MASK | L.ENTRY_ZERO | L.ENTRY_COMPRESSED
+        heads: list[int] = []
+        kinds: list[int] = []
+        hosts: list[int] = []
+        position, count = 0, len(entries)
         while position < count:
-            entry = entries[position]
+            value = entries[position] & mask
+            heads.append(position << self.cluster_bits)
             begin = position
             position += 1
-            if ends is not None:
-                position = ends[number]
-                number += 1
-            if entry & L.ENTRY_COMPRESSED:
-                while ends is None and position < count and entries[position] & L.ENTRY_COMPRESSED:
+            if value & L.ENTRY_COMPRESSED:
+                while position < count and entries[position] & L.ENTRY_COMPRESSED:
                     position += 1
-                flags, host, owner = COMPRESSED_CLUSTER, NO_HOST, node
-            elif entry & L.L2_OFFSET_MASK:
-                if entry & self._bad:
-                    raise self.bad_entry(entry, table, (first + begin) * 8)
-                position = position if ends is not None else ramp(entries, begin, size)
-                zero = entry & L.ENTRY_ZERO
-                flags = ZERO_HOST if zero else NORMAL | recurse
-                host, owner = entry & L.L2_OFFSET_MASK, node.data_child.node
+                kinds.append(PACKED)
+                hosts.append(0)
+            elif value & L.L2_OFFSET_MASK:
+                if value & self._bad:
+                    raise self.bad_entry(entries[begin], table, (first + begin) * 8)
+                if position < count and entries[position] & mask == value + size:
+                    position = ramp(entries, begin, size)
+                kinds.append(PLACED | value & ZEROES)
+                hosts.append(value & L.L2_OFFSET_MASK)
             else:
-                kind = entry & L.ENTRY_ZERO
-                while (
-                    ends is None
-                    and position < count
-                    and entries[position] & (L.L2_OFFSET_MASK | L.ENTRY_COMPRESSED | 1) == kind
-                ):
+                while position < count and entries[position] & mask == value:
                     position += 1
-                flags, host, owner = (ZERO_PLAIN if kind else 0), NO_HOST, node
-            end = min(stop, ((offset >> bits) + position - begin) << bits)
-            if flags & OFFSET:
-                host += offset & self._within
-            out.add(offset, end - offset, flags, host, owner if flags else None)
-            offset = end
-            if len(out) >= MAX_ROWS:
-                break
+                kinds.append(value)
+                hosts.append(0)
+        base = offset - (offset & self._within)
+        return add_rows(out, (heads, kinds, hosts), self._meanings(recurse), base, offset, stop)
+
+    def _rows_by_numpy(self, out: ExtentBatch, entries: array[int], offset: int, stop: int, recurse: int) -> int | None:
+        """Add the rows of *entries*; return up to where, None when an entry cannot be followed (who comes next tells of it)."""
+        # Imported by the first table that is not one run: often there is none.
+        from cowhand.block.formats.qcow2 import ramps
+
+        found = ramps.runs(entries, self.cluster_size, self._bad)
+        if found is None:
+            return None
+        base = offset - (offset & self._within)
+        return ramps.add_rows(out, found, self._meanings(recurse), base, offset, stop)
+
+    def _meanings(self, recurse: int) -> Meanings:
+        place, node = self.node.data_child.node, self.node
+        return {
+            0: (0, None),
+            ZEROES: (ZERO_PLAIN, node),
+            PLACED: (NORMAL | recurse, place),
+            PLACED | ZEROES: (ZERO_HOST, place),
+            PACKED: (COMPRESSED_CLUSTER, node),
+        }
+
+
+def add_rows(
+    out: ExtentBatch,
+    found: tuple[list[int], list[int], list[int]],
+    meanings: Meanings,
+    base: int,
+    offset: int,
+    stop: int,
+) -> int:
+    """Append what *found* tells of ``[offset, stop)``, as far as *out* has room; return up to where.
+
+    *found*: for each of the runs, which adjoin, the first byte counted from guest *base*, its kind and host offset. The last ends at *stop*.
+    """
+    heads, kinds, hosts = found
+    low = bisect_right(heads, offset - base) - 1
+    high = min(bisect_left(heads, stop - base), low + MAX_ROWS - len(out))
+    if low >= high:
         return offset
+    end = stop if high == len(heads) else min(stop, base + heads[high])
+    starts = array("Q", [base + head for head in heads[low:high]])
+    places = array("Q", hosts[low:high])
+    cut = max(0, offset - starts[0])
+    starts[0] += cut
+    places[0] += cut
+    lengths = array("Q", map(sub, starts[1:], starts))
+    lengths.append(end - starts[-1])
+    flags_of = {what: flags for what, (flags, _) in meanings.items()}
+    flags = array("H", [flags_of[what] for what in kinds[low:high]])
+    nodes_of = {what: out.index_of(meanings[what][1]) for what in set(kinds[low:high])}
+    nodes = array("H", [nodes_of[what] for what in kinds[low:high]])
+    if placeless := {what for what in nodes_of if not flags_of[what] & OFFSET}:
+        pairs = zip(kinds[low:high], places, strict=True)
+        places = array("Q", [NO_HOST if what in placeless else place for what, place in pairs])
+    out.extend(starts, lengths, flags, places, nodes)
+    return end
 
 
 def ramp(entries: array[int], begin: int, step: int) -> int:

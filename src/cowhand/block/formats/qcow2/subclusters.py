@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
@@ -20,6 +20,7 @@ from cowhand.block.formats.qcow2.mapping import (
     ZERO_HOST,
     ZERO_PLAIN,
     Mapping,
+    Meanings,
     ramp,
 )
 from cowhand.block.node import READ, WRITE_REQUEST
@@ -214,11 +215,6 @@ class ExtendedMapping(Mapping):
         words.byteswap()
         return words
 
-    def _run_finder(self, length: int) -> Callable[[array[int], int], list[int]] | None:
-        if self.node.external or not self._many_tables(length):
-            return None
-        return lambda entries, step: []  # no ends are needed: _rows_by_numpy finds them with the rest
-
     def _alike(self, entries: array[int], l1_entry: int) -> tuple[int, int] | None:
         entry, bitmap = entries[0], entries[1]
         if (
@@ -232,11 +228,11 @@ class ExtendedMapping(Mapping):
         return l1_entry, ZERO_PLAIN if bitmap else 0
 
     def _rows(
-        self, out: ExtentBatch, entries: array[int], table: Table, first: int, offset: int, stop: int, recurse: int, ends: list[int] | None
+        self, out: ExtentBatch, entries: array[int], table: Table, first: int, offset: int, stop: int, recurse: int, numpy: bool
     ) -> int:  # fmt: skip
-        if ends is not None:
+        if numpy and not self.node.external:
             done = self._rows_by_numpy(out, entries, offset, stop, recurse)
-            if done:
+            if done is not None:
                 return done
         places, bitmaps = entries[::2], entries[1::2]
         node, size = self.node, self.cluster_size
@@ -273,29 +269,20 @@ class ExtendedMapping(Mapping):
                     number += run
         return min(stop, base + position * size)
 
-    def _rows_by_numpy(self, out: ExtentBatch, entries: array[int], offset: int, stop: int, recurse: int) -> int:
-        """Add the rows of *entries*; return up to where, 0 when an entry cannot be followed (who comes next tells of it)."""
-        from cowhand.block.formats.qcow2 import subclusterruns as runs
+    def _rows_by_numpy(self, out: ExtentBatch, entries: array[int], offset: int, stop: int, recurse: int) -> int | None:
+        from cowhand.block.formats.qcow2 import subclusterruns
+        from cowhand.block.formats.qcow2.ramps import add_rows
 
-        found = runs.runs(entries, self.cluster_size, self._bad)
+        found = subclusterruns.runs(entries, self.cluster_size, self._bad)
         if found is None:
-            return 0
-        starts, kinds, hosts = (column.tolist() for column in found)
-        flags = {
-            what: COMPRESSED_CLUSTER
-            if what == runs.PACKED
-            else self._meaning(what & 3, bool(what & runs.PLACED), recurse)
-            for what in set(kinds)
-        }
-        base = offset - (offset & self._within)
-        starts.append(stop - base)
-        node, end = self.node, offset
-        for number, what in enumerate(kinds):
-            if len(out) >= MAX_ROWS:
-                break
-            end = base + starts[number + 1]
-            self._row(out, base + starts[number], end, flags[what], hosts[number], node, offset, stop)
-        return min(stop, end)
+            return None
+        node = self.node
+        meanings: Meanings = {subclusterruns.PACKED: (COMPRESSED_CLUSTER, node)}
+        for kind in (subclusterruns.NOTHING, subclusterruns.DATA, subclusterruns.ZERO):
+            for placed in (0, subclusterruns.PLACED):
+                flags = self._meaning(kind, bool(placed), recurse)
+                meanings[kind | placed] = flags, node.data_child.node if flags & OFFSET else node if flags else None
+        return add_rows(out, found, meanings, offset - (offset & self._within), offset, stop)
 
     def _flags(self, entry: int, kind: int, recurse: int) -> int:
         return self._meaning(kind, self.placed(entry), recurse)
