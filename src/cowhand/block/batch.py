@@ -107,6 +107,8 @@ def _one_after_another(
                 if number not in writes.numbers:
                     writes.add(number, offset, what)
                     continue
+                if writes.join(number, offset, what):
+                    continue
             failure = gathered.take_or_do(request, failure, empty=host == NEEDS_SPACE)
             writes = gathered.writes
     finally:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.node import BlockNode, Child
 from cowhand.block.options import NodeOptions
-from cowhand.block.unitwrites import SINGLY, UnitWrites
 from cowhand.core.errors import CowhandError, NotSupported, Poisoned, ReadOnly
 from cowhand.core.extents import NO_HOST
 from cowhand.core.locks import RANK_ALLOCATION, ranked_lock
+
+if TYPE_CHECKING:
+    from cowhand.block.unitwrites import UnitWrites
 
 
 class Kind(IntEnum):
@@ -317,7 +319,7 @@ class ReservingNode(BlockNode):
             self.changed = True
             try:
                 for row, error in failures.items():
-                    writes.hosts[row] = SINGLY
+                    writes.drop(row)
                     if not _understood(error):
                         self.set_poison(error)
                 if self.poison is not None:

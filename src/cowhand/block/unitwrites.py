@@ -58,10 +58,16 @@ class UnitWrites:
 
     def join(self, number: int, offset: int, what: Buffer) -> bool:
         """Add *what* to a row of unit *number*, which has some, or beside them; False when it would make one of two rows."""
+        row = self.numbers[number]
+        if not self.shared and self.offsets[row] + self.lengths[row] == offset and row not in self.mixed:
+            # Behind the only row of its unit: what is asked for most.
+            self.buffers[row].append(what)
+            self.lengths[row] += len(what)
+            return True
         part, end = self.part, offset + len(what)
         first, last = offset // part, (end - 1) // part
         met = -1
-        newest = row = self.numbers[number]
+        newest = row
         while row >= 0:
             begin, stop = self.offsets[row], self.offsets[row] + self.lengths[row]
             if stop == offset or (begin // part <= last and first <= (stop - 1) // part):
@@ -83,6 +89,10 @@ class UnitWrites:
         self.offsets[met] = min(begin, offset)
         self.lengths[met] = max(stop, end) - self.offsets[met]
         return True
+
+    def drop(self, row: int) -> None:
+        """Have *row* not be linked."""
+        self.hosts[row] = SINGLY
 
     def requests(self, row: int) -> list[tuple[int, Buffer]]:
         """Return (offset, bytes) of the requests that *row* is made of, in their order."""
