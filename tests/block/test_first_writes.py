@@ -168,6 +168,27 @@ def test_writes_apart_in_one_cluster_are_one_write(cluster: int, options: dict[s
     image.judge()
 
 
+def test_the_ends_of_a_cluster_alone_bring_its_middle_with_them() -> None:
+    image = Image(*PLAIN, backed=True)
+    image.submit([(n * 4096 + at, b"e" * 100) for n in range(3) for at in (0, 3996)])
+    image.judge()
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_row_that_fails_leaves_the_cluster_to_another_one(nth: int) -> None:
+    """Two subclusters of one new cluster; the cluster stays the image's, whichever of them fails."""
+    image = Image(*EXTENDED)
+    image.submit([(image.size - 1, b"t")])
+    writes = [(512, b"a" * 512), (4096, b"b" * 512), (image.cluster, b"c" * 512)]
+    image.data.fail("write", nth)
+    with pytest.raises(IOFailed):
+        image.submit(writes)
+    done = [write for number, write in enumerate(writes, 1) if number != nth]
+    for at, data in done:
+        image.model[at : at + len(data)] = data
+    image.judge()
+
+
 def test_without_anything_below_only_the_bytes_are_written() -> None:
     image = Image(*PLAIN)
     image.submit([(image.size - 1, b"t")])
@@ -205,7 +226,7 @@ def test_batches_fill_holes(cluster: int, options: dict[str, Any]) -> None:
     image.submit([(n * cluster, rng.randbytes(cluster)) for n in range(COUNT)])
     end = 0
     for turn in range(12):
-        numbers = rng.sample(range(COUNT), 8)
+        numbers = rng.sample(range(COUNT), 8) if turn % 3 else list(range(turn, turn + 8))
         for number in numbers:
             image.disk.discard(number * cluster, cluster)
         for _ in range(2):
@@ -285,6 +306,22 @@ def test_who_wants_a_unit_of_the_batch_waits_and_others_do_not(cluster: int, opt
     image.judge()
 
 
+def test_a_long_write_stops_before_the_units_of_a_batch() -> None:
+    image = Image(*PLAIN)
+    image.submit([(image.size - 1, b"t")])
+    pause = image.data.suspend("write")
+    first = Worker(image.disk.submit, [(WRITE_REQUEST, n * 4096 + 10, b"batch") for n in (3, 4)])
+    assert pause.reached.wait(PATIENCE)
+    long = Worker(image.disk.write, 0, b"l" * 6 * 4096)
+    while image.disk.read(3 * 4096 - 1, 1) != b"l":
+        assert long.is_alive()
+    pause.resume()
+    first.done()
+    long.done()
+    image.model[: 6 * 4096] = b"l" * 6 * 4096
+    image.judge()
+
+
 @pytest.mark.parametrize(("cluster", "options"), [PLAIN, EXTENDED], ids=["plain", "extended"])
 def test_a_batch_does_what_it_can_before_it_waits_for_another_writer(cluster: int, options: dict[str, Any]) -> None:
     image = Image(cluster, options)
@@ -347,6 +384,8 @@ def test_rows_never_share_a_copy_unit_and_hold_everything_in_its_order(seed: int
     kept: list[tuple[int, bytes]] = []
     for number in range(60):
         at = rng.randrange(3 * unit)
+        if kept and rng.random() < 0.5:
+            at = min(kept[-1][0] + len(kept[-1][1]), 3 * unit - 1)
         data = bytes([number + 1]) * rng.randrange(1, min(1500, unit - at % unit + 1))
         if at // unit not in writes.numbers:
             writes.add(at // unit, at, data)
