@@ -32,8 +32,8 @@ def content(rng: random.Random, size: int) -> bytes:
 class _Scene:
     """An old and a new backing file, and an overlay of the old one that stores a part of its disk."""
 
-    def __init__(self, folder: Path, rng: random.Random, *, longer: bool, named: bool) -> None:
-        self.old, self.new = folder / "old.raw", folder / "new.raw"
+    def __init__(self, folder: Path, rng: random.Random, *, cluster: int, longer: bool, named: bool) -> None:
+        self.old, self.new = folder / "old.raw", folder / "another.raw"
         old = content(rng, SIZE // (1 if longer else 2))
         # Alike in parts, so that something need not be copied.
         new = b"".join(rng.choice((old[at : at + 4096], content(rng, 4096))) for at in range(0, len(old), 4096))
@@ -42,7 +42,7 @@ class _Scene:
         self.target = str(self.new) if named else None
         node = MemoryNode()
         keeper = Disk(node)
-        create_image(node, SIZE, {"cluster_size": 512, "backing_file": str(self.old), "backing_fmt": "raw"})
+        create_image(node, SIZE, {"cluster_size": cluster, "backing_file": str(self.old), "backing_fmt": "raw"})
         self.expected = bytearray(old.ljust(SIZE, b"\0"))
         with self.open(node) as disk:
             for _ in range(12):
@@ -74,10 +74,14 @@ class _Scene:
         return name
 
 
-@pytest.fixture(params=[(True, True), (False, True), (True, False)], ids=["longer", "shorter", "none"])
+#: From 8 KiB clusters on the header has the names of the features in it, and the backing file's lies behind the first sector.
+KINDS = {"longer": (512, True, True), "shorter": (8192, False, True), "none": (8192, True, False)}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
 def scene(request: pytest.FixtureRequest, tmp_path: Path, rng: random.Random) -> _Scene:
-    longer, named = request.param
-    return _Scene(tmp_path, rng, longer=longer, named=named)
+    cluster, longer, named = request.param
+    return _Scene(tmp_path, rng, cluster=cluster, longer=longer, named=named)
 
 
 def test_a_power_failure_leaves_one_of_the_two(scene: _Scene) -> None:

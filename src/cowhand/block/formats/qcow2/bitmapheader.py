@@ -68,7 +68,7 @@ def _switch(node: Qcow2Node, old: bytes, new: bytes, extension: bytes | None) ->
         # An extension of somebody else follows, or the room is only just enough: the header is laid out anew.
         plain = bytearray(new)
         L.U64.pack_into(plain, L.OFFSET_AUTOCLEAR, _autoclear(old) & ~L.AUTOCLEAR_BITMAPS)
-        _put(node, 0, bytes(plain))
+        node.lay_out_header(bytes(plain))
     if extension is not None:
         _set_autoclear(node, old, on=True)
 
@@ -86,7 +86,7 @@ def _append(node: Qcow2Node, old: bytes, end: int, extension: bytes) -> None:
             # The old and the new place overlap, or there is no room: all of it is laid out anew.
             plain = bytearray(node.header.encode())
             L.U64.pack_into(plain, L.OFFSET_AUTOCLEAR, _autoclear(old) & ~L.AUTOCLEAR_BITMAPS)
-            _put(node, 0, bytes(plain))
+            node.lay_out_header(bytes(plain))
             return
         _put(node, moved, old[name_at : name_at + name_length])
         _put(node, _OFFSET_BACKING, L.U64.pack(moved))

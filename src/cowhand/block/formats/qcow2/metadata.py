@@ -119,15 +119,26 @@ class MetadataNode(FormatNode):
         """
         with self.exclusive():
             header = self.header
-            before = header.encode()
             old = {name: getattr(header, name) for name in header.__slots__}
             old["extensions"] = list(header.extensions)
             try:
                 yield header
-                self.switch(0, before, header.encode())
+                self.lay_out_header(header.encode())
             except BaseException:
                 header.assign(old)
                 raise
+
+    def lay_out_header(self, after: bytes) -> None:
+        """Make *after*, a whole cluster, the header, stably. The locks are held. Raises what writing raises, as :meth:`switch` does."""
+        from cowhand.block.formats.qcow2.headerswitch import stages
+
+        before = bytearray(len(after))
+        self.file.read_into(0, before)
+        with self.publishing(0, bytes(before)):
+            for stage in stages(bytes(before), after):
+                for offset, data in stage:
+                    self.write_metadata(offset, data)
+                self.flush_file()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
