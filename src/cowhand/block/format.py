@@ -418,6 +418,8 @@ class FormatNode(ReservingNode):
         return count
 
     def discard(self, offset: int, length: int) -> None:
+        if self.options.discard == "ignore":
+            return
         unit = self.allocation_unit
         end = offset + length
         begin = -(-offset // unit) * unit
@@ -437,8 +439,9 @@ class FormatNode(ReservingNode):
         reservation = self.claim(offset, self.allocation_unit, Kind.COMPRESSED, len(payload))
         if reservation is None:
             raise NotSupported(
-                "compressed data can only be written to unallocated clusters", path=self.filename, offset=offset
-            )
+                "compressed data can only be written to unallocated clusters",
+                qemu="Input/output error", path=self.filename, offset=offset, errno=5,
+            )  # fmt: skip
         try:
             assert reservation.child is not None
             if self.event_sink is not None:

@@ -320,8 +320,8 @@ def _reserve_compressed(node: Qcow2Node, offset: int, nbytes: int) -> Reservatio
     index, first, _ = _place(node, offset, mapping.cluster_size)
     table = writable_table(node, index)
     first *= 2 if node.extended else 1
-    if L.U64.unpack_from(table.data, first * 8)[0] & L.COPIED:
-        return None
+    if L.U64.unpack_from(table.data, first * 8)[0] & (L.COPIED | L.ENTRY_COMPRESSED | L.L2_OFFSET_MASK):
+        return None  # QEMU overwrites nothing that has a place, be it zero or a snapshot's
     host = node.allocator.take_bytes(nbytes)
     bits = mapping.cluster_bits
     entry = L.compressed_entry(host, nbytes, bits)

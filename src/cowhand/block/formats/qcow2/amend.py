@@ -159,10 +159,10 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], None] | None) -> 
     from cowhand.block.formats.qcow2.zeroexpansion import expand_zeroes
 
     header, path = node.header, node.filename
-    if header.incompatible & L.INCOMPAT_DATA_FILE:
-        raise UnsupportedFeature("Cannot downgrade an image with a data file", path=path)
     if header.refcount_order != 4:
         raise UnsupportedFeature("compat=0.10 requires refcount_bits=16", path=path)
+    if header.incompatible & L.INCOMPAT_DATA_FILE:
+        raise UnsupportedFeature("Cannot downgrade an image with a data file", path=path)
     if any(snapshot.vm_state_size or snapshot.disk_size != header.size for snapshot in node.snapshots):
         # Version 2 need not have the extra data that says so.
         raise UnsupportedFeature("Internal snapshots prevent downgrade of image", path=path)

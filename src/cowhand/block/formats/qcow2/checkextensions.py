@@ -23,10 +23,13 @@ from cowhand.block.formats.qcow2.bitmaps import (
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.check import Examination
     from cowhand.block.formats.qcow2.checkwalk import Counters, Walk
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
 
 _CRYPTO_LENGTH = 16
 #: Table entries that a check keeps in memory: those of two bitmaps of the largest kind.
 _MAX_KEPT_WORDS = 4 << 20
+#: Table entries, of all bitmaps together, that are followed although the disk is too small for them: it was larger when they were used last.
+_MAX_OUTDATED_WORDS = 4 << 20
 
 
 def count_encryption(walk: Walk) -> None:
@@ -48,10 +51,21 @@ class BitmapFindings:
         self._sound: dict[tuple[int, int], bool] = {}
         self._words: dict[tuple[int, int], array[int]] = {}
         self._kept_words = 0
+        self._outdated: set[bytes] = set()
+        self._find_outdated()
         if self.directory.failure is not None:
             raise exam.walk.unread(F.BITMAP_DIRECTORY_UNREADABLE, self.directory.offset, self.directory.failure.message)
         for entry in self.directory:
             self._judge(entry)
+
+    def _find_outdated(self) -> None:
+        """Learn which tables are larger than the disk asks for, as those of bitmaps in use may be."""
+        node, budget = self._walk.node, _MAX_OUTDATED_WORDS
+        for entry in self.directory:
+            if entry.in_use and entry.entries > _most_entries(node):
+                budget -= entry.entries
+                if budget >= 0:
+                    self._outdated.add(entry.name)
 
     @property
     def hidden(self) -> bool:
@@ -106,8 +120,13 @@ class BitmapFindings:
         node = self._walk.node
         if not entry.table or entry.table % node.cluster_size or entry.entries > MAX_TABLE_ENTRIES:
             return False
-        most = max(needed_entries(node, node.header.size, 9), 1)
-        return entry.entries <= most and entry.table + entry.entries * L.ENTRY_SIZE <= node.file.node.size
+        fits = entry.entries <= _most_entries(node) or entry.name in self._outdated
+        return fits and entry.table + entry.entries * L.ENTRY_SIZE <= node.file.node.size
+
+
+def _most_entries(node: Qcow2Node) -> int:
+    """Return how many entries the table of the finest bitmap of *node*'s disk has."""
+    return max(needed_entries(node, node.header.size, 9), 1)
 
 
 def tell_bitmaps(exam: Examination, counters: Counters) -> None:

@@ -374,7 +374,8 @@ class Walk:
             if entry & L.L2_RESERVED_MASK:
                 found.append(place.wrong(F.L2_RESERVED, entry=entry))
             offset = entry & L.L2_OFFSET_MASK
-            if not offset and not (self.external and entry & L.COPIED):
+            plain_zero = entry & L.ENTRY_ZERO and not self.extended
+            if not offset and (plain_zero or not (self.external and entry & L.COPIED)):
                 if bitmap & _BITMAP_LOW:
                     found.append(place.wrong(F.SUBCLUSTERS_WITHOUT_CLUSTER))
                 continue

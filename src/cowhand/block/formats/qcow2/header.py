@@ -303,7 +303,8 @@ def _parse_extensions(header: Header, data: bytes, backing_offset: int, path: st
                     f"the backing format's name has {length} bytes, more than 15",
                     qemu=f"ERROR: ext_backing_format: len={length} too large (>=16)", path=path, offset=at,
                 )  # fmt: skip
-            header.backing_format = content.decode("ascii", "replace")
+            # Others pad the name, or leave it empty where the format is to be found out.
+            header.backing_format = content.split(b"\0")[0].decode("ascii", "replace") or None
         else:
             header.extensions.append(Extension(kind, content))
         at += length + -length % 8

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: Host bytes that subclusters divide a cluster into, as a shift.
 _SUBCLUSTER_SHIFT = 5
 
+_SECTOR = 512  #: QEMU's disks are made of whole ones
+
 _RECORDED: Any = object()  #: for "backing": the file that the header names
 
 
@@ -72,10 +74,13 @@ def _open_backing(node: Qcow2Node, opening: Opening, backing: Any) -> None:
 def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) -> None:
     """Read the header of *node*'s file and the tables that are kept whole; an image that was not closed is repaired if it may be written.
 
-    *for_repair* lets pass what a check reports and a repair mends; *as_qemu* refuses broken bitmaps as QEMU does. Nothing else uses the node yet.
+    *for_repair* lets pass what a check reports and a repair mends; *as_qemu* refuses broken bitmaps as QEMU does, and leaves off
+    what the disk has behind its last whole sector. Nothing else uses the node yet.
     Raises InvalidFormat, UnsupportedFeature, ImageCorrupt, IOFailed.
     """
     header = node.header = _read_header(node.file, node.filename, for_repair=for_repair)
+    if as_qemu and header.find(L.EXT_BITMAPS) is None:  # which are of the disk's true size
+        header.size -= header.size % _SECTOR
     refuse_unsupported(header, node.filename, writable=node.writable, for_repair=for_repair)
     if not header.refcount_table_clusters and not for_repair:
         raise InvalidFormat(

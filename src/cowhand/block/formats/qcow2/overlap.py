@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from cowhand.block.formats.qcow2 import layout as L
@@ -112,13 +114,15 @@ EVERY = _Every()
 class Region(NamedTuple):
     """Metadata of one kind (QEMU's name) and the host clusters that it occupies.
 
-    ``repeated``: a cluster that two entries of one table name; ``alone``: those L2 tables that the COPIED flag says are referred to once.
+    ``repeated``: a cluster that two entries of one table name and must not; ``alone``: those L2 tables that the COPIED flag says are referred to
+    once; ``times``: how many entries of the active L1 table name an L2 table that they share.
     """
 
     name: str
     clusters: Clusters
     repeated: int | None = None
     alone: Clusters = range(0)
+    times: Mapping[int, int] = MappingProxyType({})
 
 
 class MetadataMap:
@@ -127,6 +131,7 @@ class MetadataMap:
     def __init__(self) -> None:
         self._clusters: Pool = set()
         self._kept: Pool = set()
+        self._times: dict[int, int] = {}
 
     @property
     def clusters(self) -> Pool:
@@ -141,6 +146,7 @@ class MetadataMap:
         for region in everything:
             waiting.append(region.clusters)
             count += len(region.clusters)
+            self._times.update(region.times)
             if region.name in _OF_SNAPSHOTS:
                 kept.append(region.clusters)
             # Together, since each union sorts all that is there; not too many, since they are kept twice meanwhile.
@@ -154,7 +160,10 @@ class MetadataMap:
         self._clusters.update(range(first, first + count))
 
     def remove(self, first: int, count: int) -> None:
-        """Take *count* clusters from *first* on away, but for those that snapshots refer to as well."""
+        """Take *count* clusters from *first* on away, but for those that snapshots, or other active entries, refer to as well."""
+        if count == 1 and self._times.get(first, 1) > 1:
+            self._times[first] -= 1
+            return
         self._clusters.difference_update({c for c in range(first, first + count) if c not in self._kept})
 
     def hit(self, first: int, last: int) -> int | None:
@@ -288,9 +297,23 @@ def regions(node: Qcow2Node) -> Iterator[Region]:
     if directory.readable:
         yield Region(BITMAP_DIRECTORY, _span(node, directory.offset, directory.size))
     table = node.mapping.l1.data
-    yield Region(
-        ACTIVE_L2, *_named(table, L.L1_OFFSET_MASK, bits), alone=_alone(table, bits) if node.snapshots else range(0)
-    )
+    clusters, repeated = _named(table, L.L1_OFFSET_MASK, bits)
+    times: Mapping[int, int] = {}
+    if repeated is not None and len(table) <= _PLAIN_ENTRIES * 8:
+        times, repeated = _shared(table, bits)
+    yield Region(ACTIVE_L2, clusters, repeated, _alone(table, bits) if node.snapshots else range(0), times)
+
+
+def _shared(table: bytearray, bits: int) -> tuple[dict[int, int], int | None]:
+    """Return {L2 table: how many entries name it} of those that the active L1 *table* names several times, and one that its COPIED flag forbids.
+
+    Programs that store equal things once make such images: each of the entries lets its table be copied before anything changes in it.
+    """
+    words = [word for (word,) in L.U64.iter_unpack(bytes(table[: len(table) // 8 * 8])) if word & L.L1_OFFSET_MASK]
+    counts = Counter((word & L.L1_OFFSET_MASK) >> bits for word in words)
+    times = {cluster: count for cluster, count in counts.items() if count > 1}
+    wrong = (cluster for word in words if word & L.COPIED and (cluster := (word & L.L1_OFFSET_MASK) >> bits) in times)
+    return times, next(wrong, None)
 
 
 def _snapshots(node: Qcow2Node) -> Iterator[Region]:
@@ -347,7 +370,7 @@ def build(node: Qcow2Node) -> MetadataMap:
 def conflict(node: Qcow2Node) -> tuple[str, int] | None:
     """Return (kind, host cluster) of metadata that other metadata lies over, so that to write the one would damage the other; or None.
 
-    L2 tables may be shared between snapshots, and with the active L1 table by entries without the COPIED flag; nothing else may be.
+    L2 tables may be shared between snapshots, and with or in the active L1 table by entries without the COPIED flag; nothing else may be.
     """
     seen: dict[str, Pool] = {}
     for region in regions(node):

@@ -138,7 +138,7 @@ class Scanner:
             if entry & self._bad:
                 return None
             host = entry & mask
-            if not host and not (self.external and entry & L.COPIED):
+            if not host and not (self.external and entry & L.COPIED and not entry & self._zero_flag):
                 if bitmap & _DATA_BITS:
                     return None
                 continue

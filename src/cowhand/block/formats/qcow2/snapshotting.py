@@ -356,6 +356,9 @@ def apply(node: Qcow2Node, ident: str, name: str) -> None:
         raise InvalidFormat(
             f"a disk of {snapshot.disk_size} bytes is not possible", qemu="Image is too big", path=node.filename
         )
+    if node.header.version < 3 and snapshot.disk_size != node.header.size:
+        # A snapshot that does not say how large the disk was has the size that the disk has now: applying another one would change it.
+        raise NotSupported("Can't resize a v2 image which has snapshots", path=node.filename)
     if any(disk.in_flight for disk in disks_above((node,))):
         raise InvalidArgument(
             "a snapshot cannot be applied inside a request or a lease of the same thread", path=node.filename

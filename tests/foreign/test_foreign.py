@@ -1,0 +1,39 @@
+"""Images that are legal and that no program here would lay out so: drawn from the specification, read, checked and changed by both sides.
+
+COWHAND_TEST_SCALE=50 draws fifty times as many; COWHAND_SEED draws others.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.foreign.images import draw
+from tests.foreign.judging import told_differently
+from tests.foreign.living import lived_differently
+from tests.tools.qemu import require_qemu
+
+pytestmark = [require_qemu, pytest.mark.interop]
+
+SCALE = float(os.environ.get("COWHAND_TEST_SCALE", "1"))
+SEED = int(os.environ.get("COWHAND_SEED", "0"))
+
+
+def test_both_sides_say_the_same(tmp_path: Path) -> None:
+    for seed in range(SEED, SEED + max(1, int(20 * SCALE))):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        image = draw(seed, folder)
+        found = list(told_differently(image))
+        assert not found, f"seed {seed}, {image.shape}, {image.odd}: " + "\n".join(found)
+
+
+def test_both_sides_change_them_alike(tmp_path: Path) -> None:
+    for seed in range(SEED, SEED + max(1, int(12 * SCALE))):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        image = draw(seed, folder)
+        found = list(lived_differently(image, seed))
+        assert not found, f"seed {seed}, {image.shape}, {image.odd}: " + "\n".join(found)
