@@ -199,8 +199,8 @@ class TestMeasure:
         )
 
     def test_wants_one_thing(self, raw: Path) -> None:
-        cowhand("measure", status=1)
-        cowhand("measure", "--size", "1G", "disk.raw", cwd=raw.parent, status=1)
+        cowhand("measure", status=2)
+        cowhand("measure", "--size", "1G", "disk.raw", cwd=raw.parent, status=2)
 
 
 def test_snapshots_and_bitmaps_go_with_a_copy(image_dir: Path) -> None:

@@ -100,7 +100,8 @@ def test_explains_the_options(image_dir: Path) -> None:
         (("-f", "qcow2", "-o", "wrong=1", "a", "1M"), "wrong"),
         (("-f", "qcow2", "-o", "cluster_size=3k", "a", "1M"), "luster size"),
         (("-f", "raw", "-b", "x", "-F", "raw", "a", "1M"), "Backing file not supported"),
-        ((), "needs a name"),
+        (("disk.VMDK", "1M"), "a VMDK image"),
+        (("-f", "qcow2", "-o", "cluster_sise=4k", "a", "1M"), "Did you mean 'cluster_size'?"),
         (("absent/a", "1M"), "No such file"),
     ],
 )
@@ -112,3 +113,7 @@ def test_mistakes_are_told_and_leave_nothing(image_dir: Path, arguments: tuple[s
 def test_quiet_says_nothing(image_dir: Path) -> None:
     done = cowhand("create", "-q", "a", "1M", cwd=image_dir)
     assert done.stdout + done.stderr == ""
+
+
+def test_a_name_is_missing(image_dir: Path) -> None:
+    assert "needs a name" in cowhand("create", cwd=image_dir, status=2).stderr

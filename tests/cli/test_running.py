@@ -11,6 +11,8 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,6 +185,39 @@ class TestMain:
 
     def test_a_wrong_option_says_where_the_help_is(self) -> None:
         assert "See: cowhand info --help" in cowhand("info", "--wrong", "x", status=2).stderr
+
+    def test_what_was_probably_meant_is_told_in_two_lines(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for words, near in (
+            (["convert", "--dryrun", "a", "b"], "--dry-run"),
+            (["snapshot", "crate", "a", "b"], "create"),
+            (["--verison"], "--version"),
+            (["help", "inf"], "info"),
+        ):
+            with suppress(SystemExit):
+                main.main(words)
+            told = capsys.readouterr().err.splitlines()
+            assert len(told) == 2
+            assert f"Did you mean '{near}'?" in told[1]
+
+    def test_a_wrong_command_line_is_told_in_json_too(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            main.main(["info", "--output", "json", "a", "b"])
+        error = json.loads(capsys.readouterr().err)["error"]
+        assert (left.value.code, error["code"], error["exit-code"]) == (2, "usage", 2)
+        assert error["message"] == "too many arguments: b"
+
+    def test_help_is_found_from_either_side(self, capsys: pytest.CaptureFixture[str]) -> None:
+        texts = []
+        for words in (["help", "info"], ["--help", "info"], ["info", "--help"]):
+            with pytest.raises(SystemExit):
+                main.main(words)
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1] == texts[2] != ""
+
+    def test_an_encoding_without_pictures_gets_letters(self, tmp_path: Path) -> None:
+        cowhand("create", tmp_path / "a.qcow2", "1M")
+        drawn = cowhand("map", "--bar", tmp_path / "a.qcow2", PYTHONIOENCODING="ascii", PYTHONUTF8="0").stdout
+        assert "\n  512 KiB ...." in drawn
 
     @pytest.mark.parametrize("name", main.COMMANDS)
     def test_every_command_has_help_with_examples(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:

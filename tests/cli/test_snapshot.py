@@ -128,5 +128,5 @@ def test_a_raw_disk_has_none_and_the_way_out_is_told(image_dir: Path) -> None:
 
 
 def test_needs_a_name(path: Path) -> None:
-    assert "needs a name" in cowhand("snapshot", "create", path, status=1).stderr
+    assert "needs a name" in cowhand("snapshot", "create", path, status=2).stderr
     cowhand("snapshot", "wrong", path, status=2)

@@ -45,9 +45,12 @@ def parse(known: Mapping[str, CreateOption], given: Mapping[str, Any]) -> dict[s
     """Return *given* with each value as its option's kind says, in the order of *known*; raises InvalidArgument."""
     for name in given:
         if name not in known:
+            import difflib
+
+            near = difflib.get_close_matches(name, list(known), n=1)
             raise InvalidArgument(
                 f"Invalid parameter '{name}'",
-                hint="Known are: " + ", ".join(sorted(known)),
+                hint=(f"Did you mean '{near[0]}'? " if near else "") + "Known are: " + ", ".join(sorted(known)),
                 qemu=f"Invalid parameter '{name}'",
             )
     return {name: convert(option, given[name]) for name, option in known.items() if given.get(name) is not None}

@@ -330,7 +330,8 @@ class Opening:
             prefix = filename.split(":", 1)[0]
             entry = self.registry.by_prefix(prefix)
             if entry is None:
-                raise InvalidArgument(f"Unknown protocol '{prefix}'", path=filename)
+                hint = f"If that is the name of a file, write ./{filename}" if os.path.exists(filename) else None
+                raise InvalidArgument(f"Unknown protocol '{prefix}'", path=filename, hint=hint)
             return entry
         if filename.startswith("/dev/") or os.path.exists(filename):
             import stat

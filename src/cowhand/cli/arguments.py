@@ -12,6 +12,13 @@ from cowhand.core.units import parse_size
 CACHE_NAMES = tuple(name for name in CACHE_MODES if name != "off")
 
 
+class Usage(InvalidArgument):
+    """The command line lacks something, or contradicts itself."""
+
+    code = "usage"
+    exit_code = 2
+
+
 def size(text: str) -> int:
     """Parse a size for argparse, which shows the message of its own exception only."""
     try:
@@ -103,12 +110,33 @@ def driver_options(given: list[str]) -> dict[str, str]:
 
 
 #: What the ends of names say about formats, where the user says nothing.
-ENDINGS = {".qcow2": "qcow2", ".qcow": "qcow2", ".raw": "raw", ".img": "raw", ".bin": "raw", ".iso": "raw"}
+ENDINGS = {
+    ".qcow2": "qcow2",
+    ".qcow": "qcow2",
+    ".luks": "luks",
+    ".raw": "raw",
+    ".img": "raw",
+    ".bin": "raw",
+    ".iso": "raw",
+}
+
+
+#: Endings of formats that are not made here: a raw disk under such a name would mislead whoever finds it.
+_OTHERS = {".vmdk": "VMDK", ".vdi": "VDI", ".vhd": "VHD", ".vhdx": "VHDX", ".qed": "QED", ".dmg": "DMG"}
 
 
 def format_for(name: str, given: str | None) -> str:
-    """Return the format of a new image: the *given* one, or what its *name* ends with, or raw."""
+    """Return the format of a new image: the *given* one, or what its *name* ends with, or raw.
+
+    Raises InvalidArgument where the name says one that cannot be made.
+    """
     if given is not None:
         return given
     dot = name.rfind(".")
-    return ENDINGS.get(name[dot:].lower(), "raw") if dot >= 0 else "raw"
+    ending = name[dot:].lower() if dot >= 0 else ""
+    if ending in _OTHERS:
+        raise InvalidArgument(
+            f"'{name}' is named like a {_OTHERS[ending]} image, and such images cannot be made yet",
+            hint="Choose another name, or say which format it is to have (create -f FMT, convert -O FMT).",
+        )
+    return ENDINGS.get(ending, "raw")

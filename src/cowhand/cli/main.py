@@ -10,8 +10,8 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -48,11 +48,42 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 input/output, 4 broken or unknown image
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors say where the help is."""
+    """An argument parser whose errors are told like all others: in a line, with what was probably meant, and where the help is."""
+
+    _given: Sequence[str] = ()
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(args or ())
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            option = next((word for word in unknown if word.startswith("-") and word != "--"), None)
+            if option is None:
+                self.error(f"too many arguments: {' '.join(unknown)}")
+            name = option.partition("=")[0]
+            self._refuse(f"there is no option '{name}'", _nearest(name, self._option_string_actions))
+        return found
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n  See: {self.prog} --help\n")
+        wrong, _, known = message.partition("invalid choice: ")[2].partition(" (choose from ")
+        choices = [word.strip("'") for word in known.removesuffix(")").split(", ")]
+        self._refuse(message, _nearest(wrong.strip("'"), choices) if known else "")
+
+    def _refuse(self, message: str, near: str) -> NoReturn:
+        from cowhand.cli.arguments import Usage
+        from cowhand.cli.output import Output
+
+        json = "--output=json" in self._given or "--output json" in " ".join(self._given)
+        hint = f"{near}See: {self.prog} --help"
+        Output(json=json).error(self.prog.removeprefix("cowhand "), Usage(message, hint=hint))
+        self.exit(EXIT_USAGE)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question whether the one of *known* was meant that is nearest to *word*, or nothing."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean '{near[0]}'? " if near else ""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -115,12 +146,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from cowhand.core.memory import own_process
 
         own_process()
+    from cowhand.cli.spelling import settle
+
+    settle()
     try:
-        status = _dispatch(given)
-    except BrokenPipeError:
-        # Whoever read our output has left. Nothing more can be said to it, not even by the interpreter at its end.
+        try:
+            status = _dispatch(given)
+        finally:
+            sys.stdout.flush()  # help, too
+    except OSError as error:
+        # Nothing more can be said there, not even by the interpreter at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):  # whoever read our output has left
+            return 141
+        print(f"cowhand: standard output: {error.strerror}", file=sys.stderr)
+        return 3
     if arguments is None:
         from cowhand.cli.leaving import leave
 
@@ -135,7 +175,7 @@ def _dispatch(given: list[str]) -> int:
 
         print(f"cowhand {__version__}")
         return 0
-    if name == "help" and len(given) == 2 and given[1] in COMMANDS:
+    if name in ("help", "-h", "--help") and len(given) > 1:
         name, given = given[1], [given[1], "--help"]
     if name not in COMMANDS:
         return _no_command(name)
@@ -155,9 +195,6 @@ def _no_command(name: str) -> int:
     if not name:
         print(overview(), file=sys.stderr)
         return EXIT_USAGE
-    import difflib
-
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else "See: cowhand --help"
-    print(f"cowhand: there is no command '{name}'\n  {hint}", file=sys.stderr)
+    what, known = ("option", ("--help", "--version")) if name.startswith("-") else ("command", tuple(COMMANDS))
+    print(f"cowhand: there is no {what} '{name}'\n  {_nearest(name, known)}See: cowhand --help", file=sys.stderr)
     return EXIT_USAGE

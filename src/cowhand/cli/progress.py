@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from cowhand.cli.output import Output, is_terminal
@@ -49,8 +50,14 @@ class Bar:
         self._live: RichProgress | None = None
         self._task: TaskID | None = None
         self._closed = False
+        # Workers bring news while the command ends: what is closed stays closed.
+        self._lock = threading.RLock()
 
     def __call__(self, progress: Progress) -> None:
+        with self._lock:
+            self._show(progress)
+
+    def _show(self, progress: Progress) -> None:
         if self._closed or (self._live is None and progress.elapsed < _QUIET_SECONDS):
             return
         if self._live is None:
@@ -80,10 +87,11 @@ class Bar:
 
     def close(self) -> None:
         """Take the bar away."""
-        self._closed = True
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        with self._lock:
+            self._closed = True
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
 
 
 class Lines:

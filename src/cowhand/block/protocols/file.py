@@ -206,7 +206,11 @@ class FileNode(DescriptorNode):
                 qemu=f"Could not open '{self.path}': {os.strerror(errno.ENXIO)}", errno=errno.ENXIO, path=self.path,
             )  # fmt: skip
         if not stat.S_ISREG(mode):
-            raise InvalidArgument(f"'{self.driver}' driver requires '{self.path}' to be a regular file", path=self.path)
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
+            raise InvalidArgument(
+                f"'{self.path}' is {kind}, and driver '{self.driver}' opens regular files only",
+                qemu=f"'{self.driver}' driver requires '{self.path}' to be a regular file", path=self.path,
+            )  # fmt: skip
 
     def _check_writable(self, fd: int, writable: bool) -> None:
         """Raise OSError where the descriptor, though opened for writing, cannot be written."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import cowhand
 from cowhand.cli import arguments
-from cowhand.core.errors import CowhandError, InvalidArgument
+from cowhand.core.errors import CowhandError
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
         (args.source_format is not None and args.source_file is None, "--source-format needs --source-file"),
     ):
         if wrong:
-            raise InvalidArgument(message, hint=usage)
+            raise arguments.Usage(message, hint=usage)
 
 
 def _source(args: argparse.Namespace, disk: Disk, stack: ExitStack) -> Disk:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from cowhand.copy.checksum import DEFAULT_ALGORITHM, check_algorithm
 
     if bool(args.image) == (args.check is not None):
-        raise InvalidArgument("either images or --check FILE", hint="cowhand checksum IMAGE ... | --check FILE")
+        raise arguments.Usage("either images or --check FILE", hint="cowhand checksum IMAGE ... | --check FILE")
     if args.workers is not None and not 1 <= args.workers <= 16:
         raise InvalidArgument(f"{args.workers} threads are not possible, only 1 to 16")
     if args.check is not None:

@@ -10,7 +10,6 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
-from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if any(text in ("help", "?") for text in args.option):
         return _explain(args.format or "qcow2", context)
     if args.image is None:
-        raise InvalidArgument("the new image needs a name", hint="See: cowhand create --help")
+        raise arguments.Usage("the new image needs a name", hint="See: cowhand create --help")
     from cowhand.block.create import prepare
     from cowhand.cli.guard import refuse_existing, refuse_harm
 

@@ -9,7 +9,6 @@ import argparse
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
-from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from cowhand.copy.measure import measure
 
     if (args.image is None) == (args.size is None):
-        raise InvalidArgument("give either an image or --size", hint="See: cowhand measure --help")
+        raise arguments.Usage("give either an image or --size", hint="See: cowhand measure --help")
     result = measure(
         args.image,
         args.target_format,

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.action == "list":
         return _list(args, context)
     if not args.name:
-        raise InvalidArgument("the snapshot needs a name", hint=f"cowhand snapshot {args.action} IMAGE NAME")
+        raise arguments.Usage("the snapshot needs a name", hint=f"cowhand snapshot {args.action} IMAGE NAME")
     if args.dry_run:
         return _plan(args, context)
     if args.action == "apply":
