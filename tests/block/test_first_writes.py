@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import cowhand
+from cowhand.block.check import check
 from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -412,6 +413,38 @@ def test_rows_never_share_a_copy_unit_and_hold_everything_in_its_order(seed: int
 
 
 # -- on files
+
+
+@pytest.mark.parametrize("extended", ["off", "on"])
+@pytest.mark.parametrize("backed", [False, True])
+def test_a_data_file_stays_sparse_and_shows_nothing_old(extended: str, backed: bool, tmp_path: Path) -> None:
+    """Around first writes nothing is written where the file has a hole; what a discarded cluster held there does not show again."""
+    size, cluster = 8 << 20, 65536
+    options = {"data_file": str(tmp_path / "d"), "extended_l2": extended}
+    model = bytearray(size)
+    if backed:
+        model[: size // 2] = random.Random(1).randbytes(size // 2)
+        (tmp_path / "base").write_bytes(model[: size // 2])
+        options |= {"backing_file": str(tmp_path / "base"), "backing_fmt": "raw"}
+    create(tmp_path / "x", "qcow2", size, options)
+    with open(tmp_path / "probe", "wb") as probe:
+        probe.truncate(size)
+    sparse = (tmp_path / "probe").stat().st_blocks == 0
+    with cowhand.open(tmp_path / "x", writable=True) as disk:
+        for turn in range(3):
+            writes = [(n * cluster + 5000 * turn + 10, bytes([n + turn + 1]) * 1000) for n in range(turn, 120, 2)]
+            for at, data in writes:
+                model[at : at + len(data)] = data
+            disk.submit([(WRITE_REQUEST, at, data) for at, data in writes[:40]])
+            for at, data in writes[40:]:
+                disk.write(at, data)
+            assert disk.read(0, size) == model
+            used = (tmp_path / "d").stat().st_blocks * 512
+            assert backed or not sparse or used < size // 4
+            disk.discard(turn * cluster, 40 * cluster)
+            model[turn * cluster : (turn + 40) * cluster] = bytes(40 * cluster)
+        assert disk.read(0, size) == model
+    assert check(tmp_path / "x").findings == []
 
 
 @require_qemu

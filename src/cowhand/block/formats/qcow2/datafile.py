@@ -6,6 +6,8 @@ use. A *raw* data file has to read like the disk by itself: all its clusters sta
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _unpack = L.U64.unpack_from
 _NAME = "data-file"
+_SEEK_DATA = getattr(os, "SEEK_DATA", None)
 
 
 def attach(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None:
@@ -157,6 +160,17 @@ class ExternalMapping(Mapping):
         return offset
 
 
+def is_hole(child: Child, begin: int, end: int) -> bool:
+    """Tell whether the data file holds nothing in ``[begin, end)``, and so reads as zeroes; False where that is not told by one system call."""
+    lane = child.lane
+    if lane is None or lane.lane_fd < 0 or _SEEK_DATA is None:
+        return False
+    try:
+        return os.lseek(lane.lane_fd, begin, _SEEK_DATA) >= end
+    except OSError as error:
+        return error.errno == errno.ENXIO  # behind the last data
+
+
 def reserve_data(node: Qcow2Node, table: Table, first: int, count: int, begin: int) -> Reservation | None:
     """Reserve the guest clusters from *begin* on (entries *first* and following of *table*) for data; None: write in place."""
     from cowhand.block.formats.qcow2.allocation import EntryChange
@@ -183,7 +197,8 @@ def reserve_data(node: Qcow2Node, table: Table, first: int, count: int, begin: i
     entries.byteswap()
     # What the file holds there is older than what is seen now, and the new bytes have to be stable first.
     change = EntryChange(table, first, entries.tobytes(), barrier=True)
-    return Reservation(begin, run * size, Kind.DATA, node.data_child, begin, state=change)
+    fresh = is_hole(node.data_child, begin, begin + run * size)
+    return Reservation(begin, run * size, Kind.DATA, node.data_child, begin, fresh=fresh, state=change)
 
 
 def change(node: Qcow2Node, offset: int, length: int, kind: Kind) -> None:

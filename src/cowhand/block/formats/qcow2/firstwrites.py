@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.cache import PAGE_BITS, Table
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.allocation import prepare_tables, writable_table
-from cowhand.block.formats.qcow2.datafile import missing
+from cowhand.block.formats.qcow2.datafile import is_hole, missing
 from cowhand.block.formats.qcow2.subclusters import ALL_DATA, PAIR, ExtendedMapping
 from cowhand.block.unitwrites import SINGLY, UnitWrites
 
@@ -118,8 +118,8 @@ def reserve(node: Qcow2Node, writes: UnitWrites) -> None:
         if node.lazy:
             prepare_tables(node, list(places.held.values()))
         if node.external:
-            # What the file holds at a new place is not known.
-            writes.bare = [False] * len(writes.hosts)
+            child = node.data_child
+            writes.bare = [bare and is_hole(child, *writes.span(row)) for row, bare in enumerate(writes.bare)]
         elif places.new:
             places.take(node, writes, relative)
     except BaseException:
@@ -181,12 +181,17 @@ def _look_at_subclusters(node: Qcow2Node, writes: UnitWrites, places: Places) ->
             place = entry & L.L2_OFFSET_MASK
             if entry & fit != L.COPIED:
                 pass
-            elif place == offset - begin if external else place and place >> bits not in metadata:
+            elif external:
+                if place == offset - begin:
+                    host = offset
+                    blank = not backed or bitmap >> 32 & marked == marked
+            elif place and place >> bits not in metadata:
                 host = place + begin
         elif bitmap & ALL_DATA:
             pass  # without a place: damage
         elif external:
             host = offset
+            blank = not backed or bitmap >> 32 & marked == marked
         else:
             blank = not backed or bitmap >> 32 & marked == marked
             if row in shared:

@@ -78,7 +78,11 @@ def _reserve_new(
     begin = offset - offset % size
     taken, fresh = 0, False
     host = begin
-    if not node.external:
+    if node.external:
+        from cowhand.block.formats.qcow2.datafile import is_hole
+
+        fresh = is_hole(node.data_child, begin, begin + count * size)
+    else:
         taken, count = _place(node, mapping, table, first, count)
         host, fresh = taken * size, node.allocator.fresh
     end = min(end, begin + count * size)
