@@ -18,6 +18,7 @@ def test_says_beforehand_what_it_will_copy(image_dir: Path) -> None:
     before, files = content(top), snapshot_of(image_dir)
     plan = cowhand("rebase", "--dry-run", "--output", "json", "-b", "base", "top", cwd=image_dir).json()
     assert plan["moves"] == MiB
+    assert plan["undo"].startswith("cowhand rebase -b ") and " -F qcow2 top, while " in plan["undo"]
     assert snapshot_of(image_dir) == files
     done = cowhand("rebase", "--output", "json", "-b", "base", "top", cwd=image_dir).json()
     assert done == {

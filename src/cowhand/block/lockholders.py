@@ -63,7 +63,13 @@ def lock_holders(path: str | os.PathLike[str]) -> list[LockHolder]:
         found[pid] = (known | set(locks), before | (3 if access == 2 else access))
     holders = [_holder(pid, locks, access) for pid, (locks, access) in sorted(found.items())]
     holders += [LockHolder(0, f"{device} (loop device)", access="read and write") for device in _loops(key)]
-    rest = _unseen(name, {lock for locks, _ in found.values() for lock in locks})
+    try:
+        rest = _unseen(name, {lock for locks, _ in found.values() for lock in locks})
+    except OSError as error:
+        if not holders and isinstance(error, PermissionError):
+            # Somebody else's process may have it open: to say "nobody" would be a guess.
+            raise from_os_error(error, name, doing="looking for locks") from error
+        rest = set()
     if rest:
         holders.append(_described(0, "another user's process", (), "", "", rest))
     return holders
@@ -182,10 +188,7 @@ def _unseen(path: str, seen: set[FileLock]) -> set[FileLock]:
     from cowhand.block.imagelock import locked_bytes
 
     wanted = [base + bit.bit_length() - 1 for base in (PERMISSION_BYTE, REFUSAL_BYTE) for bit in PERMISSION_NAMES]
-    try:
-        found = locked_bytes(path, wanted)
-    except OSError:
-        return set()
+    found = locked_bytes(path, wanted)
     return {
         FileLock(byte, byte, mode)
         for byte, mode in found.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
@@ -90,6 +91,16 @@ def _format(args: argparse.Namespace) -> str | None:
         return disk.format
 
 
+def _undo(args: argparse.Namespace) -> str:
+    """Return what brings the old backing file back."""
+    from cowhand.chain.info import image_info
+
+    old = image_info(args.image, format=args.format, force_share=True)
+    words = ["cowhand", "rebase", *(["-u"] if args.unsafe else []), "-b", old.backing or ""]
+    words += ["-F", old.backing_format] if old.backing and old.backing_format else []
+    return shlex.join([*words, args.image]) + (f", while {old.backing} is there and unchanged" if old.backing else "")
+
+
 def _plan(args: argparse.Namespace, context: Context, result: RebaseResult) -> int:
     from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
@@ -106,6 +117,6 @@ def _plan(args: argparse.Namespace, context: Context, result: RebaseResult) -> i
         moves=result.copied,
         dependents=dependents(args.image),
         warnings=warnings,
-        undo="cowhand rebase -b OLD IMAGE, while the old backing file is there and unchanged",
+        undo=_undo(args),
     )
     return show(plan, context.out)
