@@ -523,3 +523,24 @@ def test_a_new_table_that_may_be_named_already_is_no_longer_new() -> None:
         assert image.content()[4096:8192] in (bytes(4096), b"b" * 4096)
 
     replay.replay(replay.crash_states(recorder.log, samples=60), judge)
+
+
+def test_disks_know_the_size_that_a_failed_change_left() -> None:
+    faults = FaultNode(images.create(PLAIN))
+    keeper = Disk(faults)
+    disk = images.open_over(faults, writable=True)
+    images.snapshot_create(disk, "small")
+    disk.resize(2 * PLAIN.size)
+    before = faults.counts[FLUSH]
+    images.snapshot_apply(disk, "small")
+    flushes = faults.counts[FLUSH] - before
+    disk.resize(2 * PLAIN.size)
+    assert isinstance(disk.root, Qcow2Node)
+    faults.fail(FLUSH, flushes)
+    with pytest.raises(CowhandError):
+        images.snapshot_apply(disk, "small")
+    assert disk.size == disk.root.size == PLAIN.size
+    disk.root.amend({"size": PLAIN.size // 2})
+    assert disk.size == disk.root.size == PLAIN.size // 2
+    disk.close()
+    keeper.close()

@@ -12,7 +12,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.block.reserving import Kind
-from cowhand.core.errors import CowhandError
+from cowhand.core.errors import CowhandError, NoSpace
 from cowhand.testing.faults import WRITE, FaultNode
 from tests.qcow2 import images, oracle
 from tests.qcow2.images import Shape
@@ -97,4 +97,17 @@ def test_units_that_somebody_writes_are_left_out_of_those_taken_together(rng: ra
         assert [reservation.offset for reservation in made] == [0, UNIT]
         for reservation in (theirs, *made):
             node.withdraw(reservation)
+    keeper.close()
+
+
+def test_what_no_descriptor_can_name_is_not_taken() -> None:
+    """With clusters of 2 MiB, offsets of compressed data have 49 bits."""
+    file = images.create(Shape(cluster=2 << 20, size=8 << 20))
+    keeper = Disk(file)
+    with opened(file) as (disk, node):
+        node.refcounts.free_index = 1 << 49 - 21
+        with pytest.raises(NoSpace):
+            node.write_compressed(0, b"x" * 100)
+        node.refcounts.free_index = 0
+        assert disk.read(0, 100) == bytes(100)
     keeper.close()

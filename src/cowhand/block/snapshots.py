@@ -107,9 +107,12 @@ def apply_snapshot(disk: Disk, id_or_name: str) -> None:
         )  # fmt: skip
     wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
     with graph.quiesce(node):
-        node.apply_snapshot(wanted.id, wanted.name)
-        for above in graph.disks_above((node,)):
-            above.root_changed()
+        try:
+            node.apply_snapshot(wanted.id, wanted.name)
+        finally:
+            # What failed may have come as far as the new size.
+            for above in graph.disks_above((node,)):
+                above.root_changed()
 
 
 def delete_snapshot(disk: Disk, id_or_name: str) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowhand.block.epochs import next_number, oldest_in_flight
+from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.refcounts import MissingBlock
 from cowhand.block.reserving import Unprepared
 from cowhand.core import diagnostics
-from cowhand.core.errors import CowhandError
+from cowhand.core.errors import CowhandError, NoSpace
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -179,6 +180,8 @@ class Allocator:
             if not offset or -(-offset // size) != fresh:
                 offset = fresh * size
             self.node.check_overlap(fresh * size, size)
+        if offset + nbytes > L.compressed_limit(self.node.header.cluster_bits):
+            raise NoSpace("compressed clusters cannot lie as far back in the file", path=self.node.filename, errno=27)
         first, last = offset // size, (offset + nbytes - 1) // size
         try:
             refcounts.change(first, last - first + 1, 1)

@@ -98,7 +98,11 @@ def amend(
         if options.get("size") is not None and options["size"] != header.size:
             from cowhand.block.formats.qcow2.resize import resize
 
-            resize(node, options["size"], shrink=True)
+            try:
+                resize(node, options["size"], shrink=True)
+            finally:
+                for disk in graph.disks_above((node,)):
+                    disk.root_changed()
         if version < header.version:
             _downgrade(node, progress)
 

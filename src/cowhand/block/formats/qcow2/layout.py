@@ -115,6 +115,11 @@ def compressed_location(entry: int, cluster_bits: int) -> tuple[int, int]:
     return offset, sectors * 512 - (offset & 511)
 
 
+def compressed_limit(cluster_bits: int) -> int:
+    """Return the host offset from which on no descriptor of compressed bytes can name a place: fewer bits are left with larger clusters."""
+    return 1 << 62 - (cluster_bits - 8)
+
+
 def compressed_entry(offset: int, nbytes: int, cluster_bits: int) -> int:
     """Return the descriptor of *nbytes* compressed bytes at host *offset*; the inverse of :func:`compressed_location`."""
     shift = 62 - (cluster_bits - 8)
