@@ -227,6 +227,13 @@ class TestMain:
         assert module.EXAMPLES.strip() in text
         assert "--output" in text or name == "completion"
 
+    @pytest.mark.parametrize("name", ["convert", "create", "resize", "map", "measure"])
+    def test_help_tells_how_sizes_are_written_and_what_is_the_default(self, name: str) -> None:
+        parser = main.build_parser(name, main.load(name))
+        assert "Sizes are bytes" in parser.format_help()
+        for action in vars(parser)["_actions"]:
+            assert action.default in (None, False, [], "==SUPPRESS==") or str(action.default) in action.help
+
     def test_a_reader_that_leaves_is_no_error(self) -> None:
         with subprocess.Popen(
             [sys.executable, "-m", "cowhand", "--help"],

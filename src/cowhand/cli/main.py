@@ -47,6 +47,10 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 input/output, 4 broken or unknown image
 7 lost space found, 8 damage found, 9 refused because other images need it, 130 interrupted."""
 
 
+_SIZES = ("SIZE", "OFFSET", "LENGTH", "[+|-]SIZE")
+_OF_SIZES = "Sizes are bytes, or have a suffix k, M, G, T, P or E for powers of 1024: 65536, 64k, 1.5G."
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are told like all others: in a line, with what was probably meant, and where the help is."""
 
@@ -62,6 +66,15 @@ class Parser(argparse.ArgumentParser):
             name = option.partition("=")[0]
             self._refuse(f"there is no option '{name}'", _nearest(name, self._option_string_actions))
         return found
+
+    def explain(self) -> None:
+        """Let the help of options tell their defaults, and the help of a command with sizes how sizes are written."""
+        for action in self._actions:
+            default, told = action.default, action.help or ""
+            if isinstance(default, (str, int)) and default not in (False, "==SUPPRESS==") and f"{default}" not in told:
+                action.help = f"{told} (default: {default})"
+        if any(action.metavar in _SIZES or "size" in (action.dest, action.metavar) for action in self._actions):
+            self.epilog = f"{_OF_SIZES}\n\n{self.epilog}"
 
     def error(self, message: str) -> NoReturn:
         wrong, _, known = message.partition("invalid choice: ")[2].partition(" (choose from ")
@@ -127,6 +140,7 @@ def build_parser(name: str, module: ModuleType) -> Parser:
         formatter_class=_Help,
     )
     module.configure(parser)
+    parser.explain()
     if name != "completion":
         from cowhand.cli.arguments import add_secrets
 
