@@ -137,6 +137,9 @@ def _judge_flags(exam: Examination, host: int, mend: bool) -> list[Finding]:
     if seen is not None and seen.scan.runs is not None and not exam.unreadable:
         if all(walk.tally.is_all(first, count, 1) for first, count in seen.scan.runs):
             return []
+    if seen is not None and seen.scan.scattered is not None and not exam.unreadable:
+        if set(walk.tally.each(seen.scan.scattered)) == {1}:
+            return []
     data = walk.read(host, walk.size, F.L2_UNREADABLE_AGAIN)
     if not exam.unreadable and walk.scanner.flags_sound(data):
         return []

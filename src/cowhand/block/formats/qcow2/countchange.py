@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.formats.qcow2 import layout as L
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Counts in the blocks that change from which numpy is worth its import.
 _MANY_COUNTS = 1 << 19
+#: Blocks whose counts are kept as whole numbers at once.
+_BLOCKS_TOGETHER = 64
 
 
 def references(node: Qcow2Node, l1: bytes) -> Tally:
@@ -157,18 +159,22 @@ def _added(node: Qcow2Node, change: Tally, first: int, old: bytes, delta: bytes,
     """Return the native counts *old* + sign * *delta*, each checked."""
     if change.numpy is not None:
         return _added_fast(node, change, first, old, delta, sign)
-    out = bytearray(old)
-    counts, steps = memoryview(out).cast(change.code), memoryview(delta).cast(change.code)
-    for at, step in enumerate(steps):
-        if not step:
-            continue
-        value = counts[at]
-        if value == 0 or value + sign * step < 0:
+    counts, steps = memoryview(old).cast(change.code), memoryview(delta).cast(change.code)
+    most = change.maximum
+    # There are few different pairs, and with all of them sound no count runs over into the next: one addition of large numbers does it.
+    for value, step in set(zip(counts, steps, strict=True)):
+        if step and (value == 0 or not 0 <= value + sign * step <= most):
+            break
+    else:
+        order = sys.byteorder
+        total = int.from_bytes(old, order) + sign * int.from_bytes(delta, order)
+        return total.to_bytes(len(old), order)
+    for at, (value, step) in enumerate(zip(counts, steps, strict=True)):
+        if step and (value == 0 or value + sign * step < 0):
             raise _wrong(node, first + at)
-        if value + sign * step > change.maximum:
+        if step and value + sign * step > most:
             raise too_high(node, first + at)
-        counts[at] = value + sign * step
-    return bytes(out)
+    raise AssertionError("a pair of counts is wrong in one place and in none")
 
 
 def _added_fast(node: Qcow2Node, change: Tally, first: int, old: bytes, delta: bytes, sign: int) -> bytes:
@@ -194,8 +200,10 @@ def _newly_zero(change: Tally, first: int, old: bytes, new: bytes) -> list[tuple
     if change.numpy is not None:
         numpy = change.numpy
         gone = numpy.flatnonzero((numpy.asarray(before) != 0) & (numpy.asarray(after) == 0)).tolist()
-    else:
+    elif any(value and not later for value, later in set(zip(before, after, strict=True))):
         gone = [at for at, value in enumerate(before) if value and not after[at]]
+    else:
+        gone = []
     runs: list[tuple[int, int]] = []
     for at in gone:
         if runs and runs[-1][0] + runs[-1][1] == first + at:
@@ -243,6 +251,20 @@ class PresentCounts:
                 return False
             first += step
         return True
+
+    def each(self, clusters: Sequence[int]) -> Sequence[int]:
+        """Return the counts of *clusters*."""
+        per_block, views = self._per_block, {}
+        for index in sorted({cluster // per_block for cluster in clusters}):
+            values = self._native(index)
+            if values is not None:
+                views[index] = memoryview(values).cast(self._code)
+            if len(views) > _BLOCKS_TOGETHER:
+                return [self.get(cluster) for cluster in clusters]
+        return [
+            views[cluster // per_block][cluster % per_block] if cluster // per_block in views else 0
+            for cluster in clusters
+        ]
 
     def gather(self, clusters: Any) -> Any:
         """Return the counts of the numpy array *clusters*, in its order."""

@@ -6,17 +6,17 @@ Set where a cluster has one reference, it allows writing in place. Fitting the b
 from __future__ import annotations
 
 import sys
+from array import array
+from operator import sub
 from typing import TYPE_CHECKING
 
 from cowhand.block.cache import Table
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.countchange import PresentCounts, l2_tables, read_table
-from cowhand.block.formats.qcow2.runs import words_of
+from cowhand.block.formats.qcow2.runs import adjoining, words_of
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
-    from array import array
-
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.formats.qcow2.tally import Tally
 
@@ -94,6 +94,36 @@ def _fitted(node: Qcow2Node, data: bytes, counts: Tally | PresentCounts, stride:
         return _fitted_fast(node, data, counts, stride)
     words = words_of(data)
     size = node.cluster_size
+    in_order = words[-stride] - words[0] == (len(words) // stride - 1) * size
+    changed = None if in_order else _fit_scattered(words, counts, stride, size)
+    if changed is None:
+        changed = _fit_runs(words, counts, stride, size)
+    if not changed:
+        return data
+    if _LITTLE:
+        words.byteswap()
+    return words.tobytes()
+
+
+def _fit_scattered(words: array[int], counts: Tally | PresentCounts, stride: int, size: int) -> bool | None:
+    """Fit the bits in *words* where many clusters lie apart, and tell whether any changed; None, and nothing done, where they do not."""
+    mask = L.L2_OFFSET_MASK
+    placed = [
+        index for index in range(0, len(words), stride) if words[index] & mask and not words[index] & L.ENTRY_COMPRESSED
+    ]
+    clusters = [(words[index] & mask) // size for index in placed]
+    if len(placed) < 2 or list(map(sub, clusters[1:], clusters)).count(1) * 4 > len(clusters) * 3:
+        return None
+    changed = False
+    for index, count in zip(placed, counts.each(clusters), strict=True):
+        if count and (count == 1) != words[index] >> 63:
+            words[index] ^= L.COPIED
+            changed = True
+    return changed
+
+
+def _fit_runs(words: array[int], counts: Tally | PresentCounts, stride: int, size: int) -> bool:
+    """Fit the bits in *words* run by run, and tell whether any changed."""
     changed = False
     position, end = 0, len(words)
     while position < end:
@@ -101,14 +131,14 @@ def _fitted(node: Qcow2Node, data: bytes, counts: Tally | PresentCounts, stride:
         if not entry & L.L2_OFFSET_MASK or entry & L.ENTRY_COMPRESSED:
             position += stride
             continue
-        run = _run(words, position, stride, size)
+        run = adjoining(words, position, size, stride)
         first = (entry & L.L2_OFFSET_MASK) // size
         for value in (1, 2):
             if counts.is_all(first, run, value):
                 if (value == 1) != bool(entry & L.COPIED):
                     changed = True
-                    for at in range(position, position + run * stride, stride):
-                        words[at] ^= L.COPIED
+                    new = entry ^ L.COPIED
+                    words[position : position + run * stride : stride] = array("Q", range(new, new + run * size, size))
                 break
         else:
             for index in range(run):
@@ -117,22 +147,7 @@ def _fitted(node: Qcow2Node, data: bytes, counts: Tally | PresentCounts, stride:
                     changed = True
                     words[position + index * stride] ^= L.COPIED
         position += run * stride
-    if not changed:
-        return data
-    if _LITTLE:
-        words.byteswap()
-    return words.tobytes()
-
-
-def _run(words: array[int], position: int, stride: int, size: int) -> int:
-    """Return how many entries from *position* on name adjoining clusters, flags equal."""
-    run, wanted = 1, words[position] + size
-    position += stride
-    while position < len(words) and words[position] == wanted:
-        run += 1
-        wanted += size
-        position += stride
-    return run
+    return changed
 
 
 def _fitted_fast(node: Qcow2Node, data: bytes, counts: Tally | PresentCounts, stride: int) -> bytes:

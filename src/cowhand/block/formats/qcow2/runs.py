@@ -47,3 +47,21 @@ def runs_of(words: array[int]) -> Iterator[tuple[int, int, int]]:
         for start, entry, length in zip(starts.tolist(), piece[starts].tolist(), lengths.tolist(), strict=True):
             if entry:
                 yield first + start, entry, length
+
+
+def adjoining(words: array[int], position: int, size: int, stride: int = 1) -> int:
+    """Return how many entries from *position* on, every *stride*-th word, name clusters of *size* bytes one behind the other, flags equal."""
+    value, count, run, stretch = words[position], (len(words) - position + stride - 1) // stride, 1, 4
+    while run < count:
+        # Compare ever longer stretches at once: a whole table in ten comparisons.
+        take = min(stretch, count - run)
+        begin = position + run * stride
+        wanted = value + run * size
+        if words[begin : begin + take * stride : stride] == array("Q", range(wanted, wanted + take * size, size)):
+            run += take
+            stretch *= 4
+        elif take > 1:
+            stretch = 1
+        else:
+            break
+    return run

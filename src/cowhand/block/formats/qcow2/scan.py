@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 from array import array
+from functools import reduce
 from itertools import pairwise
+from operator import or_, sub
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.formats.qcow2.ordered import OrderedTables
+from cowhand.block.formats.qcow2.runs import adjoining
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.tally import Tally
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 _LITTLE = sys.byteorder == "little"
 #: Tables not in order that are read without numpy; one of extended entries costs as much as two.
 PLAIN_TABLES = 32
+#: and entries, in tables of large clusters
+_PLAIN_ENTRIES = 1 << 18
 #: of a bitmap of subclusters
 _DATA_BITS = (1 << 32) - 1
 
@@ -27,14 +32,15 @@ _DATA_BITS = (1 << 32) - 1
 class Scan(NamedTuple):
     """What a table holds. Clusters are counted as QEMU's check counts them.
 
-    ``runs`` are (first cluster, clusters) of all that is not compressed, when each entry has its COPIED bit and the runs are few; None when a
-    check of these bits has to look at the table again.
+    ``runs`` are (first cluster, clusters) of all that is not compressed, when each entry has its COPIED bit and the runs are few; otherwise
+    ``scattered`` are the clusters, as far as they are kept. Both None when a check of these bits has to look at the table again.
     """
 
     allocated: int = 0
     fragmented: int = 0
     compressed: int = 0
     runs: tuple[tuple[int, int], ...] | None = None
+    scattered: array[int] | None = None
 
 
 #: Runs of a table that are remembered.
@@ -72,7 +78,8 @@ class Scanner:
         if found is not None:
             return found
         self._cost += self.stride
-        if self.tally.numpy is None and self._cost > PLAIN_TABLES:
+        many = self._cost > PLAIN_TABLES or self._cost * self.entries > _PLAIN_ENTRIES
+        if self.tally.numpy is None and many:
             self.tally.use_numpy()
         if self.tally.numpy is not None and not self.external:
             return self._vector(data, times)
@@ -107,6 +114,10 @@ class Scanner:
         if _LITTLE:
             words.byteswap()
         bitmaps: array[int] | None = None
+        if self.stride == 1 and not self.external:
+            found = self._scattered(words, times)
+            if found is not None:
+                return found
         if self.stride == 2:
             if self._overlapping(int.from_bytes(data, "big")):
                 return None
@@ -143,11 +154,8 @@ class Scanner:
                     return None
                 continue
             begin = position - 1
-            following_entry = entry + size
-            while position < count and words[position] == following_entry:
-                position += 1
-                following_entry += size
-            run = position - begin
+            run = adjoining(words, begin, size)
+            position = begin + run
             if host + (run - 1) * size > self.last and not self.external:
                 return None
             if following and host != following:
@@ -161,6 +169,23 @@ class Scanner:
                 self.tally.add(first, run, times)
         known = tuple(runs) if copied and len(runs) <= _FEW and not self.external else None
         return Scan(allocated + compressed, fragmented + compressed, compressed, known)
+
+    def _scattered(self, words: array[int], times: int) -> Scan | None:
+        """Scan a sound table without compressed clusters of which many lie apart; None, and nothing counted, for any other."""
+        if words[-1] - words[0] == (len(words) - 1) * self.size:
+            return None
+        placed = [word for word in words if word & L.L2_OFFSET_MASK]
+        if len(placed) < 2 or reduce(or_, words) & (L.ENTRY_COMPRESSED | self._bad):
+            return None
+        bits, mask = self.bits, L.L2_OFFSET_MASK
+        clusters = [(word & mask) >> bits for word in placed]
+        steps = list(map(sub, clusters[1:], clusters))
+        breaks = len(steps) - steps.count(1)
+        if breaks * 4 < len(steps) or max(clusters) << bits > self.last:
+            return None
+        self.tally.add_each(clusters, times)
+        copied = min(placed) >= L.COPIED
+        return Scan(len(clusters), breaks, 0, None, array("Q", clusters) if copied else None)
 
     # -- any table, with numpy
 

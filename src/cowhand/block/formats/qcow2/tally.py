@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, Literal
 
 SEGMENT_BITS = 19
@@ -121,6 +122,18 @@ class Tally:
             return value == 0
         return piece == value.to_bytes(self.width, sys.byteorder) * count
 
+    def each(self, clusters: Sequence[int]) -> Sequence[int]:
+        """Return the counts of *clusters*, at least two."""
+        number = min(clusters) >> self.bits
+        if number != max(clusters) >> self.bits:
+            return [self.get(cluster) for cluster in clusters]
+        view = self._views.get(number)
+        if view is None:
+            return [0] * len(clusters)
+        base = number << self.bits
+        counts: tuple[int, ...] = itemgetter(*[cluster - base for cluster in clusters])(view)
+        return counts
+
     def gather(self, clusters: Any) -> Any:
         """Return the counts of the numpy array *clusters*, in its order."""
         numpy = self.numpy
@@ -160,6 +173,26 @@ class Tally:
             return
         for number, begin, step in self._split(first, count):
             self._add_run(number, begin, step, times)
+
+    def add_each(self, clusters: Sequence[int], times: int = 1) -> None:
+        """Count *times* references to each of *clusters*, at least two, in any order, without numpy."""
+        number = min(clusters) >> self.bits
+        if number == max(clusters) >> self.bits and len(set(clusters)) == len(clusters):
+            self._segment(number)
+            view, base = self._views[number], number << self.bits
+            local = [cluster - base for cluster in clusters]
+            known = set(itemgetter(*local)(view))
+            if max(known) + times <= self.maximum:
+                if len(known) == 1:
+                    value = known.pop() + times
+                    for cluster in local:
+                        view[cluster] = value
+                else:
+                    for cluster in local:
+                        view[cluster] += times
+                return
+        for cluster in clusters:
+            self.add(cluster, 1, times)
 
     def _add_run(self, number: int, begin: int, count: int, times: int) -> None:
         width = self.width
