@@ -111,3 +111,17 @@ def test_what_no_descriptor_can_name_is_not_taken() -> None:
         node.refcounts.free_index = 0
         assert disk.read(0, 100) == bytes(100)
     keeper.close()
+
+
+@pytest.mark.parametrize("kind", [Kind.DATA, Kind.COMPRESSED])
+def test_what_is_taken_back_after_a_flush_is_not_lost(kind: Kind) -> None:
+    file = images.create(SHAPE)
+    keeper = Disk(file)
+    with opened(file) as (disk, node):
+        node.check_writable()
+        reservation = node.claim(0, UNIT, kind, 100)
+        assert reservation is not None
+        disk.flush()
+        node.withdraw(reservation)
+    check(file, {0: bytes(UNIT)})
+    keeper.close()

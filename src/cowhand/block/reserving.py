@@ -259,6 +259,7 @@ class ReservingNode(BlockNode):
     def give_up(self, reservation: Reservation, error: BaseException) -> None:
         """Take *reservation* back because of *error*; readers see what they saw."""
         with self.lock:
+            self.changed = True  # a flush may have brought to the file what is taken back
             try:
                 if _understood(error):
                     self.abandon(reservation)
@@ -270,6 +271,7 @@ class ReservingNode(BlockNode):
     def withdraw(self, reservation: Reservation) -> None:
         """Take *reservation* back, of which nothing came; readers see what they saw."""
         with self.lock:
+            self.changed = True
             try:
                 self.abandon(reservation)
             finally:
