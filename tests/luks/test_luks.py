@@ -149,6 +149,23 @@ def test_a_detached_header(tmp_path: Path) -> None:
 
 
 @require_qemu
+def test_a_detached_header_is_made(tmp_path: Path) -> None:
+    header, payload = tmp_path / "header", tmp_path / "payload"
+    create(header, "luks", 0, {"key-secret": "s0", "iter-time": "1", "detached-header": "on"})
+    assert header.stat().st_size == 2068480
+    payload.write_bytes(bytes(1 << 20))
+    with cowhand.open(
+        {**description(payload), "header": {"driver": "file", "filename": str(header)}}, writable=True
+    ) as disk:
+        disk.write(0, b"\x11" * 65536)
+    # One file of both is what QEMU reads.
+    joined = bytearray(header.read_bytes() + payload.read_bytes())
+    joined[104:108] = (2068480 // 512).to_bytes(4, "big")
+    (tmp_path / "whole").write_bytes(joined)
+    qemu_io(as_options(tmp_path / "whole"), "read -P 0x11 0 64k", options=("--object", _OBJECT, "--image-opts"))
+
+
+@require_qemu
 def test_key_slots_change_for_qemu_too(tmp_path: Path) -> None:
     image = make(tmp_path / "x.luks")
     with cowhand.open(description(image), writable=True) as disk:

@@ -82,6 +82,7 @@ class LuksNode(BlockNode):
         CreateOption("ivgen-hash-alg", "str", help="Name of IV generator hash algorithm"),
         CreateOption("hash-alg", "str", help="Name of encryption hash algorithm"),
         CreateOption("iter-time", "int", help="Time to spend in PBKDF in milliseconds"),
+        CreateOption("detached-header", "bool"),  # of QEMU 9.0
         *(known for known in FILE_OPTIONS if known.name == "preallocation"),
     )
     options: LuksOptions
@@ -103,7 +104,10 @@ class LuksNode(BlockNode):
 
     @classmethod
     def create(cls, file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
-        """Make the open, writable protocol node *file* a LUKS image of *size* bytes, whose content is what its zeroes decrypt to."""
+        """Make the open, writable protocol node *file* a LUKS image of *size* bytes, whose content is what its zeroes decrypt to.
+
+        With ``detached-header`` it gets the header alone: the payload is another file, all of it.
+        """
         from cowhand.crypto import secrets, volume as volumes
 
         cls.check_creation(size, options)
@@ -113,8 +117,9 @@ class LuksNode(BlockNode):
         node = cls(LuksOptions(read_only=False))
         node.file = graph.attach(node, "file", file, Role.PRIMARY)
         try:
-            make_empty(file, begin + size, preallocation=options.get("preallocation") or "off")
-            volumes.make(ChildStore(node.file), choice, passphrase)
+            detached = bool(options.get("detached-header"))
+            make_empty(file, begin + (0 if detached else size), preallocation=options.get("preallocation") or "off")
+            volumes.make(ChildStore(node.file), choice, passphrase, detached=detached)
         finally:
             node.closed = True
             graph.release(node.file)
