@@ -19,6 +19,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError, Poisoned, ReadOnly
+from cowhand.jobs import commit
 from cowhand.testing import replay
 from cowhand.testing.faults import ALL, CHANGES, FLUSH, GROWTH, HALF, NOTHING, READ, FaultNode
 from cowhand.testing.model import compare
@@ -212,6 +213,7 @@ OPERATIONS = [
     Operation("snapshot", snapshot, lambda disk: fill(disk, 0, 32 << 10)),
     Operation("apply-snapshot", apply_snapshot, with_snapshot),
     Operation("delete-snapshot", delete_snapshot, with_snapshot),
+    Operation("empty-backed", commit.empty, lambda disk: fill(disk, 0, 30000), BACKED),  # type: ignore[arg-type]
     Operation("wider-counts", amend(refcount_bits=64), with_snapshot),
     Operation("narrower-counts", amend(refcount_bits=1), lambda disk: fill(disk, 0, 32 << 10)),
     Operation("downgrade", amend(compat="0.10"), zeroes_of_both_kinds),

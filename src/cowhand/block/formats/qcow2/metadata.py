@@ -196,8 +196,7 @@ class MetadataNode(FormatNode):
 
     def set_incompatible(self, bits: int) -> None:
         """Make *bits* the incompatible features, stably; a lock that excludes other writers of the header is held."""
-        self.write_metadata(L.OFFSET_INCOMPATIBLE, L.U64.pack(bits))
-        self.flush_file()
+        self.switch(L.OFFSET_INCOMPATIBLE, L.U64.pack(self.header.incompatible), L.U64.pack(bits))
         self.header.incompatible = bits
 
     def distrust_counts(self) -> None:
