@@ -13,6 +13,7 @@ import pytest
 from tests.foreign.images import draw
 from tests.foreign.judging import told_differently
 from tests.foreign.living import lived_differently
+from tests.foreign.treating import mistreated
 from tests.tools.qemu import require_qemu
 
 pytestmark = [require_qemu, pytest.mark.interop]
@@ -22,7 +23,7 @@ SEED = int(os.environ.get("COWHAND_SEED", "0"))
 
 
 def test_both_sides_say_the_same(tmp_path: Path) -> None:
-    for seed in range(SEED, SEED + max(1, int(20 * SCALE))):
+    for seed in range(SEED, SEED + max(1, int(15 * SCALE))):
         folder = tmp_path / str(seed)
         folder.mkdir()
         image = draw(seed, folder)
@@ -31,9 +32,18 @@ def test_both_sides_say_the_same(tmp_path: Path) -> None:
 
 
 def test_both_sides_change_them_alike(tmp_path: Path) -> None:
-    for seed in range(SEED, SEED + max(1, int(12 * SCALE))):
+    for seed in range(SEED, SEED + max(1, int(5 * SCALE))):
         folder = tmp_path / str(seed)
         folder.mkdir()
         image = draw(seed, folder)
         found = list(lived_differently(image, seed))
+        assert not found, f"seed {seed}, {image.shape}, {image.odd}: " + "\n".join(found)
+
+
+def test_they_are_compacted_repaired_and_converted(tmp_path: Path) -> None:
+    for seed in range(SEED, SEED + max(1, int(8 * SCALE))):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        image = draw(seed, folder)
+        found = list(mistreated(image, seed))
         assert not found, f"seed {seed}, {image.shape}, {image.odd}: " + "\n".join(found)

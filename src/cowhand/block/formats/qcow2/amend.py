@@ -136,6 +136,7 @@ def _upgrade(header: Header) -> None:
     header.version = 3
     header.header_length = L.HEADER_LENGTH_WRITTEN
     header.incompatible = header.compatible = header.autoclear = 0
+    header.unknown_tail = b""
 
 
 def _set_lazy(node: Qcow2Node, lazy: bool) -> None:
@@ -167,8 +168,8 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], None] | None) -> 
         raise UnsupportedFeature("compat=0.10 requires refcount_bits=16", path=path)
     if header.incompatible & L.INCOMPAT_DATA_FILE:
         raise UnsupportedFeature("Cannot downgrade an image with a data file", path=path)
-    if any(snapshot.vm_state_size or snapshot.disk_size != header.size for snapshot in node.snapshots):
-        # Version 2 need not have the extra data that says so.
+    if any(snapshot.vm_state_size >> 32 or snapshot.disk_size != header.size for snapshot in node.snapshots):
+        # Version 2 need not have the extra data that says so; without it, a state's size has 32 bits.
         raise UnsupportedFeature("Internal snapshots prevent downgrade of image", path=path)
     _write_counts(node)
     held = header.incompatible & ~L.INCOMPAT_COMPRESSION
@@ -194,6 +195,7 @@ def _become_version_2(header: Header) -> None:
     header.version = 2
     header.header_length = L.HEADER_V2_LENGTH
     header.incompatible = header.compatible = header.autoclear = 0
+    header.unknown_tail = b""
     header.compression_type = L.COMPRESSION_DEFLATE
     header.unknown_tail = b""
     header.set(L.EXT_FEATURE_NAMES, None)
