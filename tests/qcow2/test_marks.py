@@ -63,5 +63,5 @@ def test_a_folder_that_is_to_be_written(tmp_path: Path) -> None:
     with pytest.raises(CowhandError) as raised:
         cowhand.open({"driver": "file", "filename": str(tmp_path)}, writable=True)
     assert raised.value.qemu() == f"Could not open '{tmp_path}': Is a directory"
-    with pytest.raises(CowhandError, match="to be a regular file"):
+    with pytest.raises(CowhandError, match="opens regular files only"):
         cowhand.open({"driver": "file", "filename": str(tmp_path)})
