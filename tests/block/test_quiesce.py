@@ -118,6 +118,21 @@ class TestWaiting:
             disk.close()
 
 
+class TestResize:
+    def test_users_of_what_lies_below_are_held_back_and_learn_the_size(self) -> None:
+        below = FaultNode(MemoryNode(content=bytes(SIZE)))
+        upper, lower = Disk(FaultNode(below), writable=True), Disk(below, writable=True)
+        suspended = below.suspend("truncate")
+        resizing = Worker(lambda: upper.resize(SIZE // 2, shrink=True))
+        wait_until(suspended.reached)
+        assert lower.gate.closed
+        suspended.resume()
+        resizing.done()
+        assert lower.size == upper.size == SIZE // 2
+        upper.close()
+        lower.close()
+
+
 class TestDeadline:
     def test_it_names_who_stays(self) -> None:
         node, disk = faulty()

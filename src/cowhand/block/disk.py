@@ -369,11 +369,14 @@ class Disk:
     # -- shape
 
     @contextmanager
-    def still(self) -> Iterator[BlockNode]:
-        """Hold all requests to the root back, and give the root, for the length of the ``with`` block; see :func:`graph.quiesce`."""
+    def still(self, *, below: bool = False) -> Iterator[BlockNode]:
+        """Hold all requests to the root back, and give the root, for the length of the ``with`` block; see :func:`graph.quiesce`.
+
+        With *below* also those of other disks to what lies below the root, but for backing files.
+        """
         while True:
             node = self.edge.node
-            with graph.quiesce(node):
+            with graph.quiesce(*(_changed_with(node) if below else (node,))):
                 # Somebody may have replaced it before the gate was ours.
                 if self.edge.node is node:
                     yield node
@@ -388,7 +391,7 @@ class Disk:
             raise self._refuse_writing()
         if size < 0:
             raise InvalidArgument(f"a disk cannot have {size} bytes", path=self.filename)
-        with self.still() as node:
+        with self.still(below=True) as node:
             if size < self._size and not shrink:
                 raise InvalidArgument(
                     f"'{self.filename}' would lose its last {self._size - size} bytes",
@@ -398,7 +401,7 @@ class Disk:
                 node.resize(size, preallocation=preallocation, shrink=shrink)
             finally:
                 # What failed may have come as far as the new size.
-                for disk in graph.disks_above((node,)):
+                for disk in graph.disks_above(_changed_with(node)):
                     disk.root_changed()
 
     def replace_root(self, node: BlockNode) -> None:
@@ -454,6 +457,15 @@ class Disk:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "read-only" if self.read_only else "writable"
         return f"<Disk {self.name} {self.root!r} {state}>"
+
+
+def _changed_with(node: BlockNode) -> list[BlockNode]:
+    """Return *node* and all below it that its resizing may change: everything but backing files."""
+    found, stack = [], [node]
+    while stack:
+        found.append(stack.pop())
+        stack.extend(child.node for child in found[-1].children.values() if child.role is not Role.BACKING)
+    return found
 
 
 def _spans(batch: Sequence[Request]) -> Iterator[tuple[int, int]]:
