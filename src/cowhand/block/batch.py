@@ -58,9 +58,11 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
                     else flags & write_mask == write_flags and node.may_write_directly
                 ):
                     lane = child.lane  # type: ignore[union-attr]  # who says where bytes lie says in which file
-                    if lane is not None and found == length and lane.lane_fd >= 0 and length:
+                    if gathered.writes.numbers and gathered.writes.touches(offset, offset + length):
+                        pass  # somebody else gave the unit its place since, and this must not overtake what waits for one
+                    elif lane is not None and found == length and lane.lane_fd >= 0 and length:
                         if index + 1 < count and batch[index + 1][1] == offset + length:
-                            done = _together(node, batch, index, child, host)
+                            done = _together(node, batch, index, child, host, gathered.writes)
                         # Short at the end of the file, interrupted, or failed: the long way meets the same, and deals with it.
                         elif kind == READ:
                             done = _preadv(lane.lane_fd, (what,), host) == length
@@ -91,7 +93,7 @@ def _one_after_another(
     wanted, unit, writes = gathered.wanted, gathered.unit, gathered.writes
     try:
         for request, host in zip(batch, hosts, strict=True):
-            if host >= 0:
+            if host >= 0 and not (writes.numbers and writes.touches(request[1], request[1] + len(request[2]))):
                 what = request[2]
                 try:
                     if move(descriptor, (what,), host) == len(what):
@@ -161,11 +163,8 @@ class _Gathered:
 
 
 def _meets(writes: UnitWrites, kind: int, offset: int, what: Any) -> bool:
-    """Tell whether a request may touch a unit that is about to be taken."""
-    if kind > WRITE_REQUEST:
-        return True
-    unit = writes.unit
-    return any(number in writes.numbers for number in range(offset // unit, (offset + len(what) - 1) // unit + 1))
+    """Tell whether a request may touch what is about to be written."""
+    return kind > WRITE_REQUEST or writes.touches(offset, offset + len(what))
 
 
 def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
@@ -177,14 +176,18 @@ def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
     return found == length and not flags & DATA
 
 
-def _allocate(node: FormatNode, writes: UnitWrites, failure: Exception | None) -> Exception | None:
-    """Do *writes*: reserve, put the bytes, link; then one by one what could not be done so. Return *failure*, or else the first error."""
+def _claim(node: FormatNode, writes: UnitWrites) -> bool:
     try:
         node.check_writable()
-    except CowhandError as error:
-        return failure or error
+        return node.claim_writes(writes)
+    except CowhandError:
+        return False  # each by itself meets the same, and tells of it
+
+
+def _allocate(node: FormatNode, writes: UnitWrites, failure: Exception | None) -> Exception | None:
+    """Do *writes*: reserve, put the bytes, link; then one by one what could not be done so. Return *failure*, or else the first error."""
     singly: Iterable[int] = range(len(writes.offsets))
-    if node.claim_writes(writes):
+    if _claim(node, writes):
         failures: dict[int, Exception] = {}
         try:
             put(node, writes, failures)
@@ -210,7 +213,9 @@ def _allocate(node: FormatNode, writes: UnitWrites, failure: Exception | None) -
     return failure
 
 
-def _together(node: FormatNode, batch: Sequence[Request], index: int, child: Any, host: int) -> int:
+def _together(
+    node: FormatNode, batch: Sequence[Request], index: int, child: Any, host: int, waiting: UnitWrites
+) -> int:
     """Do the request at *index*, which lies at *host* of *child*, and those behind it that adjoin it on disk and medium, with one system call.
 
     Returns how many were done, 0 if it has to be the long way. Raises OSError.
@@ -225,6 +230,8 @@ def _together(node: FormatNode, batch: Sequence[Request], index: int, child: Any
         size = len(buffer)
         found, flags, next_child, next_host = node.map(next_offset, size)
         if found != size or flags & mask != wanted or next_child is not child or next_host != host + total:
+            break
+        if waiting.numbers and waiting.touches(next_offset, next_offset + size):
             break
         buffers.append(buffer)
         total += size

@@ -111,6 +111,18 @@ class UnitWrites:
         part, offset = self.part, self.offsets[row]
         return offset - offset % part, -(-(offset + self.lengths[row]) // part) * part
 
+    def touches(self, offset: int, end: int) -> bool:
+        """Tell whether ``[offset, end)`` lies, even in part, in a copy unit of some row."""
+        units = range(offset // self.unit, (end - 1) // self.unit + 1)
+        for number in units if len(units) < len(self.numbers) else self.numbers:
+            row = self.numbers.get(number, -1)
+            while row >= 0:
+                begin, stop = self.span(row)
+                if begin < end and offset < stop:
+                    return True
+                row = self.shared.get(row, -1)
+        return False
+
     def owned(self, begin: int, end: int) -> int | None:
         """Return where the first unit begins that belongs to these writes, of those in ``[begin, end)``; None where none does."""
         unit = self.unit
