@@ -25,8 +25,9 @@ def accept(text: str) -> None:
 def _enable(pattern: str) -> None:
     if pattern in ("help", "?"):
         raise Failure(status=0)  # the list of events has no entries
-    if not pattern.startswith("-") and "*" not in pattern and "?" not in pattern:
-        program.warning(f"trace event '{pattern}' does not exist")
+    name = pattern.removeprefix("-")  # "-NAME" disables
+    if "*" not in name and "?" not in name:
+        program.warning(f"trace event '{name}' does not exist")
 
 
 def _open_log(path: str) -> None:

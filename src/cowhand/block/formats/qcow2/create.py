@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.createoptions import CreateOption
@@ -47,93 +47,111 @@ CREATE_OPTIONS = (
 )
 
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+_PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 _COMPRESSIONS = {"zlib": L.COMPRESSION_DEFLATE, "zstd": L.COMPRESSION_ZSTD}
 
 
-def plan_header(size: int, options: Mapping[str, Any]) -> Header:
-    """Return the header of a new image of *size* bytes, tables still missing. Raises InvalidArgument and NotSupported in QEMU's words."""
-    header = Header()
-    version = _VERSIONS.get(options.get("compat", "1.1"))
-    if version is None:
-        raise InvalidArgument(
-            f"Parameter 'version' does not accept value '{options['compat']}'", hint="compat is 0.10 (v2) or 1.1 (v3)."
-        )
-    header.version = version
+def _one_of(name: str, value: Any, known: Sequence[str], hint: str) -> None:
+    if value not in known:
+        raise InvalidArgument(f"Parameter '{name}' does not accept value '{value}'", hint=hint)
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
+    """Refuse words that mean nothing: QEMU finds those first, whatever else is wrong."""
+    _one_of("version", options.get("compat", "1.1"), tuple(_VERSIONS), "compat is 0.10 (v2) or 1.1 (v3).")
+    if _encrypts(options):
+        from cowhand.block.formats.qcow2 import encrypting
+
+        encrypting.check_values(options)
+    hint = "preallocation is off, metadata, falloc or full."
+    _one_of("preallocation", _preallocation(options), _PREALLOCATIONS, hint)
+    hint = "compression_type is zlib or zstd."
+    _one_of("compression-type", options.get("compression_type", "zlib"), tuple(_COMPRESSIONS), hint)
+
+
+def _encrypts(options: Mapping[str, Any]) -> bool:
+    return any(value for name, value in options.items() if name.startswith("encrypt"))
+
+
+def _preallocation(options: Mapping[str, Any]) -> str:
+    given = options.get("preallocation")
+    return "off" if given is None else given
+
+
+def _plan_clusters(header: Header, options: Mapping[str, Any]) -> None:
+    """Set the size of clusters, and what they are made of."""
     cluster = options.get("cluster_size", 65536)
     if not 1 << L.CLUSTER_BITS_MIN <= cluster <= 1 << L.CLUSTER_BITS_MAX or cluster & (cluster - 1):
         raise InvalidArgument("Cluster size must be a power of two between 512 and 2048k")
     header.cluster_bits = cluster.bit_length() - 1
-    bits = options.get("refcount_bits", 16)
-    if not 1 <= bits <= 64 or bits & (bits - 1):
-        raise InvalidArgument("Refcount width must be a power of two and may not exceed 64 bits")
-    if version < 3 and bits != 16:
-        raise InvalidArgument(
-            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"
-        )
-    header.refcount_order = bits.bit_length() - 1
-    compression = options.get("compression_type", "zlib")
-    if compression not in _COMPRESSIONS:
-        raise InvalidArgument(
-            f"Parameter 'compression-type' does not accept value '{compression}'",
-            hint="compression_type is zlib or zstd.",
-        )
-    header.compression_type = _COMPRESSIONS[compression]
-    if header.compression_type:
-        if version < 3:
-            raise InvalidArgument(
-                "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)"
-            )
-        header.incompatible |= L.INCOMPAT_COMPRESSION
-    if options.get("lazy_refcounts"):
-        if version < 3:
-            raise InvalidArgument(
-                "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
-            )
-        header.compatible |= L.COMPAT_LAZY_REFCOUNTS
     if options.get("extended_l2"):
-        if version < 3:
-            raise InvalidArgument(
-                "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
-            )
+        _needs_version_3(header, "Extended L2 entries are only supported with")
         if cluster < L.EXTENDED_CLUSTER_MIN:
             raise InvalidArgument(
                 f"Extended L2 entries are only supported with cluster sizes of at least {L.EXTENDED_CLUSTER_MIN} bytes"
             )
         header.incompatible |= L.INCOMPAT_EXTENDED_L2
+
+
+def _needs_version_3(header: Header, what: str, tail: str = "compatibility level 1.1 and above") -> None:
+    if header.version < 3:
+        raise InvalidArgument(f"{what} {tail} (use version=v3 or greater)")
+
+
+def _plan_backing(header: Header, options: Mapping[str, Any]) -> None:
+    header.backing_name = options.get("backing_file")
+    header.backing_format = options.get("backing_fmt")
+    preallocated = _preallocation(options) != "off"
+    if header.backing_name is not None and preallocated and not header.incompatible & L.INCOMPAT_EXTENDED_L2:
+        raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is on")
+    if header.backing_format is not None and header.backing_name is None:
+        raise InvalidArgument("Backing format cannot be used without backing file")
+
+
+def _plan_header(size: int, options: Mapping[str, Any]) -> Header:
+    """Return the header of a new image of *size* bytes, tables still missing. Raises InvalidArgument and NotSupported in QEMU's words and order."""
+    header = Header()
+    header.version = _VERSIONS[options.get("compat", "1.1")]
+    _plan_clusters(header, options)
+    _plan_backing(header, options)
+    if options.get("lazy_refcounts"):
+        _needs_version_3(header, "Lazy refcounts only supported with")
+        header.compatible |= L.COMPAT_LAZY_REFCOUNTS
+    bits = options.get("refcount_bits", 16)
+    if not 1 <= bits <= 64 or bits & (bits - 1):
+        raise InvalidArgument("Refcount width must be a power of two and may not exceed 64 bits")
+    if bits != 16:
+        _needs_version_3(header, "Different refcount widths than 16 bits require", "compatibility level 1.1 or above")
+    header.refcount_order = bits.bit_length() - 1
     if options.get("data_file") or options.get("data_file_raw") or options.get("keep_data_file"):
         from cowhand.block.formats.qcow2.datafile import plan
 
         plan(header, options)
+    header.compression_type = _COMPRESSIONS[options.get("compression_type", "zlib")]
+    if header.compression_type:
+        _needs_version_3(header, "Non-zlib compression type is only supported with")
+        header.incompatible |= L.INCOMPAT_COMPRESSION
     header.size = size
+    cluster = 1 << header.cluster_bits
     tables = -(-size // (cluster * (cluster // header.entry_size)))
     if tables * 8 > L.MAX_L1_BYTES:
         raise InvalidArgument(
             "the L1 table of so large an image would be larger than 32 MiB", qemu="The image size is too large (try using a larger cluster size)",
             hint="Use a larger cluster size.", errno=errno.EFBIG,
         )  # fmt: skip
-    header.backing_name = options.get("backing_file")
-    header.backing_format = options.get("backing_fmt")
-    if header.backing_format is not None and header.backing_name is None:
-        raise InvalidArgument("Backing format cannot be used without backing file")
     return header
 
 
 def plan(size: int, options: Mapping[str, Any]) -> tuple[Header, EncryptionPlan | None, str]:
     """Return the header, how to encrypt, and the preallocation of a new image. Raises what creating it would, without a look at any file."""
+    _check_values(options)
+    header = _plan_header(size, options)
     encryption = None
-    if any(value for name, value in options.items() if name.startswith("encrypt")):
+    if _encrypts(options):
         from cowhand.block.formats.qcow2 import encrypting
 
         encryption = encrypting.plan(options)
-    header = plan_header(size, options)
-    given = options.get("preallocation")
-    preallocation = "off" if given is None else given
-    if preallocation not in ("off", "metadata", "falloc", "full"):
-        message = f"Parameter 'preallocation' does not accept value '{preallocation}'"
-        raise InvalidArgument(message, hint="preallocation is off, metadata, falloc or full.")
-    if header.backing_name is not None and preallocation != "off" and not header.incompatible & L.INCOMPAT_EXTENDED_L2:
-        raise InvalidArgument("Backing file and preallocation can only be used at the same time if extended_l2 is on")
-    return header, encryption, preallocation
+    return header, encryption, _preallocation(options)
 
 
 def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:

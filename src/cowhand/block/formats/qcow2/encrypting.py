@@ -54,6 +54,14 @@ def method_of(options: Mapping[str, Any]) -> int:
     return method
 
 
+def check_values(options: Mapping[str, Any]) -> None:
+    """Refuse a method, cipher, mode or hash that there is not. Raises InvalidArgument and UnsupportedFeature."""
+    if method_of(options) == L.CRYPT_LUKS:
+        from cowhand.crypto.volume import Choice
+
+        Choice.of(options, PREFIX)
+
+
 def plan(options: Mapping[str, Any]) -> EncryptionPlan | None:
     """Return how an image made with *options* is to be encrypted. Raises InvalidArgument and UnsupportedFeature before anything is made."""
     method = method_of(options)

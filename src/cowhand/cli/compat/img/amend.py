@@ -67,11 +67,10 @@ def run(words: Sequence[str]) -> int:
 def _amend_options(driver: str) -> Mapping[str, CreateOption]:
     from cowhand.drivers import REGISTRY
 
-    options = (
-        getattr(REGISTRY.get(driver).load(), "amend_options", None)
-        if driver in {entry.name for entry in REGISTRY}
-        else None
-    )
+    entry = REGISTRY.find(driver)
+    if entry is None:
+        raise Failure(f"Unknown file format '{driver}'")
+    options = getattr(entry.load(), "amend_options", None)
     if options is None:
         raise Failure(f"Format driver '{driver}' does not support option amendment")
     return {option.name: option for option in options()}
