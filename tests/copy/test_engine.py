@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -94,13 +95,15 @@ class _Leaving(sinks.Sink):
 
     works_long = True
 
-    def prepare(self, offset: int, buffer: bytearray, length: int) -> object:
+    def prepare(self, offset: int, buffer: bytearray, length: int, gaps: Sequence[tuple[int, int]] = ()) -> object:
         time.sleep(0.02 if offset // PIECE % 3 == 0 else 0)
-        return super().prepare(offset, buffer, length)
+        return super().prepare(offset, buffer, length, gaps)
 
-    def place(self, offset: int, buffer: bytearray, length: int, prepared: object) -> object:
+    def place(
+        self, offset: int, buffer: bytearray, length: int, prepared: object, gaps: Sequence[tuple[int, int]] = ()
+    ) -> object:
         placed.append(offset)
-        return super().place(offset, buffer, length, prepared)
+        return super().place(offset, buffer, length, prepared, gaps)
 
 
 placed: list[int] = []

@@ -25,9 +25,9 @@ def layered(node: BlockNode, offset: int, length: int, depth: int | None = None)
     here = skip_filters(node)
     out = _alone(here, top)
     if out is None:
-        out, holes = ExtentBatch(), _Holes()
+        out, ahead = ExtentBatch(), _Ahead(top.end)
         for row in top:
-            if not _resolve(out, here, row, 0, depth, holes):
+            if not _resolve(out, here, row, 0, depth, ahead):
                 break
     return out
 
@@ -69,7 +69,7 @@ def skip_filters(node: BlockNode) -> BlockNode:
     return node
 
 
-def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: int | None, holes: _Holes) -> bool:
+def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: int | None, ahead: _Ahead) -> bool:
     """Add *row* of *node*'s own answer to *out*, asking further down where it says nothing; False when *out* is full."""
     # A stack instead of recursion: a chain may be longer than Python's.
     stack: list[tuple[BlockNode, Extent, int]] = [(node, row, level)]
@@ -79,7 +79,7 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
         here, part, at = stack.pop()
         if part.flags & _CONTENT:
             if part.flags & RECURSE and part.flags & OFFSET:
-                if not _ask_file(out, part, at, holes):
+                if not _ask_file(out, part, at, ahead):
                     return False
             else:
                 out.add(part.start, part.length, part.flags & ~RECURSE, part.host, part.node, at)
@@ -109,7 +109,7 @@ def _resolve(out: ExtentBatch, node: BlockNode, row: Extent, level: int, depth: 
                 stack.append((here, rest, at))
             continue
         count = min(part.length, limit - part.start)
-        answers = lower.map_batch(part.start, count)
+        answers = ahead.rows(lower, part.start, part.start + count, layer=True)
         told = answers.end - part.start
         if told < part.length:
             stack.append((here, _behind(part, told), at))
@@ -128,27 +128,48 @@ def _fill_sector(out: ExtentBatch, lower: BlockNode, part: Extent, count: int, l
     return True
 
 
-class _Holes:
-    """What a file said of itself lately: clusters that lie about ask for neighbouring parts of it, again and again."""
+class _Ahead:
+    """Asks nodes for more than is wanted just now, and keeps the answer, as long as that pays: what lies about asks again and again.
 
-    #: Bytes that are asked for together: more, as long as they are all alike.
+    *limit*: where the top's answer ends, behind which no layer has to be asked. One thread uses it, for one answer.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._windows: dict[int, _Window] = {}
+
+    def rows(self, node: BlockNode, offset: int, end: int, *, layer: bool) -> ExtentBatch:
+        """Return what *node*, a *layer* or a file below one, says of *offset* and what follows, at least one row and not past *end*."""
+        window = self._windows.get(id(node))
+        if window is None:
+            window = self._windows[id(node)] = _Window(node, min(self._limit, node.size) if layer else node.size)
+        return window.rows(offset, end)
+
+
+class _Window:
+    """The part of a node that is known."""
+
+    #: bytes that are asked for together: more, as long as they are needed
     _LEAST, _MOST = 64 << 10, 1 << 40
 
-    def __init__(self) -> None:
-        self._node: BlockNode | None = None
+    def __init__(self, node: BlockNode, limit: int) -> None:
+        self._node = node
+        self._limit = limit
         self._known = ExtentBatch()
-        self._window = self._LEAST
+        self._length = self._LEAST // 4
+        self._used = 0
 
-    def rows(self, node: BlockNode, offset: int, end: int) -> ExtentBatch:
-        """Return what *node* says of *offset* and what follows, at least one row and not past *end*."""
+    def rows(self, offset: int, end: int) -> ExtentBatch:
         known = self._known
-        if node is not self._node or not known.begin <= offset < known.end:
-            begin = offset - offset % self._window
-            known = node.map_batch(begin, max(min(begin + self._window, node.size), end) - begin)
+        if not known.begin <= offset < known.end:
+            pays = self._used > 1 or len(known) < 3 or 0 <= offset - known.end <= self._length
+            self._length = min(self._length * 4, self._MOST) if pays else max(self._length // 4, self._LEAST)
+            begin = offset - offset % self._length
+            known = self._node.map_batch(begin, max(min(begin + self._length, self._limit), end) - begin)
             if known.end <= offset:
-                return node.map_batch(offset, end - offset)  # of so many pieces that it did not come this far
-            self._node, self._known = node, known
-            self._window = min(self._window * 4, self._MOST) if len(known) < 3 else max(self._window // 4, self._LEAST)
+                return self._node.map_batch(offset, end - offset)  # of so many pieces that it did not come this far
+            self._known, self._used = known, 0
+        self._used += 1
         out = ExtentBatch()
         for at in range(bisect_right(known.start, offset) - 1, len(known)):
             start = max(known.start[at], offset)
@@ -161,7 +182,7 @@ class _Holes:
         return out
 
 
-def _ask_file(out: ExtentBatch, part: Extent, level: int, holes: _Holes) -> bool:
+def _ask_file(out: ExtentBatch, part: Extent, level: int, ahead: _Ahead) -> bool:
     """Add a row of preallocated data, split by the holes that the file below tells of; its offsets stay the format's. False: *out* is full."""
     position = part.host
     end = part.host + part.length
@@ -171,7 +192,7 @@ def _ask_file(out: ExtentBatch, part: Extent, level: int, holes: _Holes) -> bool
         if position >= limit:
             out.add(part.start + position - part.host, end - position, flags | ZERO, position, part.node, level)
             break
-        answer = holes.rows(part.node, position, min(end, limit))
+        answer = ahead.rows(part.node, position, min(end, limit), layer=False)
         for row in answer:
             if len(out) >= MAX_ROWS:
                 return False

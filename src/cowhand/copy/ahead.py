@@ -13,8 +13,8 @@ from cowhand.core.errors import from_os_error
 
 #: A copy smaller than this does not earn back the loading of the system call.
 MIN_TOTAL = 64 << 20
-#: Shorter stretches are simply written.
-MIN_LENGTH = 128 << 10
+#: Shorter stretches are simply written: in a file that stays full of holes they would cost more than they save.
+MIN_LENGTH = 1 << 20
 
 
 class SpaceAhead:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.format import FormatNode
@@ -187,7 +187,9 @@ class LookSink(_Changes):
     def zero(self, offset: int, length: int) -> None:
         """Do nothing."""
 
-    def place(self, offset: int, buffer: bytearray, length: int, prepared: object) -> Parts:
+    def place(
+        self, offset: int, buffer: bytearray, length: int, prepared: object, gaps: Sequence[tuple[int, int]] = ()
+    ) -> Parts:
         return []
 
 

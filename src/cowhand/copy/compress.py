@@ -5,6 +5,7 @@ Compression releases the interpreter lock, so it uses every core. What the forma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -40,8 +41,8 @@ class CompressedSink(LaneSink):
         self.grain = self.unit if sparse else 0
         self.sparse = min(sparse, self.unit)
 
-    def prepare(self, offset: int, buffer: bytearray, length: int) -> Any:
-        parts: Parts = self.parts_of(offset, buffer, length)
+    def prepare(self, offset: int, buffer: bytearray, length: int, gaps: Sequence[tuple[int, int]] = ()) -> Any:
+        parts: Parts = super().prepare(offset, buffer, length, gaps)
         units: list[_Unit] = []
         unit, compress = self.unit, self._compress
         with memoryview(buffer) as view:
@@ -54,10 +55,12 @@ class CompressedSink(LaneSink):
                     units.append(_Unit(position, stop, payload))
         return parts, units
 
-    def place(self, offset: int, buffer: bytearray, length: int, prepared: Any) -> Any:
+    def place(
+        self, offset: int, buffer: bytearray, length: int, prepared: Any, gaps: Sequence[tuple[int, int]] = ()
+    ) -> Any:
         parts, units = prepared
         if not self.reads_zero:
-            self.zero_between(offset, length, parts)
+            self.zero_between(offset, length, [*parts, *gaps])
         placed: list[tuple[_Unit, Reservation]] = []
         plain: list[_Unit] = []
         try:

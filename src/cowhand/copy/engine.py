@@ -68,9 +68,8 @@ class Engine:
     def run(self, runs: Iterable[Run]) -> None:
         """Copy *runs*; return when the last byte is where it belongs. Raises the first error, or Cancelled."""
         pieces = (_Piece(*piece) for piece in self._cut(runs))
-        # Between runs of data nothing is written either when it reads as zeroes, and is found to: a fragmented source is copied in large pieces.
-        joins = self.source.joins and self.sink.joins and self.sink.reads_zero and self.sink.grain
-        self._pieces = self._joined(pieces) if joins else pieces
+        # A fragmented source is copied in large pieces.
+        self._pieces = self._joined(pieces) if self.source.joins and self.sink.joins else pieces
         threads = [threading.Thread(target=self._work, name=f"copy-{index}") for index in range(self.workers)]
         for thread in threads:
             thread.start()
@@ -110,17 +109,12 @@ class Engine:
         return self._cloner is not None and self._cloner.active
 
     def _joined(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
-        """Yield *pieces* with those of data that one buffer takes made one, where what lies between them will be found to be zero as a whole."""
+        """Yield *pieces* with those of data that one buffer takes made one."""
         last: _Piece | None = None
         for piece in pieces:
             if last is not None:
                 begin, end = last.start + last.length, piece.start
-                told = begin == end or (end - begin >= self.sink.sparse and not (begin | end) % self.sink.grain)
-                if (
-                    piece.kind != DATA
-                    or not told
-                    or (piece.start + piece.length - 1) // self.piece != last.start // self.piece
-                ):
+                if piece.kind != DATA or (piece.start + piece.length - 1) // self.piece != last.start // self.piece:
                     yield last
                     last = None
                 else:
@@ -200,7 +194,7 @@ class Engine:
             piece, buffer, prepared = ready
             start, length = piece.start, piece.length
             with self.sink.hold():
-                placed = self._writing(start, self.sink.place, start, buffer, length, prepared)
+                placed = self._writing(start, self.sink.place, start, buffer, length, prepared, piece.gaps)
                 ready = self._end_turn()
                 self._writing(start, self.sink.store, start, buffer, placed)
             self._spare.append(buffer)
@@ -218,14 +212,15 @@ class Engine:
         try:
             for begin, end in gaps:
                 self.source.read_into(start + position, view[position:begin])
-                fill_zero(view[begin:end])
+                if self.sink.grain:
+                    fill_zero(view[begin:end])
                 position = end
             self.source.read_into(start + position, view[position:length])
         except CowhandError as error:
             error.facts["doing"] = "reading"
             start += position
             raise error.within(f"reading at {start:#x}", qemu=f"error while reading at byte {start}") from None
-        return self.sink.prepare(start, buffer, length)
+        return self.sink.prepare(start, buffer, length, gaps)
 
     def _writing(self, start: int, call: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -42,7 +42,7 @@ class Sink:
     unit = part = 1
     #: whether ``prepare`` takes long enough for it to be worth that another thread, on another core, stores the piece
     works_long = False
-    #: whether it pays when data of several runs come as one piece, with zeroes for what lies between
+    #: whether it pays when data of several runs come as one piece, with gaps between
     joins = False
 
     def __init__(self, disk: Disk, *, sparse: int, reads_zero: bool) -> None:
@@ -70,9 +70,12 @@ class Sink:
         """Return a context in which a piece is placed and stored: where the gateway is passed by, it counts the piece as a request in flight."""
         return nullcontext()
 
-    def prepare(self, offset: int, buffer: bytearray, length: int) -> Any:
-        """Look at the first *length* bytes of *buffer*, which belong to *offset*; return what ``place`` is to be given."""
-        return self.parts_of(offset, buffer, length)
+    def prepare(self, offset: int, buffer: bytearray, length: int, gaps: Sequence[tuple[int, int]] = ()) -> Any:
+        """Look at the first *length* bytes of *buffer*, which belong to *offset*; return what ``place`` is to be given.
+
+        *gaps* are no part of what is copied, and the target stays there what it is; where zeroes are looked for they are zero in the buffer.
+        """
+        return _outside(gaps, self.parts_of(offset, buffer, length))
 
     def parts_of(self, offset: int, buffer: bytearray, length: int) -> Parts:
         """Return what of a piece is worth storing."""
@@ -80,11 +83,13 @@ class Sink:
             return [(0, length)]
         return data_parts(buffer, length, offset, self.grain, self.sparse)
 
-    def place(self, offset: int, buffer: bytearray, length: int, prepared: Any) -> Any:
+    def place(
+        self, offset: int, buffer: bytearray, length: int, prepared: Any, gaps: Sequence[tuple[int, int]] = ()
+    ) -> Any:
         """Take the space for a piece, and make those parts of it zero that have to be written so; return what ``store`` is to be given."""
         parts: Parts = prepared
         if not self.reads_zero:
-            self.zero_between(offset, length, parts)
+            self.zero_between(offset, length, [*parts, *gaps])
         if isinstance(self.disk.root, FormatNode):
             # Here the order of writing is the layout.
             self._write(offset, buffer, parts)
@@ -108,9 +113,9 @@ class Sink:
         """Say that everything was stored."""
 
     def zero_between(self, offset: int, length: int, parts: Parts) -> None:
-        """Make what lies between *parts* read as zeroes."""
+        """Make what lies between *parts*, in any order, read as zeroes."""
         position = 0
-        for begin, end in [*parts, (length, length)]:
+        for begin, end in [*sorted(parts), (length, length)]:
             if begin > position:
                 self.zero(offset + position, begin - position)
             position = end
@@ -161,10 +166,12 @@ class LaneSink(Sink):
     def hold(self) -> AbstractContextManager[object]:
         return self.disk.lease()
 
-    def place(self, offset: int, buffer: bytearray, length: int, prepared: Any) -> list[_Move]:
+    def place(
+        self, offset: int, buffer: bytearray, length: int, prepared: Any, gaps: Sequence[tuple[int, int]] = ()
+    ) -> list[_Move]:
         parts: Parts = prepared
         if not self.reads_zero:
-            self.zero_between(offset, length, parts)
+            self.zero_between(offset, length, [*parts, *gaps])
         return self.place_parts(offset, parts)
 
     def place_parts(self, offset: int, parts: Parts) -> list[_Move]:
@@ -252,6 +259,7 @@ class LaneSink(Sink):
     def _put_all(self, moves: Sequence[_Move], view: memoryview, offset: int) -> None:
         """Move the bytes of *moves*, whose places adjoin by one system call."""
         together: list[_Move] = []
+        low, high = -1, 0
         for move in moves:
             reservation = move.reservation
             data = [view[move.begin : move.end]]
@@ -268,8 +276,13 @@ class LaneSink(Sink):
                 self._put_together(together, view)
                 together = []
             together.append(move)
+            low = move.host if low < 0 else min(low, move.host)
+            high = max(high, move.host + move.end - move.begin)
         if together:
             self._put_together(together, view)
+            if self.behind is not None:
+                # All of it, with what lies between: the kernel finds what was written faster than it is told of each.
+                self.behind.begin(together[-1].child.lane.lane_fd, low, high - low)
 
     def _put_together(self, moves: Sequence[_Move], view: memoryview) -> None:
         """Write *moves*, of which each lies behind the one before it, to the descriptor that their place is in."""
@@ -279,8 +292,6 @@ class LaneSink(Sink):
         if first.reservation is not None and first.reservation.fresh:
             self.ahead.allocate(descriptor, first.host, length, child.node.filename)
         write_fully(descriptor, [view[move.begin : move.end] for move in moves], first.host, child.node.filename)
-        if self.behind is not None:
-            self.behind.begin(descriptor, first.host, length)
 
     def _rest_of_unit(self, reservation: Reservation, start: int) -> list[memoryview]:
         """Return what follows a piece in its last unit: what the disk shows from *start* on, as far as it goes.
@@ -302,6 +313,26 @@ class LaneSink(Sink):
         for move in moves:
             if move.reservation is not None and move.last:
                 self.node.give_up(move.reservation, error)
+
+
+def _outside(gaps: Sequence[tuple[int, int]], parts: Parts) -> Parts:
+    """Return what of *parts* lies in none of *gaps*; both rise."""
+    if not gaps:
+        return parts
+    out: Parts = []
+    first = 0
+    for begin, end in parts:
+        while first < len(gaps) and gaps[first][1] <= begin:
+            first += 1
+        at = first
+        while at < len(gaps) and gaps[at][0] < end:
+            if begin < gaps[at][0]:
+                out.append((begin, gaps[at][0]))
+            begin = gaps[at][1]
+            at += 1
+        if begin < end:
+            out.append((begin, end))
+    return out
 
 
 def _within(parts: Parts, low: int, high: int) -> Parts:
