@@ -112,3 +112,13 @@ def _until_written(folder: Path, process: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("nothing was written")
+
+
+def test_names_are_printed_as_they_are_stored_whatever_the_encoding(tmp_path: Path) -> None:
+    name = os.fsdecode("bücher".encode() + b"\xff")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cowhand.cli.compat.img", "create", name, "1M"],
+        cwd=tmp_path, capture_output=True, timeout=60, check=True, env=environment,
+    )  # fmt: skip
+    assert done.stdout == b"Formatting '" + os.fsencode(name) + b"', fmt=raw size=1048576\n"

@@ -5,6 +5,7 @@ Messages go to standard error and begin with the tool's name; standard output is
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ DEFAULT_PROFILE = "7.2"
 #: Names the version, where the command line does not.
 COMPAT_VARIABLE = "COWHAND_COMPAT"
 
+_RAW = "cowhand.raw"
 _name = "cowhand"
 _profile = DEFAULT_PROFILE
 _command = ""
@@ -106,6 +108,13 @@ def version_lines() -> str:
     return f"{_name} version {PROFILES[_profile]} (cowhand {__version__})\nCopyright (c) the cowhand developers; MIT licence"
 
 
+def _raw(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Write what an encoding lacks as the bytes that it was read from, as C does: a handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return error.object[error.start : error.end].encode("utf-8", "surrogateescape"), error.end
+
+
 def start(argument: str, fallback: str) -> None:
     """Take the tool's name from ``argv[0]`` and prepare the standard streams; *fallback* is for ``python -m``."""
     global _name, _profile, _command
@@ -113,9 +122,10 @@ def start(argument: str, fallback: str) -> None:
     _name = os.path.basename(argument) or fallback
     if _name.startswith("__"):
         _name = fallback
+    codecs.register_error(_RAW, _raw)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is not None:  # a process may be started without them
-            stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else _RAW)  # type: ignore[union-attr]
     from cowhand.core import diagnostics, memory
 
     diagnostics.set_sink(_diagnostic)
