@@ -387,7 +387,7 @@ def test_a_unit_that_gets_its_place_meanwhile_is_written_in_order(
 
             def look(offset: int, length: int, seen: Any = seen, inner: Any = inner_map, node: Any = node) -> Any:
                 seen[0] += 1
-                if seen[0] == 2:
+                if seen[0] == 3:  # the first is looked at twice
                     node.write(8192, (b"other",))
                 return inner(offset, length)
 
