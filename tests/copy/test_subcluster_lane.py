@@ -20,6 +20,7 @@ from cowhand.copy import sink as sinks
 from cowhand.copy.convert import convert
 from cowhand.core.errors import NoSpace
 from cowhand.crypto import secrets
+from cowhand.jobs.commit import commit
 from cowhand.jobs.rebase import rebase
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import qcow2_file, qcow2_node
@@ -270,6 +271,26 @@ def test_what_a_reservation_cannot_leave_out() -> None:
         assert shown == model
     keeper.close()
     sound_content(file, b"b" * MIB)
+
+
+@pytest.mark.parametrize("held", ["snapshot", "compressed"])
+def test_a_commit_keeps_what_lies_between_its_data_in_clusters_that_must_move(held: str, tmp_path: Path) -> None:
+    rng = random.Random(held)
+    model = bytearray(rng.randbytes(MIB))
+    raw, base, top = sparse_file(tmp_path / "raw", bytes(model)), tmp_path / "base", tmp_path / "top"
+    convert(raw, base, "qcow2", source_format="raw", options=OPTIONS, compressed=held == "compressed")
+    if held == "snapshot":
+        with cowhand.open(base, writable=True) as disk:
+            create_snapshot(disk, "kept")
+    create(str(top), "qcow2", backing=str(base), backing_format="qcow2", options=OPTIONS)
+    with cowhand.open(top, writable=True) as disk:
+        # A long stretch first: what it leaves in a buffer must show nowhere.
+        for offset, length in ((0, MIB // 2), (MIB // 2, SUB), (MIB // 2 + 5 * SUB, SUB), (MIB // 2 + 31 * SUB, SUB)):
+            model[offset : offset + length] = data = rng.randbytes(length)
+            disk.write(offset, data)
+    commit(top, drop=True)
+    with cowhand.open(base) as disk:
+        assert read_all(disk) == model
 
 
 def test_the_lane_is_taken_and_numpy_is_not(tmp_path: Path) -> None:

@@ -221,20 +221,27 @@ class LaneSink(Sink):
             moves += [_Move(b, e, None, -1, None) for b, e in _within(group, position, stop)]
             return stop
         found = self._without_holes(reservation, offset, _within(group, position, stop), stop)
+        if found is None:
+            # What lies between has to move with its unit: the format knows how.
+            node.withdraw(reservation)
+            moves += [_Move(b, e, None, -1, None) for b, e in _within(group, position, stop)]
+            return stop
         host = reservation.host + (reservation.begin - reservation.offset) - position
         moves += [_Move(b, e, reservation.child, host + b, reservation) for b, e in found]
         moves[-1].last = True
         return stop
 
-    def _without_holes(self, reservation: Reservation, offset: int, parts: Parts, stop: int) -> Parts:
-        """Have *reservation* leave out what lies between *parts* and behind them; return what is to be written, with what it cannot leave out."""
+    def _without_holes(self, reservation: Reservation, offset: int, parts: Parts, stop: int) -> Parts | None:
+        """Have *reservation* leave out what lies between *parts* and behind them; return what is to be written, None where it cannot."""
         out = parts[:1]
         for begin, end in [*parts[1:], (stop, stop)]:
             last = out[-1][1]
-            if begin > last and self.node.spare(reservation, offset + last, offset + begin):
+            if begin == last:
+                out[-1] = (out[-1][0], end)
+            elif self.node.spare(reservation, offset + last, offset + begin):
                 out.append((begin, end))
             else:
-                out[-1] = (out[-1][0], end)
+                return None
         return [part for part in out if part[0] < part[1]]
 
     def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
