@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def state(disk: Disk) -> list[Any]:
         if isinstance(node, FileNode):
             facts += [node.direct, os.get_blocking(node.fd)]
     return facts
+
+
+def fail_once(call: Callable[..., Any]) -> Callable[..., Any]:
+    left = [IOFailed("no")]
+
+    def wrapped(*given: Any) -> Any:
+        if left:
+            raise left.pop()
+        return call(*given)
+
+    return wrapped
 
 
 def incompatible(path: Path) -> int:
@@ -259,7 +271,7 @@ def test_writers_do_not_notice(image: Path) -> None:
     assert_clean(image)
 
 
-def test_a_node_changes_its_throttle_group(tmp_path: Path) -> None:
+def test_a_node_changes_its_throttle_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(MIB))
     groups = [throttlegroups.define(f"reopen-{number}", Limits.parse({})) for number in range(2)]
@@ -273,6 +285,12 @@ def test_a_node_changes_its_throttle_group(tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match="does not exist"):
             reopen(disk, {"throttle-group": "nobody"})
         assert [len(group.members) for group in groups] == [1, 0]
+        monkeypatch.setattr(graph, "refresh", fail_once(graph.refresh))
+        with pytest.raises(IOFailed):
+            reopen(disk, {"throttle-group": "reopen-1"})
+        assert [len(group.members) for group in groups] == [1, 0]
+        assert node.member is not None
+        assert node.member.hurried == 0, "its limits would never count again"
         reopen(disk, {"throttle-group": "reopen-1"})
         assert [len(group.members) for group in groups] == [0, 1]
         disk.write(0, b"x" * 512)

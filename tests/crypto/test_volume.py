@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cowhand.core.errors import AccessDenied, CowhandError
+from cowhand.core.errors import AccessDenied, CowhandError, IOFailed
 from cowhand.crypto import luks, secrets, volume as volumes
 from cowhand.crypto.sectors import SECTOR
 
@@ -179,3 +179,26 @@ def test_no_header_makes_the_parser_fail_otherwise(store: MemoryStore, rng: rand
             luks.parse(bytes(data), "x")
             parsed += 1
     assert 0 < parsed < 500, "nothing was refused, or everything"
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_slot_whose_change_failed_does_not_count_as_the_one_that_is_left(store: MemoryStore, step: int) -> None:
+    volume = volumes.unlock(luks.parse(bytes(store.data), "x"), store, [b"first"], "x")
+    volumes.activate(volume, store, 1, b"second", 1)
+    write, count = store.write, 0
+
+    def failing(offset: int, data: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count >= step:
+            raise IOFailed("no", path="x")
+        write(offset, data)
+
+    store.write = failing  # type: ignore[method-assign]
+    with secrets.given(_SECRETS), pytest.raises(IOFailed):
+        volumes.amend(volume, store, {"state": "active", "new-secret": "b", "keyslot": 1, "iter-time": 1}, force=True)
+    store.write = write  # type: ignore[method-assign]
+    assert volume.header.slots[1].active == luks.parse(bytes(store.data), "x").slots[1].active
+    with pytest.raises(CowhandError, match="only active keyslot 0"):
+        volumes.amend(volume, store, {"state": "inactive", "keyslot": 0}, force=False)
+    assert _opened(bytes(store.data), b"first") == volume.key

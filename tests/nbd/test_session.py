@@ -36,7 +36,7 @@ from cowhand.nbd.constants import (
     REPLY_TYPE_OFFSET_DATA,
 )
 from cowhand.nbd.errors import ConnectionLost, ProtocolViolation
-from cowhand.nbd.replies import encode_chunk, encode_simple
+from cowhand.nbd.replies import ReplyReader, encode_chunk, encode_simple
 from cowhand.testing.nodes import in_threads
 from tests.nbd.servers import Peer, Scripted, nbdkit, qemu_nbd, require_nbdkit
 from tests.tools.qemu import require_qemu_nbd
@@ -325,6 +325,31 @@ class TestReconnecting:
                 disk.submit([(READ, page * 4096, buffer) for page, buffer in enumerate(buffers)])
                 assert all(buffer == bytes([page]) * 4096 for page, buffer in enumerate(buffers))
             assert server.connections == 2
+
+    def test_an_interrupt_while_receiving_ends_the_connection(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        take = ReplyReader.feed
+
+        def interrupted(reader: ReplyReader, data: memoryview) -> None:
+            take(reader, data)
+            monkeypatch.undo()
+            raise KeyboardInterrupt  # between the caller's reply and that of somebody else, which came with it
+
+        def serve(peer: Peer) -> None:
+            peer.agree(structured=False)
+            serve_bytes(peer)
+
+        with Scripted(path, serve) as server:
+            node = open_node(server.uri)
+            buffer = bytearray(512)
+            monkeypatch.setattr(ReplyReader, "feed", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                node.read_into(0, buffer)
+            node.read_into(4096, buffer)
+            assert bytes(buffer) == b"\1" * 512
+            node.close()
+        assert server.connections == 2
 
     def test_without_delay_the_request_fails_and_the_next_one_connects(self, path: Path) -> None:
         with Scripted(path, self.dying(1)) as server, Disk(open_node(server.uri)) as disk:  # type: ignore[arg-type]

@@ -6,13 +6,14 @@ that slot at worst: the slot's state lies in one sector and is written alone, af
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from cowhand.core.errors import AccessDenied, InvalidArgument, InvalidFormat
+from cowhand.core.errors import AccessDenied, CowhandError, InvalidArgument, InvalidFormat
 from cowhand.crypto import luks, secrets
 from cowhand.crypto.algorithms import HASHES, IV_GENERATORS, MODES, cipher_named, digest_size, one_of
 from cowhand.crypto.derivation import iterations_for, merge, pbkdf2, split
@@ -181,27 +182,46 @@ def activate(volume: Volume, store: Store, index: int, passphrase: bytes, millis
     slot = header.slots[index]._replace(active=False, iterations=iterations, salt=os.urandom(32))
     wrapping = pbkdf2(header.hash, passphrase, slot.salt, iterations, size)
     material = split(header.hash, volume.key, luks.STRIPES, os.urandom(size * (luks.STRIPES - 1)))
-    if header.slots[index].active:
-        _set_state(store, index, luks.DISABLED)
-    store.write(
-        slot.offset * SECTOR, bytes(_cipher(header, wrapping).encrypt(0, material.ljust(header.material_bytes, b"\0")))
-    )
-    store.write(luks.slot_at(index), slot.encode(active=False))
-    store.flush()
-    _set_state(store, index, luks.ENABLED)
-    volume.header = header.with_slot(index, slot._replace(active=True))
+    stored = bytes(_cipher(header, wrapping).encrypt(0, material.ljust(header.material_bytes, b"\0")))
+    with _changing(volume, store, index):
+        if header.slots[index].active:
+            _set_state(store, index, luks.DISABLED)
+        store.write(slot.offset * SECTOR, stored)
+        store.write(luks.slot_at(index), slot.encode(active=False))
+        store.flush()
+        _set_state(store, index, luks.ENABLED)
+        volume.header = header.with_slot(index, slot._replace(active=True))
 
 
 def erase(volume: Volume, store: Store, index: int) -> None:
     """Make slot *index* inactive, stably, then overwrite its key material."""
     header = volume.header
     slot = header.slots[index]._replace(active=False, iterations=0, salt=bytes(32))
-    _set_state(store, index, luks.DISABLED)
-    volume.header = header.with_slot(index, slot)
-    store.write(luks.slot_at(index), slot.encode(active=False))
-    for _ in range(_ERASE_PASSES):
-        store.write(slot.offset * SECTOR, os.urandom(header.material_bytes))
-        store.flush()
+    with _changing(volume, store, index):
+        _set_state(store, index, luks.DISABLED)
+        volume.header = header.with_slot(index, slot)
+        store.write(luks.slot_at(index), slot.encode(active=False))
+        for _ in range(_ERASE_PASSES):
+            store.write(slot.offset * SECTOR, os.urandom(header.material_bytes))
+            store.flush()
+
+
+@contextlib.contextmanager
+def _changing(volume: Volume, store: Store, index: int) -> Iterator[None]:
+    """Change slot *index* in the ``with`` block; after an error *volume* knows of it what the store says.
+
+    Who erases a slot counts the active ones: one that is taken for active and is not would let the last one go.
+    """
+    try:
+        yield
+    except BaseException:
+        slot = volume.header.slots[index]._replace(active=False)
+        with contextlib.suppress(CowhandError, OSError):
+            state = store.read(luks.slot_at(index), luks.SLOT.size)
+            active, iterations, salt, _, _ = luks.SLOT.unpack(state)
+            slot = slot._replace(active=active == luks.ENABLED, iterations=iterations, salt=salt)
+        volume.header = volume.header.with_slot(index, slot)
+        raise
 
 
 def _set_state(store: Store, index: int, state: int) -> None:

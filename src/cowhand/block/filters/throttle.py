@@ -41,7 +41,9 @@ class _Regrouping(Reopening):
         node, mine = self.node, self.node.member
         assert mine is not None
         for _ in range(mine.hurried):
+            # Taken over, not copied: who hurried the node takes it back from the member that it has then.
             self._other.group.hurry(self._other, True)
+            mine.group.hurry(mine, False)
         node.member, self._other = self._other, mine
 
     def commit(self) -> None:

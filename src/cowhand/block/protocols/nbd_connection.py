@@ -179,6 +179,8 @@ class Connection:
         """Wait until something can be sent, receiving meanwhile unless somebody else does; tell whether anything came."""
         leading = self._lead.acquire(blocking=False)
         try:
+            if self.failure is not None:
+                return False
             poll = select.poll()
             poll.register(self._socket, select.POLLOUT | (select.POLLIN if leading else 0))
             # Not for long: the thread that leads now may leave.
@@ -235,6 +237,9 @@ class Connection:
             raise self._fail(self._silent()) from None
         except OSError as error:
             raise self._fail(self._broken(error, "receiving")) from error
+        except BaseException:
+            self._fail(self._lost("receiving was interrupted", errno.EINTR))  # it may have come after some bytes
+            raise
         if not count:
             raise self._fail(self._lost("the server closed the connection", errno.EIO))
         try:
@@ -247,6 +252,10 @@ class Connection:
                     reader.feed(buffer[: count - direct])
         except CowhandError as error:
             raise self._fail(error.within(f"NBD server {self._name}")) from None
+        except BaseException:
+            # Not all that was received has been taken: what comes next would be put in its place, into somebody else's buffer perhaps.
+            self._fail(self._lost("receiving was interrupted", errno.EINTR))
+            raise
         finally:
             self._tell()
 
@@ -309,5 +318,6 @@ class Connection:
             with contextlib.suppress(OSError), self._sending:
                 self._socket.send(encode_request(CMD_DISC, 0, 0, 0, 0), _NOSIGNAL | _DONTWAIT)
         self._fail(self._lost("the connection was closed here", errno.EBADF))
-        with self._lead:
+        # Nobody is inside a call for the socket then: its number may soon be that of another connection, which would get the call's bytes.
+        with self._sending, self._lead:
             self._socket.close()
