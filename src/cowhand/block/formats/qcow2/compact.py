@@ -35,6 +35,8 @@ _STRETCH = 1 << 19
 _PLANNED = 1 << 19
 #: Clusters between the first and the last that are moved together: for each of them a number is in memory.
 _SPREAD = 1 << 22
+#: What a cluster is to a plan: named by tables, and something else too.
+_NAMED, _HELD = 1, 2
 #: Rounds of looking and moving; two or three are the rule.
 _MOST_ROUNDS = 64
 #: Clusters of a file that is compacted: a byte of memory is needed for each.
@@ -257,18 +259,32 @@ class Compactor:
         free = _first(numpy, free, most)
         if not len(free):
             return _Plan(free, free, None)
-        movable = numpy.zeros(self.clusters, dtype="?")
+        movable = numpy.zeros(self.clusters, dtype="u1")
         self._tables.clear()
         packer = Packer(self.node.header.cluster_bits, self.tally)
         for host, words in self._l2_tables():
             self._tables.add(host >> self.bits)
-            movable[host >> self.bits] = True
-            movable[self._hosts(words)] = True
+            movable[host >> self.bits] |= _NAMED
+            movable[self._hosts(words)] |= _NAMED
             if not self.external:
-                packer.add(words[:: self.stride], int(self.tally.gather(numpy.array([host >> self.bits]))[0]))
-        movable[: int(free[0])] = False
+                times = int(self.tally.gather(numpy.array([host >> self.bits]))[0])
+                for clusters in packer.add(words[:: self.stride], times):
+                    movable[clusters[clusters < self.clusters]] |= _HELD
+        self._hold(movable)
+        movable[: int(free[0])] = 0
+        movable = movable == _NAMED
         sources, targets = packer.plan(free, _last(numpy, movable, most))
         return _Plan(numpy.sort(sources), numpy.sort(targets), packer.packed())
+
+    def _hold(self, movable: Any) -> None:
+        """Mark in *movable* what is something else besides: its count is not that of the references that are switched when it moves."""
+        numpy = self.numpy
+        for clusters in compactmetadata.occupied(self.node):
+            if isinstance(clusters, range):
+                movable[clusters.start : clusters.stop] |= _HELD
+            else:
+                known = numpy.fromiter(clusters, dtype="i8", count=len(clusters))
+                movable[known[known < self.clusters]] |= _HELD
 
     # -- moving
 

@@ -10,7 +10,7 @@ import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cowhand.block.formats.qcow2 import bitmapdata, layout as L
+from cowhand.block.formats.qcow2 import bitmapdata, layout as L, overlap
 from cowhand.block.formats.qcow2.bitmapheader import switch_directory
 from cowhand.block.formats.qcow2.bitmaps import StoredBitmap
 from cowhand.block.formats.qcow2.snapshots import Snapshot, read_l1
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cowhand.block.formats.qcow2.driver import Qcow2Node
+    from cowhand.block.formats.qcow2.overlap import Clusters
 
 
 def move_down(node: Qcow2Node, used: int) -> int:
@@ -53,6 +54,21 @@ def settle(node: Qcow2Node) -> None:
     node.flush()
     node.release_quarantine(everything=True)
     node.flush()
+
+
+def occupied(node: Qcow2Node) -> Iterator[Clusters]:
+    """Yield the clusters of all metadata but L2 tables: who moves one of them as data leaves the metadata without a count.
+
+    No check finds it wrong that a damaged image's table names one of them, as long as the count says so.
+    """
+    for region in overlap.regions(node):
+        if region.name not in (overlap.ACTIVE_L2, overlap.INACTIVE_L2):
+            yield region.clusters
+    for entry in node.bitmap_directory:
+        if entry.at >= 0:
+            yield overlap.span(node, entry.table, entry.entries * L.ENTRY_SIZE)
+            words = bitmapdata.read_table(node, entry)
+            yield {(word & L.BITMAP_TABLE_OFFSET_MASK) // node.cluster_size for word in words}
 
 
 def _lower(node: Qcow2Node, place: int, clusters: int) -> bool:

@@ -7,6 +7,7 @@ one where free clusters adjoin; a cluster is empty when the last piece has left 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from cowhand.block.formats.qcow2 import layout as L
@@ -50,14 +51,28 @@ class Packer:
         self._packed = Packed()
         self._cursor = self._room = 0  #: where the next piece may begin, and where that room ends
 
-    def add(self, column: Any, times: int) -> None:
-        """Take note of the entries *column* of an L2 table to which there are *times* references."""
+    def add(self, column: Any, times: int) -> Iterator[Any]:
+        """Take note of the entries *column* of an L2 table to which there are *times* references; yield the clusters that compressed data touches."""
         found = column[column & self.numpy.uint64(L.ENTRY_COMPRESSED) != 0]
         if len(found):
             self._count += len(found)
             if self._count <= MAX_PIECES:
                 self._entries.append(found)
                 self._times.append(times)
+            yield from self._clusters(found)
+
+    def _clusters(self, entries: Any) -> Iterator[Any]:
+        """Yield the first clusters that *entries* touch, then the second ones, as long as there are any; each once."""
+        numpy = self.numpy
+        shift = 62 - (self.bits - 8)
+        offsets = entries & numpy.uint64((1 << shift) - 1)
+        sectors = ((entries & numpy.uint64(L.ENTRY_COMPRESSED - 1)) >> numpy.uint64(shift)) + numpy.uint64(1)
+        ends = offsets - offsets % numpy.uint64(_SECTOR) + sectors * numpy.uint64(_SECTOR) - numpy.uint64(1)
+        first, last = (offsets >> numpy.uint64(self.bits)).astype("i8"), (ends >> numpy.uint64(self.bits)).astype("i8")
+        while len(first):
+            yield numpy.unique(first)
+            first = first + 1
+            first, last = first[first <= last], last[first <= last]
 
     def packed(self) -> Packed | None:
         """Return the new places of compressed data, None where none moves."""

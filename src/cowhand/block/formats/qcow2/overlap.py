@@ -269,7 +269,7 @@ def _alone(table: bytearray, bits: int) -> Clusters:
     return _many_named(words.astype(">u8").tobytes(), L.L1_OFFSET_MASK, bits)[0]
 
 
-def _span(node: Qcow2Node, offset: int, length: int) -> range:
+def span(node: Qcow2Node, offset: int, length: int) -> range:
     """Return the clusters of ``[offset, offset + length)``; none for what lies past every possible offset, where nothing can be written."""
     if length <= 0 or offset >= L.MAX_HOST_OFFSET:
         return range(0)
@@ -281,21 +281,21 @@ def regions(node: Qcow2Node) -> Iterator[Region]:
     """Yield all metadata that the tables tell of, the most fundamental first."""
     header, bits = node.header, node.header.cluster_bits
     yield Region(HEADER, range(1))
-    yield Region(ACTIVE_L1, _span(node, header.l1_offset, header.l1_size * L.ENTRY_SIZE))
+    yield Region(ACTIVE_L1, span(node, header.l1_offset, header.l1_size * L.ENTRY_SIZE))
     table_bytes = header.refcount_table_clusters * node.cluster_size
-    yield Region(REFCOUNT_TABLE, _span(node, header.refcount_table_offset, table_bytes))
+    yield Region(REFCOUNT_TABLE, span(node, header.refcount_table_offset, table_bytes))
     yield Region(REFCOUNT_BLOCK, *_named(node.refcounts.table, L.REFCOUNT_TABLE_OFFSET_MASK, bits))
     if header.snapshot_count:
-        yield Region(SNAPSHOT_TABLE, _span(node, header.snapshots_offset, node.snapshot_table_bytes))
+        yield Region(SNAPSHOT_TABLE, span(node, header.snapshots_offset, node.snapshot_table_bytes))
     if node.snapshots:
         yield from _snapshots(node)
     if header.crypt_method:
         from cowhand.block.formats.qcow2.encryption import header_region
 
-        yield Region(ENCRYPTION_HEADER, _span(node, *header_region(header)))
+        yield Region(ENCRYPTION_HEADER, span(node, *header_region(header)))
     directory = node.bitmap_directory
     if directory.readable:
-        yield Region(BITMAP_DIRECTORY, _span(node, directory.offset, directory.size))
+        yield Region(BITMAP_DIRECTORY, span(node, directory.offset, directory.size))
     table = node.mapping.l1.data
     clusters, repeated = _named(table, L.L1_OFFSET_MASK, bits)
     times: Mapping[int, int] = {}
@@ -333,7 +333,7 @@ def _snapshots(node: Qcow2Node) -> Iterator[Region]:
                 f"the L1 tables of the image's snapshots take more than {MAX_INACTIVE_L1_BYTES >> 20} MiB: too much to protect what they name",
                 path=node.filename, hint="Open the image with overlap-check=cached to write without that protection.", errno=27,
             )  # fmt: skip
-        yield Region(INACTIVE_L1, _span(node, snapshot.l1_offset, snapshot.l1_size * L.ENTRY_SIZE))
+        yield Region(INACTIVE_L1, span(node, snapshot.l1_offset, snapshot.l1_size * L.ENTRY_SIZE))
         if _inactive_asked(node) is not False:
             yield Region(INACTIVE_L2, _named(read_l1(node, snapshot), L.L1_OFFSET_MASK, node.header.cluster_bits)[0])
 
