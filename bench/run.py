@@ -19,6 +19,7 @@ import bulk_rows
 import encrypted_rows
 import random_rows
 import report
+import scattered_rows
 import subcluster_rows
 import table_rows
 from inputs import MIB, Inputs
@@ -49,6 +50,7 @@ def arguments() -> argparse.Namespace:
 
 def all_cases(args: argparse.Namespace, inputs: Inputs) -> Iterator[Case]:
     yield from bulk_rows.cases(inputs)
+    yield from scattered_rows.cases(inputs)
     yield from encrypted_rows.cases(inputs)
     yield from table_rows.cases(inputs)
     size = 256 * MIB if args.quick else 1024 * MIB

@@ -209,16 +209,18 @@ class Engine:
     def _read(self, buffer: bytearray, start: int, length: int, gaps: tuple[tuple[int, int], ...] = ()) -> Any:
         view = memoryview(buffer)
         position = 0
+        wanted: list[tuple[int, memoryview]] = []
+        for begin, end in gaps:
+            wanted.append((start + position, view[position:begin]))
+            if self.sink.grain:
+                fill_zero(view[begin:end])
+            position = end
+        wanted.append((start + position, view[position:length]))
         try:
-            for begin, end in gaps:
-                self.source.read_into(start + position, view[position:begin])
-                if self.sink.grain:
-                    fill_zero(view[begin:end])
-                position = end
-            self.source.read_into(start + position, view[position:length])
+            self.source.read_all(wanted)
         except CowhandError as error:
             error.facts["doing"] = "reading"
-            start += position
+            start = error.facts.get("disk_offset", start)
             raise error.within(f"reading at {start:#x}", qemu=f"error while reading at byte {start}") from None
         return self.sink.prepare(start, buffer, length, gaps)
 

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from cowhand.block.node import READ
 from cowhand.copy import plan
 from cowhand.copy.plan import Policy, Run
 from cowhand.core.buffers import fill_zero
@@ -98,6 +99,25 @@ class Source:
             offset += whole
             if not view:
                 return
+
+    def read_all(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each view of *wanted*, (offset, view), as :meth:`read_into` does; an error is that of the first one that cannot be read."""
+        part, _ = self.locate(wanted[0][0])
+        base = wanted[0][0] - self.locate(wanted[0][0])[1]
+        offset, view = wanted[-1]
+        if len(wanted) > 1 and offset + len(view) - base <= part.begin + part.length:
+            try:
+                part.disk.submit([(READ, offset - base, view) for offset, view in wanted])
+            except CowhandError:
+                pass  # by themselves it is found out which one it is
+            else:
+                return
+        for offset, view in wanted:
+            try:
+                self.read_into(offset, view)
+            except CowhandError as error:
+                error.facts["disk_offset"] = offset
+                raise
 
 
 class SalvagingSource(Source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from cowhand.copy import plan
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from cowhand.block.disk import Disk
     from cowhand.copy.clone import Cloner
     from cowhand.copy.sink import Sink
+
+#: Runs of a plan that are kept from the sum to the work; of more, the source is asked twice.
+_KEPT = 1 << 16
 
 
 def transfer(
@@ -47,7 +51,9 @@ def transfer(
         skip_zero_from=below.node.size if below is not None else None,
         zeroes_are_data=settings.sparse_size == 0,
     )
-    totals = plan.totals(source.runs(policy))
+    runs = list(islice(source.runs(policy), _KEPT + 1)) if source.joins else []
+    known = 0 < len(runs) <= _KEPT
+    totals = plan.totals(runs if known else source.runs(policy))
     progress.total = totals.data + (0 if sink.reads_zero else totals.zero)
     sink.expect(totals.data)
     expect_bulk(totals.data)
@@ -62,7 +68,7 @@ def transfer(
         cloner=_cloner(source, sink, settings),
     )
     try:
-        engine.run(source.runs(policy))
+        engine.run(runs if known else source.runs(policy))
     except NoSpace as error:
         if error.hint is None:
             from cowhand.copy.space import explain

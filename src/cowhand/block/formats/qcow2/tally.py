@@ -223,8 +223,12 @@ class Tally:
             if int(values[local].max()) + times * len(local) <= self.maximum:
                 numpy.add.at(values, local, values.dtype.type(times))
             else:
-                for cluster in local.tolist():
-                    self.add((number << self.bits) + cluster, 1, times)
+                unique, repeats = numpy.unique(local, return_counts=True)
+                wanted = values[unique].astype("u8") + repeats.astype("u8") * numpy.uint64(times)
+                over = wanted > self.maximum
+                for cluster, excess in zip(unique[over].tolist(), (wanted[over] - self.maximum).tolist(), strict=True):
+                    self._overflow((number << self.bits) + cluster, excess)
+                values[unique] = numpy.minimum(wanted, self.maximum)
 
     def replace(self, first: int, values: bytes) -> None:
         """Make the native *values* the counts of the clusters from *first* on."""
