@@ -17,8 +17,10 @@ import pytest
 
 from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.node import FLUSH, READ, WRITE_REQUEST, ZERO_REQUEST
+from cowhand.block.node import DISCARD, FLUSH, READ, WRITE_REQUEST, ZERO_REQUEST
+from cowhand.block.protocols import nbd
 from cowhand.block.protocols.nbd import NbdNode, NbdOptions
+from cowhand.block.protocols.nbd_session import Session
 from cowhand.core.errors import AccessDenied, Closed, CowhandError, IOFailed, NoSpace, NotSupported, Poisoned
 from cowhand.core.extents import ZERO
 from cowhand.nbd.constants import (
@@ -26,12 +28,15 @@ from cowhand.nbd.constants import (
     CMD_DISC,
     CMD_FLUSH,
     CMD_READ,
+    CMD_TRIM,
     CMD_WRITE,
     CMD_WRITE_ZEROES,
     FLAG_HAS_FLAGS,
     FLAG_READ_ONLY,
     FLAG_SEND_FLUSH,
     FLAG_SEND_FUA,
+    FLAG_SEND_TRIM,
+    FLAG_SEND_WRITE_ZEROES,
     REPLY_TYPE_BLOCK_STATUS,
     REPLY_TYPE_OFFSET_DATA,
 )
@@ -203,6 +208,26 @@ class TestOldServers:
             disk.submit([(ZERO_REQUEST, 0, 512), (READ, 8192, bytearray(512)), (FLUSH, 0, 0)])
             assert disk.read(8192, 600) == b"\2" * 600  # without block status, aligned to sectors
         assert commands == [CMD_WRITE, CMD_FLUSH, CMD_WRITE, CMD_WRITE, CMD_READ, CMD_FLUSH, CMD_READ, CMD_DISC]
+
+    def test_a_change_of_a_huge_export_is_never_whole_in_memory(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commands: list[int] = []
+        most: list[int] = []
+        run = Session.run
+        monkeypatch.setattr(nbd, "MANY", 4)
+        monkeypatch.setattr(Session, "run", lambda self, orders: (most.append(len(orders)), run(self, orders))[1])
+
+        def script(peer: Peer) -> None:
+            peer.agree(size=1 << 40, flags=FLAG_HAS_FLAGS | FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES, structured=False)
+            commands.extend(serve_bytes(peer))
+
+        with Scripted(path, script) as server, Disk(open_node(server.uri, discard="unmap"), writable=True) as disk:
+            disk.discard(0, 10 << 30)
+            disk.write_zeroes(0, 10 << 30)
+            disk.submit([(DISCARD, 0, 5 << 30), (ZERO_REQUEST, 0, 5 << 30)])
+        assert max(most) <= 4
+        assert sorted(commands) == [CMD_DISC] + [CMD_TRIM] * 15 + [CMD_WRITE_ZEROES] * 15
 
     def test_fua_of_the_protocol(self, path: Path) -> None:
         flags: list[int] = []

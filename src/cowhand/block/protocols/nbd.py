@@ -71,6 +71,8 @@ SECTOR = 512
 LONG_REQUEST = 1 << 30
 #: Bytes that block status is asked of at once: the most that 32 bits and every block size allow. An export may be huge and empty.
 STATUS_REQUEST = (1 << 32) - (1 << 16)
+#: Requests that one long change is cut to before they are done: an export may be so large that all of them do not fit into memory.
+MANY = 512
 
 
 class NbdNode(BlockNode):
@@ -280,9 +282,18 @@ class NbdNode(BlockNode):
             flags &= CMD_FLAG_FUA
             for begin in range(offset, offset + length, ZEROES_SIZE):
                 self._writes(orders, begin, (ZEROES[: min(ZEROES_SIZE, offset + length - begin)],), flags)
+                self._not_too_many(orders)
             return
         for begin in range(offset, offset + length, LONG_REQUEST):
             orders.append(Order(Pending(CMD_WRITE_ZEROES, begin, min(LONG_REQUEST, offset + length - begin)), flags))
+            self._not_too_many(orders)
+
+    def _not_too_many(self, orders: list[Order]) -> None:
+        """Do those *orders* that are there already where they are many; raises as :meth:`_change` does."""
+        if len(orders) >= MANY:
+            due = orders[:]
+            orders.clear()
+            self._change(due)
 
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
@@ -293,8 +304,8 @@ class NbdNode(BlockNode):
                 raise NotSupported("the server does not say whether it zeroes quickly", path=self.filename)
             flags |= CMD_FLAG_FAST_ZERO
         orders: list[Order] = []
-        self._zeroes(orders, offset, length, flags)
         try:
+            self._zeroes(orders, offset, length, flags)
             self._change(orders)
         except NotSupported:
             if not fallback:
@@ -309,6 +320,7 @@ class NbdNode(BlockNode):
         if self.capabilities.discard:
             for begin in range(offset, offset + length, LONG_REQUEST):
                 orders.append(Order(Pending(CMD_TRIM, begin, min(LONG_REQUEST, offset + length - begin))))
+                self._not_too_many(orders)
 
     def discard(self, offset: int, length: int) -> None:
         orders: list[Order] = []
