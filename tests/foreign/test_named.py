@@ -113,3 +113,23 @@ def test_nothing_compressed_replaces_what_has_a_place(tmp_path: Path) -> None:
         qemu_img("snapshot", "-c", "s", path)
     words = ["qemu-io", *(w for at in ("0", "64k", "128k") for w in ("-c", f"write -c {at} 64k")), "disk.qcow2"]
     assert run_own(words, tmp_path / "ours") == run_real(words, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc"])
+def test_a_larger_disk_shows_nothing_of_what_lay_behind_its_end(mode: str, tmp_path: Path) -> None:
+    """The table of its last part is that of another part as well, and names more than the disk had."""
+    path, image = tmp_path / "shared.qcow2", make()
+    image.put_words(image.places["L1 table"] + 16, image.places["L2 table 1"])
+    for name in ("L2 table 1", "data 4"):
+        image.set_count(image.places[name], 4)
+    span = image.cluster * image.cluster // 8
+    image.set("size", 2 * span)
+    path.write_bytes(image.data)
+    with cowhand.open(path, writable=True) as disk:
+        seen = disk.read(0, disk.size)
+        assert any(seen[span:])
+        disk.resize(3 * span - 512, preallocation=mode)
+        assert disk.read(0, disk.size) == seen + bytes(span - 512)
+    assert_clean(path)
+    with cowhand.open(path) as disk:
+        assert disk.read(0, disk.size) == seen + bytes(span - 512)

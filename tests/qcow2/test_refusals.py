@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 import cowhand
+from cowhand.block import bitmaps
 from cowhand.block.create import prepare
-from cowhand.core.errors import CowhandError, InvalidArgument
+from cowhand.block.disk import Disk
+from cowhand.core.errors import Closed, CowhandError, InvalidArgument
+from tests.qcow2 import images
+from tests.qcow2.images import Shape
 
 
 @pytest.fixture
@@ -62,3 +66,25 @@ def test_cache_sizes_that_contradict_one_another(image: Path, options: dict[str,
 def test_cache_sizes_that_go_together(image: Path, options: dict[str, int]) -> None:
     with cowhand.open({"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}, **options}) as disk:
         assert disk.read(0, 512) == bytes(512)
+
+
+def test_a_closed_disk_is_not_changed() -> None:
+    """By what is no request, either: its tables are written no more."""
+    node = images.create(Shape(), b"x" * 9000)
+    keeper = Disk(node)
+    disk = images.open_over(node, writable=True)
+    images.snapshot_create(disk, "a")
+    disk.close()
+    before = node.snapshot_bytes()
+    for change in (
+        lambda: disk.resize(1 << 20),
+        lambda: images.snapshot_create(disk, "b"),
+        lambda: images.snapshot_apply(disk, "a"),
+        lambda: images.snapshot_delete(disk, "a"),
+        lambda: images.snapshot_read(disk, "a"),
+        lambda: bitmaps.add_bitmap(disk, "b"),
+    ):
+        with pytest.raises(Closed):
+            change()
+    assert node.snapshot_bytes() == before
+    keeper.close()

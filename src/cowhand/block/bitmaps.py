@@ -136,6 +136,7 @@ def add_bitmap(
 
 
 def _check_writable(disk: Disk) -> None:
+    disk.check_open()
     if disk.read_only:
         raise ReadOnly(
             f"disk '{disk.name}' is open for reading only", path=disk.filename, hint="Open it with writable=True."
@@ -156,6 +157,7 @@ def _keeper(node: BlockNode) -> Any:
 
 def remove_bitmap(disk: Disk, name: str) -> None:
     """Forget a bitmap, an inconsistent one too. Raises BitmapNotFound, BitmapUnusable."""
+    disk.check_open()
     node, bitmap = _holder(disk), find_bitmap(disk, name)
     with graph.quiesce(node):
         bitmap.check(inconsistent=True)
@@ -167,6 +169,7 @@ def remove_bitmap(disk: Disk, name: str) -> None:
 
 def _change(disk: Disk, name: str) -> tuple[BlockNode, DirtyBitmap]:
     """Return the bitmap that is about to be changed; what is stored of it is out of date from here on."""
+    disk.check_open()
     node, bitmap = _holder(disk), find_bitmap(disk, name)
     bitmap.check()
     if bitmap.persistent:

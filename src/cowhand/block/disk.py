@@ -146,8 +146,13 @@ class Disk:
             number = next_number()
         if self._closed:
             self._leave(number)
-            raise Closed(f"disk '{self.name}' is closed")
+            self.check_open()
         return number
+
+    def check_open(self) -> None:
+        """Raise Closed after :meth:`close`: for what changes the image by another way than a request."""
+        if self._closed:
+            raise Closed(f"disk '{self.name}' is closed")
 
     def _leave(self, number: int) -> None:
         del self.in_flight[number]
@@ -391,7 +396,9 @@ class Disk:
             raise self._refuse_writing()
         if size < 0:
             raise InvalidArgument(f"a disk cannot have {size} bytes", path=self.filename)
+        self.check_open()
         with self.still(below=True) as node:
+            self.check_open()
             if size < self._size and not shrink:
                 raise InvalidArgument(
                     f"'{self.filename}' would lose its last {self._size - size} bytes",

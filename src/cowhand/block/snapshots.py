@@ -37,6 +37,7 @@ def _holder(disk: Disk) -> BlockNode:
 
 
 def _check_writable(disk: Disk) -> None:
+    disk.check_open()
     if disk.read_only:
         raise ReadOnly(
             f"disk '{disk.name}' is open for reading only", path=disk.filename, hint="Open it with writable=True."
@@ -131,6 +132,7 @@ def open_snapshot(disk: Disk, id_or_name: str) -> Disk:
     """
     from cowhand.block.disk import Disk
 
+    disk.check_open()
     node = _holder(disk)
     wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
     view = node.open_snapshot(wanted.id, wanted.name)

@@ -13,7 +13,7 @@ from cowhand.block.formats.qcow2 import layout as L
 from cowhand.block.reserving import Kind
 from cowhand.core.buffers import is_zero
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
-from cowhand.core.extents import DATA, ENCODED, OFFSET, ZERO
+from cowhand.core.extents import ALLOCATED, DATA, ENCODED, OFFSET, ZERO
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -120,6 +120,8 @@ def resize(node: Qcow2Node, size: int, *, preallocation: str = "off", shrink: bo
         node.release_quarantine(everything=True)
     if node.raw_data and preallocation == "off":
         preallocation = "metadata"
+    if not node.external:
+        _forget_behind(node, -(-old // node.cluster_size) * node.cluster_size, size)
     backing = node.backing
     longer = backing is not None and backing.node.size > old
     if preallocation in ("falloc", "full") and not node.external:
@@ -167,6 +169,23 @@ def _hide_tail(node: Qcow2Node, old: int, new: int, longer: bool) -> int:
             break
         position += length
     return begin
+
+
+def _forget_behind(node: Qcow2Node, begin: int, end: int) -> None:
+    """Take away what entries behind the disk's last cluster name, which the larger disk would show.
+
+    There is something where parts of the disk share a table, where a VM state lay there, and after a growth that was interrupted.
+    """
+    unit, found = node.cluster_size, False
+    while begin < end:
+        rows = node.mapping.batch(begin, end - begin)
+        for row in rows:
+            if row.flags & ALLOCATED:
+                node.change(row.start, -(-row.length // unit) * unit, Kind.EMPTY)
+                found = True
+        begin = rows.end
+    if found:
+        node.flush()  # what follows looks in the file for its last cluster in use
 
 
 def _cover(node: Qcow2Node, begin: int, end: int) -> None:
