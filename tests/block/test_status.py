@@ -17,6 +17,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.node import BlockNode, Role
 from cowhand.block.options import NodeOptions
 from cowhand.block.protocols.memory import MemoryNode
+from cowhand.core.errors import IOFailed
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, RECURSE, ZERO, Extent, ExtentBatch, merged
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import blkdebug_over, qcow2_disk, qcow2_file, qcow2_node
@@ -149,6 +150,7 @@ class TestLayered:
         last = data.draw(st.integers(first + 1, count))
         with pytest.MonkeyPatch.context() as patch, Disk(top) as disk:
             patch.setattr(status, "MAX_ROWS", most)
+            patch.setattr(status._Window, "_LEAST", data.draw(st.sampled_from((4 * UNIT, 65536))))
             batches = list(disk.extents(first * UNIT, (last - first) * UNIT, depth=depth))
         assert all(0 < len(batch) <= most for batch in batches)
         position = first * UNIT
@@ -159,6 +161,37 @@ class TestLayered:
         assert position == last * UNIT
         found = by_unit(row for batch in batches for row in batch)
         assert found == [expected(layers, index, depth) for index in range(first, last)]
+
+    def test_a_layer_of_more_rows_than_it_tells_at_once_is_walked_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        most, count = 512, 1 << 14
+        monkeypatch.setattr(status._Window, "_LEAST", 4 * UNIT)
+        below = Layer([NOTHING, ZERO_ROW] * (count // 2), most, HoleyFile([]))
+        top = chain_of([Layer([DATA_ROW, *[NOTHING] * 7] * (count // 8), count, HoleyFile([])), below])
+        told = 0
+        answer = below.map_batch
+
+        def noted(offset: int, length: int) -> ExtentBatch:
+            nonlocal told
+            batch = answer(offset, length)
+            told += len(batch)
+            return batch
+
+        monkeypatch.setattr(below, "map_batch", noted)
+        with Disk(top) as disk:
+            assert len(disk_rows(disk)) > count // 2
+        assert told < 4 * count
+
+    def test_what_is_wrong_under_a_layers_data_is_nobodys_trouble(self) -> None:
+        class Damaged(Layer):
+            def map_batch(self, offset: int, length: int) -> ExtentBatch:
+                if offset < 8 * UNIT < offset + length:
+                    raise IOFailed("a table cannot be read")
+                return super().map_batch(offset, length)
+
+        file = HoleyFile([False] * 16)
+        kinds = [NOTHING] * 6 + [DATA_ROW] * 4 + [NOTHING] * 6
+        with Disk(chain_of([Layer(kinds, 16, file), Damaged([ZERO_ROW] * 16, 16, file)])) as disk:
+            assert [depth for depth, _ in itertools.groupby(row.depth for row in disk_rows(disk))] == [1, 0, 1]
 
     def test_rows_that_say_the_same_are_one(self) -> None:
         file = HoleyFile([False] * 8)

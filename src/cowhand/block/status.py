@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_right
 
 from cowhand.block.node import BlockNode
+from cowhand.core.errors import CowhandError
 from cowhand.core.extents import DATA, MAX_ROWS, OFFSET, RECURSE, ZERO, Extent, ExtentBatch
 
 _CONTENT = DATA | ZERO
@@ -157,19 +158,13 @@ class _Window:
         self._limit = limit
         self._known = ExtentBatch()
         self._length = self._LEAST // 4
-        self._used = 0
+        self._used = 0  #: rows of what is known that were wanted
 
     def rows(self, offset: int, end: int) -> ExtentBatch:
+        """Return what the node says of *offset* and what follows, at least one row and not past *end*."""
+        if not self._known.begin <= offset < self._known.end:
+            self._look(offset, end)
         known = self._known
-        if not known.begin <= offset < known.end:
-            pays = self._used > 1 or len(known) < 3 or 0 <= offset - known.end <= self._length
-            self._length = min(self._length * 4, self._MOST) if pays else max(self._length // 4, self._LEAST)
-            begin = offset - offset % self._length
-            known = self._node.map_batch(begin, max(min(begin + self._length, self._limit), end) - begin)
-            if known.end <= offset:
-                return self._node.map_batch(offset, end - offset)  # of so many pieces that it did not come this far
-            self._known, self._used = known, 0
-        self._used += 1
         out = ExtentBatch()
         for at in range(bisect_right(known.start, offset) - 1, len(known)):
             start = max(known.start[at], offset)
@@ -179,7 +174,28 @@ class _Window:
             flags, host = known.flags[at], known.host[at]
             place = host + start - known.start[at] if flags & OFFSET else host
             out.add(start, stop - start, flags, place, known.nodes[known.node[at]])
+        self._used += len(out)
         return out
+
+    def _look(self, offset: int, end: int) -> None:
+        """Know of *offset*, and of more when what was known before was not known in vain."""
+        known = self._known
+        pays = self._used * 8 >= len(known)
+        self._length = min(self._length * 4, self._MOST) if pays else max(self._length // 4, self._LEAST)
+        self._used = 0
+        # What goes on begins here: a window may end after so many rows that it comes no further than one before.
+        goes_on = 0 <= offset - known.end <= self._length
+        for begin in (offset - offset % (self._LEAST if goes_on else self._length), offset):
+            try:
+                known = self._node.map_batch(begin, max(min(begin + self._length, self._limit), end) - begin)
+            except CowhandError:
+                break  # nobody asked for all of this: what is damaged may be hidden by a layer above
+            if known.end > offset:
+                self._known = known
+                return
+            self._length = self._LEAST
+        self._length = self._LEAST
+        self._known = self._node.map_batch(offset, end - offset)
 
 
 def _ask_file(out: ExtentBatch, part: Extent, level: int, ahead: _Ahead) -> bool:
