@@ -160,6 +160,28 @@ def test_no_power_failure_makes_a_bitmap_claim_clean_what_was_written(shape: Sha
     assert seen["consistent"] and seen["in use"], seen
 
 
+def test_a_bitmap_that_was_removed_is_trusted_by_nobody_after_a_power_failure() -> None:
+    """One that follows no writes needs no mark before them; removed, and made anew under its name, it would claim clean what was written."""
+    recorder = RecorderNode(make(Shape()), sector=512)
+    keeper = Disk(recorder)
+    with images.open_over(recorder, None, writable=True) as disk:
+        disk.write(0, b"a")
+        bitmaps.remove_bitmap(disk, "off")
+        bitmaps.add_bitmap(disk, "off", granularity=4096)
+        begun = recorder.log.now()
+        disk.write(8192, b"b" * 512)
+        disk.flush()
+    keeper.close()
+
+    def judge(state: replay.CrashState) -> None:
+        with images.open_over(state.image, None) as disk:
+            known = {bitmap.name: bitmap for bitmap in bitmaps.list_bitmaps(disk)}
+            if state.moment > begun and disk.read(8192, 1) == b"b" and "off" in known:
+                assert known["off"].inconsistent or known["off"].bits.is_dirty(8192)
+
+    assert replay.replay(replay.prefixes(recorder.log), judge) > 4
+
+
 class TestBrokenDirectory:
     """The image opens, read-only and writable; what is broken is told of, and nothing claims what is not so."""
 

@@ -217,6 +217,31 @@ def test_a_snapshot_table_that_goes_too_far_frees_nothing_that_may_be_needed(ima
     assert struct.unpack_from(">H", out, block + 2 * (table // 512))[0] == 1
 
 
+@pytest.mark.parametrize("repair", ["leaks", "all", "rebuild"])
+@pytest.mark.parametrize("field", ["offset", "size"])
+def test_what_a_snapshot_that_cannot_be_followed_may_hold_is_not_freed(
+    field: str, repair: str, image: bytearray, content: bytes
+) -> None:
+    """With its entry put right again, by hand, the snapshot is there: nothing was written over what it holds."""
+    entry = struct.unpack_from(">Q", image, 64)[0]
+    sound = bytes(image[entry : entry + 12])
+    image[entry + 7 if field == "offset" else entry + 8] = 0x10
+    if repair == "rebuild":
+        image[tables(image)[2] + 1] = 0  # the header's cluster has no count
+    result, out = repaired(image, "all" if repair == "rebuild" else repair)
+    assert result.exit_code == 2 and not result.leaks_fixed
+    assert any("snapshots that cannot be found" in line for line in result.messages)
+    keeper = Disk(MemoryNode(content=out))
+    with images.open_over(keeper.root, writable=True) as disk:
+        disk.write(90 << 10, b"w" * (30 << 10))
+    data = bytearray(keeper.root.snapshot_bytes())  # type: ignore[attr-defined]
+    keeper.close()
+    data[entry : entry + 12] = sound
+    found = oracle.Image(bytes(data))
+    assert found.check().corruptions == []
+    assert found.content(found.snapshots[0]) == content.ljust(found.size, b"\0")
+
+
 # -- images that were not closed
 
 

@@ -313,6 +313,10 @@ def remove(node: Qcow2Node, name: str) -> None:
     entry = directory.find(name.encode("utf-8", "surrogateescape"))
     if entry is None:
         return
+    if not directory.anew:
+        # Until the directory is stored it names the bitmap, which follows no write any more: after a crash nobody may trust it.
+        with node.exclusive():
+            claim(node, [entry])
     directory.entries.remove(entry)
     if entry.table:
         directory.removed.append(entry)

@@ -227,13 +227,19 @@ class Examination:
                 )
             if self.counters.leaks or self.counters.corruptions:
                 self.counters.assign(before)
-                hidden = self.bitmaps is not None and self.bitmaps.hidden and not self.fix_bitmaps
+                hidden = self.hidden()
                 if hidden:
-                    self.say(Finding(F.LEAKS_KEPT, NOTE))
+                    self.say(Finding(F.LEAKS_KEPT, NOTE, what=hidden))
                 self.compare(leaks=not hidden, errors=self.fix_errors)
         self._sync()
         check_flags(self)
         result.image_end_offset = (self.highest + 1) * walk.size
+
+    def hidden(self) -> str | None:
+        """Return what cannot be followed, and may have clusters that are called leaked; None where all that there is was followed."""
+        if self.walk.uncertain:
+            return "snapshots"
+        return "bitmaps" if self.bitmaps is not None and self.bitmaps.hidden and not self.fix_bitmaps else None
 
     def _tell_allocation(self, result: CheckResult) -> None:
         walk = self.walk

@@ -29,7 +29,7 @@ BLOCK_SHARED = Kind("refcount-block-shared", "ERROR refcount block {index} refco
 REBUILD_NEEDED = Kind("rebuild-needed", "ERROR need to rebuild refcount structures")
 REBUILDING = Kind("rebuilding", "Rebuilding refcount structure")
 STILL_BROKEN = Kind("rebuild-failed", "ERROR rebuilt refcount structure is still broken")
-LEAKS_KEPT = Kind("leaks-kept", "Leaked clusters are kept: they may be of bitmaps that cannot be found any more")
+LEAKS_KEPT = Kind("leaks-kept", "Leaked clusters are kept: they may be of {what} that cannot be found any more")
 
 # -- snapshots
 SNAPSHOT_TABLE = Kind("snapshot-table-unreadable", "ERROR {reason}", as_tool=True)

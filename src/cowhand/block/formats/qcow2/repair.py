@@ -5,6 +5,7 @@ The tally of a check is the truth: what nothing refers to is free, what somethin
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -297,6 +298,8 @@ def rebuild_counts(exam: Examination) -> None:
     node, counters = exam.node, exam.counters
     exam.say(Finding(F.REBUILDING, NOTE))
     old = counters.copy()
+    if exam.hidden():
+        _keep_counts(exam)
     _write_structure(exam)
     counters.corruptions = counters.leaks = 0
     exam.rebuild = False
@@ -305,16 +308,38 @@ def rebuild_counts(exam: Examination) -> None:
     found = counters.copy()
     counters.assign(Counters())
     # A file that was cut is longer now, and what its tables named behind the end lies inside.
-    exam.compare(leaks=True, errors=True, fresh=True)
+    exam.compare(leaks=not exam.hidden(), errors=True, fresh=True)
     if exam.rebuild:
         exam.say(Finding(F.STILL_BROKEN))
     fresh_leaks, unmended = counters.leaks, counters.corruptions
     counters.assign(found)
     counters.corruptions += unmended
     counters.corruptions_fixed += max(0, old.corruptions - counters.corruptions)
-    counters.leaks_fixed += max(0, old.leaks - counters.leaks)
+    kept = fresh_leaks if exam.hidden() else 0
+    counters.leaks_fixed += max(0, old.leaks - counters.leaks - kept)
     counters.leaks += fresh_leaks
     node.refcounts.cache.clear()
+
+
+def _keep_counts(exam: Examination) -> None:
+    """Let no count of the tally be lower than the image's own: something that could not be followed may be what the others refer to."""
+    walk, per_block = exam.walk, exam.per_block
+    tally = walk.tally
+    exam.say(Finding(F.LEAKS_KEPT, NOTE, what=exam.hidden()))
+    for index in range(min(-(-walk.clusters // per_block), len(exam.node.refcounts.table) // 8)):
+        try:
+            block = exam.disk_block(index)
+        except CowhandError:
+            continue
+        if block is None:
+            continue
+        first = index * per_block
+        theirs = block[: min(per_block, walk.clusters - first) * tally.width]
+        ours = tally.piece(first, len(theirs) // tally.width) or bytes(len(theirs))
+        if theirs != ours:
+            pairs = zip(memoryview(theirs).cast(tally.code), memoryview(ours).cast(tally.code), strict=True)
+            counts = [min(max(pair), tally.maximum) for pair in pairs]
+            tally.replace(first, array(tally.code, counts).tobytes())
 
 
 def _write_structure(exam: Examination) -> None:
