@@ -228,3 +228,19 @@ def test_the_rate_is_limited(image_dir: Path, rng: random.Random) -> None:
     begin = time.monotonic()
     commit(top, rate_limit="8M")
     assert time.monotonic() - begin > 0.1
+
+
+@pytest.mark.parametrize(("below", "above"), [(200_000, 100_000), (100_000, 100_000), (100_000, 150_001)])
+def test_disks_that_end_inside_a_sector(tmp_path: Path, below: int, above: int) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    create(str(base), "qcow2", 256 << 10)
+    create(str(top), "qcow2", 256 << 10, backing=str(base), backing_format="qcow2")
+    for path, size in ((base, below), (top, above)):
+        with cowhand.open(path, writable=True) as disk:
+            disk.write(0, path.name[:1].encode() * disk.size)
+        with path.open("r+b") as file:
+            file.seek(24)
+            file.write(size.to_bytes(8, "big"))
+    commit(str(top), drop=True)
+    size = below if above <= below else -(-above // 512) * 512
+    assert disk_of(base) == (b"t" * above + (b"b" * (below - above) if below > above else bytes(size - above)))

@@ -289,3 +289,22 @@ def test_a_fragmented_source_is_copied_in_large_pieces(
             found = check(name, format="qcow2")
             assert not found.corruptions and not found.leaks
     assert allocated[0] == allocated[1]
+
+
+def test_a_system_without_more_threads_leaves_none_behind(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def scarce(thread: threading.Thread) -> None:
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    with memory_disk(content(rng, SIZE, 30)) as source, empty_disk() as target:
+        with pytest.raises(RuntimeError, match="thread"):
+            copy(Source([source]), target, throttle=Throttle(MIB), workers=2)
+        assert not begun[0].is_alive()

@@ -118,15 +118,16 @@ class _Comparison:
 
     def run(self, workers: int) -> tuple[int, Difference] | None:
         threads = [threading.Thread(target=self._work, name=f"compare-{index}") for index in range(max(1, workers))]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 thread.join()
         except BaseException as error:
             self._failure = error
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             raise
         # A difference that lies before what could not be read is an answer all the same, as it is when one reads in order.
         if self._failure is not None:

@@ -71,16 +71,17 @@ class Engine:
         # A fragmented source is copied in large pieces.
         self._pieces = self._joined(pieces) if self.source.joins and self.sink.joins else pieces
         threads = [threading.Thread(target=self._work, name=f"copy-{index}") for index in range(self.workers)]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 thread.join()
         except BaseException as error:
-            # An interrupt of the caller's thread: the workers hold buffers and reservations, so they end by themselves.
+            # An interrupt, or the system has no more threads: the workers hold buffers and reservations, so they end by themselves.
             self._fail(error)
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             raise
         if self._failure is not None:
             raise self._failure

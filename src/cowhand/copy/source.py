@@ -37,13 +37,14 @@ class Part(NamedTuple):
 class Source:
     """*parts* (disks, or :class:`Part`) one behind the other, each rounded up to whole sectors. Reading is thread-safe.
 
+    *exact* leaves the last one as long as it is: what the target has behind it is none of the copy's business.
     *depth* limits how many layers are asked what they allocate (1: each disk's own image, for a target that has a backing file).
     """
 
     #: whether several runs may be read before what the first one brings is told
     joins = True
 
-    def __init__(self, parts: Sequence[Disk | Part], *, depth: int | None = None) -> None:
+    def __init__(self, parts: Sequence[Disk | Part], *, depth: int | None = None, exact: bool = False) -> None:
         self.parts = tuple(part if isinstance(part, Part) else Part(part, 0, part.size) for part in parts)
         self.depth = depth
         self.bases: list[int] = []
@@ -51,6 +52,8 @@ class Source:
         for part in self.parts:
             self.bases.append(self.size)
             self.size += part.span
+        if exact:
+            self.size = self.bases[-1] + self.parts[-1].length
 
     def runs(self, policy: Policy) -> Iterator[Run]:
         """Yield what is to be done for the whole of it, in order; asks the disks while it goes."""
@@ -60,7 +63,7 @@ class Source:
         for base, part in zip(self.bases, self.parts, strict=True):
             if part.length:
                 yield from self._rows_of(part, base, policy)
-            padding = part.span - part.length
+            padding = min(part.span, self.size - base) - part.length
             if padding:
                 yield Run(base + part.length, padding, plan.DATA if policy.zeroes_are_data else plan.ZERO)
 

@@ -22,7 +22,7 @@ from cowhand.copy import plan
 from cowhand.copy.engine import WORKERS, Engine
 from cowhand.copy.plan import Policy
 from cowhand.copy.sink import choose
-from cowhand.copy.source import Source
+from cowhand.copy.source import SECTOR, Source
 from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
@@ -175,7 +175,7 @@ def copy_down(
     grown = top.size > size_before
     if grown:
         _check_growth(base)
-        base.resize(top.size)
+        base.resize(-(-top.size // SECTOR) * SECTOR)
     moved = _copy(top, base, size_before, layers.above, rate, progress or Progress(), cancel)
     base.flush()
     return moved, grown
@@ -231,7 +231,7 @@ def _copy(
     # Zeroes that a layer knows of are made zero in the base. In data they are not looked for: it was written there once on purpose.
     sink = choose(base, sparse=0, reads_zero=False)
     policy = Policy(unit=sink.part, skip_unallocated=True, skip_zero_from=size_before)
-    source = Source([top], depth=layers)
+    source = Source([top], depth=layers, exact=True)
     totals = plan.totals(source.runs(policy))
     progress.total = totals.data + totals.zero
     sink.expect(totals.data, flushed=not base.root.options.cache_no_flush)
