@@ -291,9 +291,7 @@ def test_a_fragmented_source_is_copied_in_large_pieces(
     assert allocated[0] == allocated[1]
 
 
-def test_a_system_without_more_threads_leaves_none_behind(
-    rng: random.Random, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_without_more_threads_leaves_none_behind(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[threading.Thread] = []
     start = threading.Thread.start
 
