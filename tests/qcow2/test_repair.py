@@ -337,6 +337,28 @@ def test_a_failing_medium_ends_a_repair_and_loses_nothing(nth: int, image: bytea
     keeper.close()
 
 
+@pytest.mark.parametrize("repair", [None, "leaks", "all"])
+def test_an_open_image_whose_counts_are_postponed_is_sound_and_stays_so(repair: str | None) -> None:
+    """What was not written yet is neither damage nor forgotten, and the dirty bit goes on to say that there is such."""
+    keeper = Disk(images.create(Shape(lazy=True)))
+    with images.open_over(keeper.root, writable=True) as disk:
+        disk.write(0, b"a" * 30000)
+        images.snapshot_create(disk, "s")
+        disk.write(10000, b"b" * 3000)
+        result = check_node(disk.root, repair=repair)
+        assert (result.exit_code, result.corruptions_fixed, result.leaks_fixed) == (0, 0, 0), result.messages[:3]
+        disk.write(40000, b"c" * 9000)
+        disk.write(0, b"e" * 5000)
+        disk.flush()
+        left: bytes = keeper.root.snapshot_bytes()  # type: ignore[attr-defined]
+        assert left[79] & 1, "a crash now leaves counts that nobody would look at"
+        expected = disk.read(0, disk.size)
+    found = oracle.Image(keeper.root.snapshot_bytes())  # type: ignore[attr-defined]
+    keeper.close()
+    assert found.content() == expected
+    assert (found.check().corruptions, found.check().leaks) == ([], [])
+
+
 # -- with QEMU
 
 

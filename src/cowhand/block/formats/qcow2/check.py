@@ -459,6 +459,8 @@ def check(node: Qcow2Node, repair: str | None, say: Say, *, spare_bitmaps: bool 
         with node.exclusive():
             if node.in_use_for_writing:
                 node.write_back.run(locked=True)
+                if node.lazy:
+                    node.write_back.flush_refcounts()  # those on disk are judged, and those in memory forgotten
             return _checked(node, repair, say, spare_bitmaps)
 
 

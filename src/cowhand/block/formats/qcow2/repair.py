@@ -400,7 +400,8 @@ def rewrite_snapshots(exam: Examination, counters: Counters) -> None:
 def mark_sound(node: Qcow2Node) -> None:
     """Take the dirty and the corrupt mark from an image that a repair found sound, once all that it did is stable."""
     node.flush_file()
-    marks = L.INCOMPAT_DIRTY | L.INCOMPAT_CORRUPT
+    # An open image whose counts are postponed goes on as before.
+    marks = L.INCOMPAT_CORRUPT | (0 if node.lazy else L.INCOMPAT_DIRTY)
     if node.header.version >= 3 and node.header.incompatible & marks:
         node.set_incompatible(node.header.incompatible & ~marks)
 
