@@ -820,3 +820,14 @@ def test_closing_gives_the_descriptor_back(image_dir: Path) -> None:
     graph.close_node(node)
     with pytest.raises(OSError):
         os.fstat(number)
+
+
+def test_an_interrupted_preallocation_leaves_the_old_length(node: FileNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(fd: int, offset: int, length: int) -> None:
+        raise KeyboardInterrupt
+
+    before = node.size
+    monkeypatch.setattr("cowhand.block.protocols.file_space.write_zero_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        node.resize(before + (1 << 20), preallocation="full")
+    assert node.size == before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -76,3 +78,37 @@ def test_a_child_makes_its_own_helper() -> None:
         pairs.both(lambda: done.append(1), lambda: done.append(2))
         os._exit(0 if sorted(done) == [1, 2] else 1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_an_interrupt_just_when_the_second_has_ended_is_no_reason_to_wait_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = pairs._Helper.start
+    asked: list[str] = []
+
+    class Interrupting:
+        def __init__(self, lock: threading.Lock) -> None:
+            self.lock = lock
+
+        def release(self) -> None:
+            self.lock.release()
+
+        def acquire(self) -> None:
+            asked.append("once more")
+            if len(asked) == 1:
+                self.lock.acquire()
+                raise KeyboardInterrupt
+
+    def started(helper: pairs._Helper, job: Callable[[], None]) -> None:
+        start(helper, job)
+        helper._end = Interrupting(helper._end)  # type: ignore[assignment]
+
+    monkeypatch.setattr(pairs._Helper, "start", started)
+    with pytest.raises(KeyboardInterrupt):
+        pairs.both(lambda: None, lambda: time.sleep(0.05))
+    assert len(asked) == 1, "it would have waited for ever"
+    monkeypatch.undo()
+    monkeypatch.setattr(pairs, "_several", True)
+    ended: list[int] = []
+    pairs.both(lambda: ended.append(1), lambda: ended.append(2))
+    assert sorted(ended) == [1, 2]

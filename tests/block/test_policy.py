@@ -253,3 +253,11 @@ class TestNarrowing:
         cowhand.open(top, policy=DEFAULT._replace(max_depth=3)).close()
         with pytest.raises(UnsupportedFeature, match="more than 2 deep"):
             cowhand.open(top, policy=DEFAULT._replace(max_depth=2))
+
+
+def test_an_image_cannot_make_its_reader_wait_for_a_pipe(house: House) -> None:
+    pipe = house.images / "rules"
+    os.mkfifo(pipe)
+    image = house.image(f"blkdebug:{pipe}:{house.images}/base.raw")
+    with pytest.raises(PolicyRefused, match="no regular file"):
+        cowhand.open(image)

@@ -19,9 +19,9 @@ class _Helper:
 
     def __init__(self) -> None:
         self._begin = threading.Lock()
-        self._end = threading.Lock()
         self._begin.acquire()
-        self._end.acquire()
+        self._end = threading.Lock()  #: another one for each job
+        self._done = False
         self._job: Callable[[], None] | None = None
         self._failure: BaseException | None = None
         threading.Thread(target=self._work, name="cowhand helper", daemon=True).start()
@@ -35,25 +35,30 @@ class _Helper:
                     continue  # somebody has just taken it, and is about to start it
                 return
             job, self._job = self._job, None
+            end = self._end
             assert job is not None
             try:
                 job()
             except BaseException as error:  # noqa: BLE001 - raised by finish() in the caller's thread
                 self._failure = error
             del job
-            self._end.release()
+            self._done = True
+            end.release()
 
     def start(self, job: Callable[[], None]) -> None:
         self._job = job
+        self._done = False
+        self._end = threading.Lock()
+        self._end.acquire()
         self._begin.release()
 
     def finish(self) -> None:
         """Wait for the job's end; raises what it raised."""
         interrupt: BaseException | None = None
-        while True:
+        # An interrupt may also come when the lock has just been taken: it is the flag that counts.
+        while not self._done:
             try:
                 self._end.acquire()
-                break
             except BaseException as error:  # noqa: BLE001 - the job's buffers are in use until it has ended
                 interrupt = error
         failure, self._failure = self._failure, None

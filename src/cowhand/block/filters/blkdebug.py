@@ -29,7 +29,7 @@ from cowhand.block.node import (
 )
 from cowhand.block.options import NodeOptions, flatten, option
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer
-from cowhand.core.errors import InvalidArgument, NotSupported, from_os_error
+from cowhand.core.errors import InvalidArgument, NotSupported, PolicyRefused, from_os_error
 from cowhand.core.extents import ExtentBatch
 from cowhand.core.locks import RANK_LEAF, ranked_lock
 
@@ -96,6 +96,10 @@ class BlkDebugNode(PassingFilter):
         assert isinstance(options, BlkDebugOptions)
         node = cls(options)
         opening.track(node)
+        config = options.config
+        if config and opening.implied and os.path.exists(config) and not os.path.isfile(config):
+            # Opening a pipe waits for its other end, for ever perhaps.
+            raise PolicyRefused("an image cannot have rules read from what is no regular file", path=config)
         node._read_lists(given)
         image = given.pop("image", None)
         if image is None:

@@ -121,7 +121,11 @@ class BochsNode(ReadOnlyFormat):
             here = bits[first >> 3] >> (first & 7) & 1
             sector = first + 1
             while sector < last and bits[sector >> 3] >> (sector & 7) & 1 == here:
-                sector += 1
+                if sector & 7 == 0:  # bytes of one kind at once: few bytes of a file can make a disk of terabytes
+                    rest = bits[sector >> 3 : last >> 3]
+                    sector += 8 * (len(rest) - len(rest.lstrip(b"\xff" if here else b"\0"))) or 1
+                else:
+                    sector += 1
             until = min(stop, index * self._extent + sector * SECTOR)
             yield offset, until - offset, at + self._bitmap_bytes + inside if here else None
             offset = until

@@ -89,10 +89,13 @@ def set_size(fd: int, size: int, preallocation: str, path: str) -> None:
                 os.fsync(fd)
         if preallocation != "full" and not old:
             _fill_first_block(fd, size)
-    except OSError as error:
-        if os.fstat(fd).st_size != old:
-            with contextlib.suppress(OSError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            # An interrupt, too, leaves the old length; what was cut off before it came does not come back.
+            if os.fstat(fd).st_size > old or isinstance(error, OSError):
                 os.ftruncate(fd, old)
+        if not isinstance(error, OSError):
+            raise
         raised = from_os_error(error, path, doing=doing)
         raise raised.within(
             qemu="Could not resize file" if doing == "resizing" else "Could not preallocate new data"
