@@ -29,6 +29,7 @@ _VARIANTS: list[dict[str, str]] = [
     {"cipher-alg": "aes-256", "cipher-mode": "ecb", "hash-alg": "sha384"},
     {"cipher-alg": "aes-256", "cipher-mode": "ctr", "hash-alg": "md5"},
     {"cipher-alg": "cast5-128", "cipher-mode": "cbc", "hash-alg": "sha224"},
+    {"cipher-alg": "cast5-128", "cipher-mode": "cbc", "ivgen-alg": "essiv", "ivgen-hash-alg": "md5"},
     {"cipher-alg": "serpent-256", "cipher-mode": "xts", "hash-alg": "ripemd160"},
     {"cipher-alg": "serpent-192", "cipher-mode": "xts", "ivgen-alg": "essiv"},
     {"cipher-alg": "serpent-128", "cipher-mode": "cbc", "ivgen-alg": "plain64", "ivgen-hash-alg": "sha1"},

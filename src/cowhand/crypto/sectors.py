@@ -114,7 +114,7 @@ def _essiv_key(algorithm: Algorithm, key: bytes, ivgen_hash: str) -> tuple[Algor
     """Return the cipher, of *algorithm*'s family, whose key is as long as the hash of *key*, and that hash."""
     hashed = digest(ivgen_hash, key)
     name = f"{algorithm.family}-{len(hashed) * 8}"
-    if algorithm.family == "cast5":
+    if algorithm.family == "cast5" and len(hashed) != algorithm.key_bytes:
         raise UnsupportedFeature(f"Cipher {algorithm.name} not supported with essiv")
     if len(hashed) not in (16, 24, 32):
         family = {"aes": "AES"}.get(algorithm.family, algorithm.family.capitalize())

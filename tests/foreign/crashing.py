@@ -1,0 +1,307 @@
+"""Lives of drawn images over a recorder or a medium that fails: what a power failure or an error may leave of them.
+
+The judge is ``tests/qcow2/oracle``, which learns zstd and bitmaps here. What an image had lost before may stay lost.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from cowhand.block import bitmaps
+from cowhand.block.check import check
+from cowhand.block.disk import Disk
+from cowhand.block.formats.qcow2.compact import Compactor
+from cowhand.block.formats.qcow2.compression import codec
+from cowhand.block.formats.qcow2.driver import Qcow2Node
+from cowhand.block.node import BlockNode
+from cowhand.block.opening import Opening
+from cowhand.block.protocols.memory import MemoryNode
+from cowhand.core.errors import CowhandError
+from cowhand.core.extents import ALLOCATED
+from cowhand.drivers import REGISTRY
+from cowhand.jobs.commit import commit
+from cowhand.testing.expected import ContentLost, ExpectedContent
+from cowhand.testing.faults import FaultNode
+from cowhand.testing.model import compare
+from cowhand.testing.recorder import RecorderNode
+from cowhand.testing.replay import CrashState
+from tests.foreign.images import Image
+from tests.qcow2 import images, life, oracle
+from tests.qcow2.life import DIRTY
+
+#: Images that are refused, of which nobody knows what they hold, or that this judge cannot follow.
+STRANGE = {"unknown", "corrupt", "backing format", "size", "bitmap extra", "nameless"}
+BITMAPS = 0x23852875
+
+
+def suits(image: Image) -> bool:
+    """Tell whether *image* is large enough for the verbs of a life, and small enough to be looked at a thousand times."""
+    cluster, names = image.shape.cluster, [snapshot.name for snapshot in image.snapshots]
+    return (
+        not STRANGE & image.odd
+        and max(8192, 6 * cluster) <= image.size <= 400_000
+        and image.path.stat().st_size <= 1 << 20
+        and len(set(names)) == len(names)
+    )
+
+
+class Judged(oracle.Image):
+    """The independent reader, with zstd and with the references of bitmaps."""
+
+    def _cluster(self, entry: int, guest: int) -> bytes | None:
+        if entry & oracle.COMPRESSED and self.incompatible & 8:
+            offset, length = self._compressed(entry)
+            found = bytearray(self.cluster)
+            codec(1).decompress_into(self.data[offset : offset + length], memoryview(found))
+            return bytes(found)
+        return super()._cluster(entry, guest)
+
+    def _walk(self, what: str, l1_offset: int, l1_size: int, *, active: bool) -> None:
+        if active and self.version >= 3 and struct.unpack_from(">Q", self.data, 88)[0] & 1:
+            self._bitmaps()
+        super()._walk(what, l1_offset, l1_size, active=active)
+
+    def _bitmaps(self) -> None:
+        at = struct.unpack_from(">I", self.data, 100)[0]
+        while True:
+            kind, length = struct.unpack_from(">II", self.data, at)
+            if not kind:
+                return
+            if kind == BITMAPS:
+                break
+            at += 8 + -(-length // 8) * 8
+        count, _, size, place = struct.unpack_from(">IIQQ", self.data, at + 8)
+        self._refer("bitmap directory", place, size)
+        for number in range(count):
+            table, entries, _, _, _, name, extra = struct.unpack_from(">QIIBBHI", self.data, place)
+            self._refer(f"bitmap table {number}", table, 8 * entries)
+            for index, word in enumerate(self.words(table, entries)):
+                if word & oracle.OFFSET:
+                    self._refer(f"bitmap {number}:{index}", word & oracle.OFFSET, self.cluster)
+            place += 24 + -(-(extra + name) // 8) * 8
+
+
+class DrawnLife(life.Life):
+    """A life of a drawn image. With *fault* its medium fails once, and only the end is judged."""
+
+    def __init__(
+        self, image: Image, rng: random.Random, *, sector: int = 1, fault: Callable[[FaultNode], None] | None = None
+    ) -> None:
+        shape, folder = image.shape, image.path.parent
+        data = image.path.read_bytes()
+        compatible, autoclear = struct.unpack_from(">QQ", data, 80) if shape.version > 2 else (0, 0)
+        (name,) = struct.unpack_from(">Q", data, 8)
+        self.image = image
+        self.shape = images.Shape(
+            version=shape.version, cluster=shape.cluster, refcount_bits=1 << shape.order, size=image.size, backed=bool(name),
+            lazy=bool(compatible & 1), extended=shape.extended, data=("raw" if autoclear & 2 else "plain") if shape.external else "",
+        )  # fmt: skip
+        self.rng = rng
+        self.base = (folder / "b").read_bytes() if name else b""
+        self.key = None
+        media: list[MemoryNode] = [images.Medium(content=data)]
+        if shape.external:
+            media.append(images.Medium(content=(folder / "disk.data").read_bytes()))
+        self.media = media
+        below: list[BlockNode] = list(media)
+        if fault is not None:
+            chosen = rng.randrange(len(media))
+            below[chosen] = failing = FaultNode(media[chosen], sector=sector)
+            fault(failing)
+        self.recorder = RecorderNode(below[0], sector=sector)
+        self.log = self.recorder.log
+        self.data = [RecorderNode(node, sector=sector, log=self.log) for node in below[1:]]
+        self.keepers = [Disk(node) for node in (self.recorder, *self.data)]
+        self.size = image.size
+        self.expected = ExpectedContent(self.log, self.size, image.content)
+        self.snapshots = [life._SnapshotLife(s.name.decode(), s.content, (0, 0)) for s in image.snapshots]
+        self.reflagging = []
+        self.verdicts = life.Verdicts()
+        self.steps = []
+        self.refused = 0
+        self.opened = True
+        with self._reflagging():
+            self.disk = self._open()
+
+    # -- living
+
+    def live(self, count: int) -> None:
+        """Take *count* steps, some of which the image refuses or the medium fails, and close it."""
+        verbs = [self.write] * 8 + [self.batch, self.zero, self.zero, self.discard, self.discard, self.flush]
+        verbs += [self.flush, self.reopen, self.grow, self.shrink, self.amend, self.rename, self.commit_into]
+        verbs += [self.compact, self.repair, self.bitmap, self.bitmap]
+        if not self.shape.data:
+            verbs += [self.write_compressed] * 2
+        if self.image.snapshots or self.shape.snapshots:
+            verbs += [self.snapshot] * 2 + [self.apply, self.delete, self.delete]
+        for _ in range(count):
+            self.attempt(self.rng.choice(verbs))
+        with suppress(CowhandError):
+            self.finish()
+
+    def attempt(self, verb: Callable[[], None]) -> None:
+        """Do *verb*; what fails may have happened or not, and an image that gave up is opened again."""
+        try:
+            verb()
+        except CowhandError as error:
+            self.refused += 1
+            self.steps.append(f"{self.log.now()}: refused {error}")
+        if self.opened and self.disk.root.poison is not None:
+            self.opened = False
+            with suppress(CowhandError):
+                self.disk.close()
+        if not self.opened:
+            with self._reflagging():
+                self.disk = self._open()
+            self.opened = True
+        self.size = self.disk.size
+        self.expected.now = self.expected.now[: self.size].ljust(self.size, b"\0")  # after a resize that failed
+
+    @contextmanager
+    def closed(self) -> Any:
+        """Close the image for what opens it itself."""
+        self.opened = False
+        with self.expected.flushing():
+            self.disk.close()
+        yield
+        self.disk = self._open()
+        self.opened = True
+
+    def reopen(self) -> None:
+        """Close the image and open it again."""
+        self._tell("reopen")
+        with self.closed():
+            pass
+
+    def snapshot(self) -> None:
+        if self.rng.random() < 0.5 or self.shape.snapshots:
+            super().snapshot()
+
+    def _description(self, **more: Any) -> dict[str, Any]:
+        out: dict[str, Any] = {"driver": "qcow2", "file": self.recorder, "backing": self._backing(), **more}
+        if self.data:
+            out["data-file"] = self.data[0]
+        return out
+
+    def compact(self) -> None:
+        """Compact the file."""
+        self._tell("compact")
+        with self.closed(), self._reflagging():
+            opening = Opening(REGISTRY, backing=False)
+            opening.for_repair = True
+            root = opening.open(self._description(**{"read-only": False, "backing": None}))
+            assert isinstance(root, Qcow2Node)
+            with Disk(root, writable=True):
+                Compactor(root, None, None, self.rng.choice((8192, 4 << 30))).run()
+
+    def repair(self) -> None:
+        """Have what is lost given back."""
+        kind = self.rng.choice(("leaks", "all"))
+        self._tell(f"repair {kind}")
+        with self.closed(), self._reflagging():
+            result = check(self._description(backing=None), repair=kind)
+            if result.failure is not None:
+                raise result.failure
+            assert result.clean, result.messages
+
+    def rename(self) -> None:
+        """Change the backing file's name in the header, not what lies below."""
+        self._tell("rename")
+        node = self.disk.root
+        assert isinstance(node, Qcow2Node)
+        node.change_backing(self.rng.choice(("other", "b", "x" * 300, "/" + "long/" * 60)), "raw")
+
+    def bitmap(self) -> None:
+        """Make, remove or change a bitmap."""
+        names = [entry.name for entry in bitmaps.list_bitmaps(self.disk)]
+        verb = self.rng.choice(("add", "add", "remove", "clear", "disable", "merge"))
+        self._tell(f"bitmap {verb}")
+        chosen = self.rng.choice(names) if names else "none"
+        if verb == "add":
+            bitmaps.add_bitmap(self.disk, f"n{len(names)}", granularity=self.rng.choice((512, 4096, 65536)))
+        elif verb == "remove":
+            bitmaps.remove_bitmap(self.disk, chosen)
+        elif verb == "clear":
+            bitmaps.clear_bitmap(self.disk, chosen)
+        elif verb == "disable":
+            bitmaps.enable_bitmap(self.disk, chosen, enabled=self.rng.random() < 0.5)
+        elif names:
+            bitmaps.merge_bitmap(self.disk, chosen, bitmaps.find_bitmap(self.disk, self.rng.choice(names)))
+
+    def commit_into(self) -> None:
+        """Write into an overlay, and commit that into the image."""
+        overlay = images.Medium()
+        keeper = Disk(overlay)
+        Qcow2Node.create(overlay, self.size, {"cluster_size": self.rng.choice((512, 4096))})
+        with images.open_over(overlay, writable=True) as disk, ExitStack() as stack:
+            for _ in range(3):
+                offset, length = self._place()
+                length = min(length, self.size - offset)
+                data = self.rng.randbytes(length)
+                disk.write(offset, data)
+            patch = disk.read(0, self.size)
+            rows = [
+                (row.start, row.end)
+                for batch in [disk.root.map_batch(0, self.size)]
+                for row in batch
+                if row.flags & ALLOCATED
+            ]
+        self._tell("commit", 0, self.size)
+        with self.closed():
+            with ExitStack() as stack:
+                # Whole clusters of the overlay come down, with what surrounds the data in them: zeroes.
+                for begin, end in rows:
+                    end = min(end, self.size)
+                    stack.enter_context(self.expected.writing(begin, patch[begin:end]))
+                commit({"driver": "qcow2", "file": overlay, "backing": self._description()}, drop=True)
+            with self.expected.flushing():
+                pass
+        keeper.close()
+
+    # -- judging
+
+    def _image(self, file: MemoryNode, others: Sequence[MemoryNode]) -> oracle.Image:
+        return Judged(file.snapshot_bytes(), self.base, *(node.snapshot_bytes() for node in others))
+
+    def _judge_bytes(self, state: CrashState) -> bytes:
+        moment = state.moment
+        image = self._image(state.image, state.others)
+        busy = any(begin <= moment <= end + 1 for begin, end in self.reflagging)
+        if image.incompatible & DIRTY:
+            assert self.shape.lazy or busy or "dirty" in self.image.odd
+            image = self._repaired(state)
+        shape = self.image.shape
+        wanted = 4 * bool(self.shape.data) + 16 * shape.extended + 8 * shape.zstd
+        assert image.incompatible == wanted, f"incompatible features {image.incompatible:#x}"
+        findings = image.check()
+        assert findings.corruptions == []
+        if findings.lost_flags and shape.version > 2 and not busy:
+            # One of several entries of the disk that shared a cluster is left.
+            assert self.image.most_count > 1, findings.lost_flags
+            self.verdicts.stale_flags += 1
+        self.verdicts.leaking += bool(findings.leaks + findings.leaks_behind)
+        content = image.content()
+        self.expected.check(content, moment)
+        if self.shape.data == "raw":
+            assert image.external is not None
+            self.expected.check(image.external[: len(content)].ljust(len(content), b"\0"), moment)
+        listed = {snapshot.name: snapshot for snapshot in image.snapshots}
+        for one in self.snapshots:
+            found = listed.pop(one.name, None)
+            if found is None:
+                if one.must_exist(moment):
+                    raise ContentLost(f"snapshot {one.name} is gone")
+                continue
+            if not one.may_exist(moment):
+                raise ContentLost(f"snapshot {one.name} is there, but was not made yet or was deleted")
+            compare(one.content, image.content(found), f"snapshot {one.name}")
+        assert listed == {}, "snapshots that nobody made"
+        return content
+
+    def end(self) -> CrashState:
+        """Return what is there now."""
+        return CrashState(self.media[0].copy(), 1 << 61, "the end", tuple(node.copy() for node in self.media[1:]))
