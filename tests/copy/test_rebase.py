@@ -78,3 +78,24 @@ def test_unsafe_changes_the_header_alone(tmp_path: Path) -> None:
     shutil.move(layers[0], tmp_path / "moved")
     rebase(layers[1], "moved", "qcow2", unsafe=True)
     assert disk_of(layers[1]) == before
+
+
+def test_the_same_file_read_in_another_way_is_another_backing_file(tmp_path: Path) -> None:
+    halves, image = tmp_path / "halves", tmp_path / "image"
+    halves.write_bytes(b"A" * MIB + b"B" * MIB)
+
+    def half(offset: int) -> str:
+        file = f'"file":{{"driver":"file","filename":"{halves}"}}'
+        return f'json:{{"driver":"raw","offset":{offset},"size":{MIB},{file}}}'
+
+    create(str(image), "qcow2", MIB)
+    with cowhand.open(image, writable=True) as disk:
+        disk.write(0, b"C" * (MIB // 2))
+    with image.open("r+b") as file:
+        file.truncate(MIB)
+    for number, (old, old_format, new) in enumerate(((half(0), "raw", half(MIB)), (str(image), "qcow2", str(image)))):
+        top = tmp_path / f"top{number}"
+        create(str(top), "qcow2", MIB, backing=old, backing_format=old_format)
+        before = disk_of(top)
+        rebase(str(top), new, "raw")
+        assert disk_of(top) == before

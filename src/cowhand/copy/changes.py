@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from cowhand.block.descriptions import PREFIX
 from cowhand.block.format import FormatNode
 from cowhand.block.status import skip_filters
 from cowhand.copy import plan
@@ -58,13 +59,30 @@ def shared_from(top: Disk, below: Disk | None, files: Files) -> int | None:
     """Return how many layers lie above *below* in *top*'s own chain; None when it is no part of that."""
     if below is None:
         return None
-    wanted = files.key(below.root)
+    layer = skip_filters(below.root)
+    if files.key(layer) is None:
+        return None
     depth, node = 0, skip_filters(top.root)
     while (child := node.backing) is not None:
         depth, node = depth + 1, skip_filters(child.node)
-        if wanted is not None and files.key(node) == wanted and node.size == below.size:
+        if _same_chain(node, layer, files):
             return depth
     return None
+
+
+def _same_chain(one: BlockNode, other: BlockNode, files: Files) -> bool:
+    """Tell whether two layers, and those below, are the same: not where one is read as raw, from another offset, or over something else."""
+    while True:
+        named = one.filename == other.filename
+        plain = not (one.filename.startswith(PREFIX) or other.filename.startswith(PREFIX))
+        if one.driver != other.driver or one.size != other.size or files.key(one) != files.key(other):
+            return False
+        if not (named or (plain and files.key(one) is not None)):
+            return False
+        below, beneath = one.backing, other.backing
+        if below is None or beneath is None:
+            return below is beneath
+        one, other = skip_filters(below.node), skip_filters(beneath.node)
 
 
 def candidates(top: Disk, below: Disk | None, unit: int) -> Iterator[Run]:
