@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -544,3 +545,32 @@ def test_many_counts_change_by_numpy_however_they_were_counted(tmp_path: Path) -
         create_snapshot(disk, "s")
         delete_snapshot(disk, "s")
     assert_clean(tmp_path / "x")
+
+
+def test_a_snapshot_that_is_being_deleted_is_not_opened_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looked it up just before would read clusters that others get next."""
+    found: list[object] = []
+    with opened(content=b"a" * 20000) as disk:
+        create_snapshot(disk, "s")
+        disk.write(0, b"b" * 20000)
+
+        def read() -> None:
+            try:
+                with open_snapshot(disk, "s") as view:
+                    found.append(view.read(0, 1))
+            except SnapshotNotFound as error:
+                found.append(error)
+
+        thread = threading.Thread(target=read)
+        flush = disk.root.flush
+
+        def reading_meanwhile() -> None:
+            if not thread.ident:
+                thread.start()
+                thread.join(0.1)
+            flush()
+
+        monkeypatch.setattr(disk.root, "flush", reading_meanwhile)
+        delete_snapshot(disk, "s")
+        thread.join()
+    assert [type(answer) for answer in found] == [SnapshotNotFound]

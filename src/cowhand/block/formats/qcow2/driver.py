@@ -488,10 +488,9 @@ class Qcow2Node(MetadataNode):
         delete(self, ident, name)
 
     def open_snapshot(self, ident: str, name: str) -> BlockNode:
-        from cowhand.block.formats.qcow2.snapshotting import find
         from cowhand.block.formats.qcow2.snapshotview import SnapshotView
 
-        return SnapshotView.over(self, find(self, ident, name))
+        return SnapshotView.of(self, ident, name)
 
     def owners(self, clusters: Iterable[int]) -> dict[int, list[str]]:
         """Return {host cluster: what refers to it, in words}; see :mod:`cowhand.block.formats.qcow2.owners`."""

@@ -274,12 +274,16 @@ def delete(node: Qcow2Node, ident: str, name: str) -> None:
     _refuse_external(node)
     snapshot = find(node, ident, name)
     check_l1(node, snapshot)
-    if node.views.get(snapshot.l1_offset):
-        raise ImageInUse(
-            f"snapshot '{snapshot.name}' is being read", path=node.filename, hint="Close the disk that shows it first."
-        )
-    with _alone(node):
-        freed = _delete(node, snapshot)
+    node.check_writable()
+    with node.operation:
+        if node.views.get(snapshot.l1_offset):
+            raise ImageInUse(
+                f"snapshot '{snapshot.name}' is being read",
+                path=node.filename,
+                hint="Close the disk that shows it first.",
+            )
+        with _settled(node):
+            freed = _delete(node, snapshot)
     if node.options.discard == "unmap" and node.options.pass_discard_snapshot and node.file.node.capabilities.discard:
         _discard(node, freed)
 

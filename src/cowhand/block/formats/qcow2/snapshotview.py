@@ -10,10 +10,14 @@ from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.formats.qcow2.options import Qcow2Options
 from cowhand.block.formats.qcow2.refcounts import Refcounts
 from cowhand.block.formats.qcow2.snapshots import read_l1
+from cowhand.block.formats.qcow2.snapshotting import find
 from cowhand.block.node import ALL_PERMISSIONS, CONSISTENT_READ, Capabilities, Child, Role
+from cowhand.core.locks import RANK_LEAF, ranked_lock
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.snapshots import Snapshot
+
+_counting = ranked_lock(RANK_LEAF, "snapshot views")
 
 
 class SnapshotView(Qcow2Node):
@@ -26,9 +30,18 @@ class SnapshotView(Qcow2Node):
     snapshot: Snapshot
 
     @classmethod
-    def over(cls, origin: Qcow2Node, snapshot: Snapshot) -> SnapshotView:
-        """Return a view of *snapshot*. Raises InvalidFormat when its tables are not possible."""
-        l1 = bytearray(read_l1(origin, snapshot))
+    def of(cls, origin: Qcow2Node, ident: str, name: str) -> SnapshotView:
+        """Return a view of a snapshot. Raises SnapshotNotFound, and InvalidFormat when its tables are not possible."""
+        # Nobody deletes it between the look for it and the note that it is being read.
+        with origin.operation:
+            snapshot = find(origin, ident, name)
+            l1 = bytearray(read_l1(origin, snapshot))
+            with _counting:
+                origin.views[snapshot.l1_offset] = origin.views.get(snapshot.l1_offset, 0) + 1
+        return cls._over(origin, snapshot, l1)
+
+    @classmethod
+    def _over(cls, origin: Qcow2Node, snapshot: Snapshot, l1: bytearray) -> SnapshotView:
         view = cls(Qcow2Options(read_only=True))
         view.origin, view.snapshot = origin, snapshot
         view.header = copy.copy(origin.header)
@@ -43,7 +56,6 @@ class SnapshotView(Qcow2Node):
         view.capabilities = Capabilities()
         view.event_sink = origin.event_sink
         view._preallocated = origin.metadata_preallocated
-        origin.views[snapshot.l1_offset] = origin.views.get(snapshot.l1_offset, 0) + 1
         try:
             view.file = graph.attach(view, "file", origin.file.node, Role.PRIMARY)
             view.data_child = view.file
@@ -67,8 +79,9 @@ class SnapshotView(Qcow2Node):
 
     def close(self) -> None:
         views = self.origin.views
-        left = views.get(self.snapshot.l1_offset, 1) - 1
-        if left:
-            views[self.snapshot.l1_offset] = left
-        else:
-            views.pop(self.snapshot.l1_offset, None)
+        with _counting:
+            left = views.get(self.snapshot.l1_offset, 1) - 1
+            if left:
+                views[self.snapshot.l1_offset] = left
+            else:
+                views.pop(self.snapshot.l1_offset, None)
