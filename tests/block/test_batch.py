@@ -220,7 +220,7 @@ def test_a_file_that_ends_early_reads_as_zeroes_and_an_interrupted_write_is_fini
 
         short = iter((1000, -1, 4096, 0, 4096))
 
-        def pwritev(descriptor: int, buffers: tuple[bytes, ...], offset: int) -> int:
+        def pwritev(descriptor: int, buffers: tuple[bytes, ...], offset: int, flags: int = 0) -> int:
             count = next(short)
             if count < 0:
                 raise InterruptedError

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cowhand.block import readahead
 from cowhand.block.node import READ, WRITE_REQUEST, Request, one_by_one
 from cowhand.block.placing import put
 from cowhand.block.unitwrites import SINGLY, UnitWrites
@@ -90,16 +91,24 @@ def _one_after_another(
     descriptor, hosts = places
     writing = batch[0][0] != READ
     move: Any = _pwritev if writing else _preadv
+    flags = 0 if writing else readahead.NOWAIT
     wanted, unit, writes = gathered.wanted, gathered.unit, gathered.writes
     try:
         for request, host in zip(batch, hosts, strict=True):
             if host >= 0 and not (writes.numbers and writes.touches(request[1], request[1] + len(request[2]))):
                 what = request[2]
                 try:
-                    if move(descriptor, (what,), host) == len(what):
+                    if move(descriptor, (what,), host, flags) == len(what):
                         continue
-                except OSError:
-                    pass  # the long way meets the same, and deals with it
+                    if flags:
+                        raise BlockingIOError
+                except OSError as error:
+                    # The long way meets the same, and deals with it.
+                    if flags:
+                        flags = 0  # it waits, or the file system does not know of reading without
+                        if isinstance(error, BlockingIOError):
+                            cold = [(at, len(each[2])) for each, at in zip(batch, hosts, strict=True) if at >= 0]
+                            readahead.announce(descriptor, cold[: readahead.MOST])
                 except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
                     failure = failure or error
                     continue

@@ -103,12 +103,28 @@ class FormatNode(ReservingNode):
                 self.event_sink("read_aio")
             run[2].read_into(run[3], buffer)
             return
+        if run[2] is not None and length - run[0] > 0 and (lane := run[2].lane) is not None and lane.lane_fd >= 0:
+            self._announce(lane.lane_fd, run, offset, length)
         position = 0
         while position < length:
             run = self.map(offset + position, length - position)
             count = run[0]
             self._read_run(run, offset + position, view[position : position + count])
             position += count
+
+    def _announce(self, descriptor: int, run: tuple[int, int, Child | None, int], offset: int, length: int) -> None:
+        """Have the kernel read all runs of a request, the first of which is *run*, at once where it has not got them already."""
+        from cowhand.block import readahead
+
+        if run[1] & PLAIN_MASK != PLAIN_RUN or not readahead.is_cold(descriptor, run[3]):
+            return
+        child, places, position = run[2], [(run[3], run[0])], run[0]
+        while position < length and len(places) < readahead.MOST:
+            run = self.map(offset + position, length - position)
+            if run[1] & PLAIN_MASK == PLAIN_RUN and run[2] is child:
+                places.append((run[3], run[0]))
+            position += run[0]
+        readahead.announce(descriptor, places)
 
     def _read_run(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
         flags = run[1]

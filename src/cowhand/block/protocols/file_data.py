@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from cowhand.block import readahead
 from cowhand.block.node import READ, WRITE_REQUEST, BlockNode, Request
 from cowhand.block.protocols import file_syscalls
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, fill_zero, give, take
@@ -285,6 +286,9 @@ class DescriptorNode(BlockNode):
     def submit(self, batch: Sequence[Request]) -> None:
         failure: CowhandError | None = None
         index, count = 0, len(batch)
+        if count > 1 and batch[0][0] == READ and not self.direct and readahead.is_cold(self.fd, batch[0][1]):
+            wanted = [(offset, len(what)) for kind, offset, what in batch[: readahead.MOST] if kind == READ]
+            readahead.announce(self.fd, wanted)
         while index < count:
             kind, offset, what = batch[index]
             index += 1
