@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from hypothesis import given, settings, strategies as st
 from cowhand.block.disk import Disk
 from cowhand.block.node import BlockNode
 from cowhand.block.opening import Opening
-from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
+from cowhand.block.protocols.memory import PAGE, MemoryNode, MemoryOptions
 from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, VerificationFailed
+from cowhand.core.extents import ZERO, ExtentBatch
 from cowhand.drivers import REGISTRY
 from cowhand.testing.faults import FaultNode
 from cowhand.testing.filters import FilterContract
@@ -117,14 +119,35 @@ def test_fifo_takes_the_first_that_answers() -> None:
         assert disk.read(0, 512) == b"\2" * 512
 
 
+def test_fragmented_children_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(5)
+    present = [{page for page in range(2048) if rng.random() < 0.4} for _ in range(3)]
+    nodes = [MemoryNode(MemoryOptions(size=2048 * PAGE)) for _ in present]
+    for node, pages in zip(nodes, present, strict=True):
+        for page in pages:
+            node.write(page * PAGE, (b"d" * PAGE,))
+    with Disk(quorum(list(nodes), 1)) as disk:
+        asked = 0
+        answer = MemoryNode.map_batch
+
+        def noted(node: MemoryNode, offset: int, length: int) -> ExtentBatch:
+            nonlocal asked
+            asked += 1
+            return answer(node, offset, length)
+
+        monkeypatch.setattr(MemoryNode, "map_batch", noted)
+        rows = [row for batch in disk.extents() for row in batch]
+    assert asked == 3
+    data = {page for row in rows if not row.flags & ZERO for page in range(row.start // PAGE, row.end // PAGE)}
+    assert data == set.union(*present)
+
+
 def test_zeroes_are_where_all_have_some() -> None:
     nodes = [MemoryNode(), MemoryNode()]
     for number, node in enumerate(nodes):
         node.resize(1 << 20)
         node.write(number << 18, (b"d" * 65536,))
     with Disk(quorum(list(nodes), 1)) as disk:
-        from cowhand.core.extents import ZERO
-
         rows = [(row.start, bool(row.flags & ZERO)) for batch in disk.extents() for row in batch]
         assert {start: zero for start, zero in rows if start in (0, 1 << 18, 1 << 19)}.get(0) is False
         for start, zero in rows:

@@ -7,7 +7,7 @@ say, or with ``read-pattern=fifo`` the first child that answers; writes go to al
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.filter import describe, json_name
@@ -17,7 +17,7 @@ from cowhand.block.rangelocks import RangeLocks
 from cowhand.block.status import layered
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, VerificationFailed
-from cowhand.core.extents import ALLOCATED, DATA, ZERO, ExtentBatch
+from cowhand.core.extents import ALLOCATED, DATA, MAX_ROWS, ZERO, ExtentBatch
 
 if TYPE_CHECKING:
     from cowhand.block.opening import Opening
@@ -256,14 +256,38 @@ class QuorumNode(BlockNode):
 
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
         """Zeroes are where every child has some; the rest is data."""
-        zeroes = True
+        end = offset + length
+        zeroes = [(offset, end)]
         for child in self.voters:
-            row = next(iter(layered(child.node, offset, length)))
-            length = min(length, row.length)
-            zeroes = zeroes and bool(row.flags & ZERO)
+            told = layered(child.node, offset, end - offset)
+            end = told.end
+            zeroes = list(_common(zeroes, told))
         batch = ExtentBatch()
-        batch.add(offset, length, (ZERO if zeroes else DATA) | ALLOCATED, offset, self)
+        position = offset
+        for begin, stop in zeroes:
+            if len(batch) > MAX_ROWS - 3:
+                return batch
+            if begin > position:
+                batch.add(position, begin - position, DATA | ALLOCATED, position, self)
+            batch.add(begin, stop - begin, ZERO | ALLOCATED, begin, self)
+            position = stop
+        if position < end:
+            batch.add(position, end - position, DATA | ALLOCATED, position, self)
         return batch
+
+
+def _common(ranges: list[tuple[int, int]], told: ExtentBatch) -> Iterator[tuple[int, int]]:
+    """Yield what of *ranges*, which rise, *told* says is zero."""
+    rows = iter(ranges)
+    begin, end = next(rows, (told.end, told.end))
+    for start, length, flags in zip(told.start, told.length, told.flags, strict=True):
+        stop = start + length
+        while begin < stop:
+            if flags & ZERO and end > start:
+                yield max(begin, start), min(end, stop)
+            if end > stop:
+                break
+            begin, end = next(rows, (told.end, told.end))
 
 
 def _listed(value: Any) -> list[Any]:
