@@ -501,6 +501,44 @@ def test_after_a_failed_flush_nothing_is_written(node: FileNode, monkeypatch: py
     again.close()
 
 
+@linux
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_flush_that_fails_inside_another_call_is_not_forgotten(
+    node: FileNode, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The system tells of what it could not store once: the next flush succeeds.
+    def unstable(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(number, os.strerror(number))
+        return os.pwritev(fd, buffers, offset)
+
+    def full(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    changes = {
+        "stable": lambda made: made.write(0, (b"x",), True),
+        "resize": lambda made: made.resize(made.size + 4096, preallocation="full"),
+        "reopen": lambda made: made.set_writable(False),
+    }
+    for name, change in changes.items():
+        made = open_file(node.path)
+        with monkeypatch.context() as patch:
+            patch.setattr(file_data, "_datasync", Failing(None, number=number))
+            patch.setattr("os.fsync", Failing(None, number=number))
+            patch.setattr(file_data, "_pwritev", unstable)
+            with pytest.raises(CowhandError):
+                change(made)
+        with pytest.raises(Poisoned):
+            made.flush()
+        assert name and made.writable
+        made.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(file_data, "_pwritev", full)
+        with pytest.raises(NoSpace):
+            node.write(0, (b"x",), True)
+    node.write(0, (b"y",), True)  # that there was no space is an error of the one request
+
+
 def test_flushes_are_ignored_where_that_was_asked(image_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FileNode.create(str(image_dir / "f"), 4096)
     node = open_file(image_dir / "f", cache_no_flush=True)

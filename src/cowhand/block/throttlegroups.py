@@ -74,7 +74,8 @@ class ThrottleGroup:
     def hurry(self, member: Member, on: bool) -> None:
         """Let *member*'s requests pass without waiting until this was taken back as often as it was said."""
         with self._changed:
-            member.hurried += 1 if on else -1
+            # Never below nobody: an interrupt may come before everybody was told, and all are told of its end.
+            member.hurried = max(0, member.hurried + (1 if on else -1))
             self._changed.notify_all()
 
     def admit(self, member: Member, write: bool, length: int) -> None:

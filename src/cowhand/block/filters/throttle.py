@@ -35,6 +35,7 @@ class _Regrouping(Reopening):
         assert isinstance(options, ThrottleOptions)
         assert options.throttle_group is not None
         super().__init__(node, options, writable)
+        self._old = node.member
         self._other = throttlegroups.find(options.throttle_group).join()
 
     def _exchange(self) -> None:
@@ -52,7 +53,8 @@ class _Regrouping(Reopening):
 
     def undo(self) -> None:
         super().undo()
-        self._exchange()
+        if self.node.member is not self._old:  # an interrupt may come before the commit
+            self._exchange()
 
     def finish(self) -> None:
         self._other.group.leave(self._other)

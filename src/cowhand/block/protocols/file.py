@@ -50,6 +50,7 @@ class _Exchange(Reopening):
         super().__init__(node, options, writable)
         self._fresh = self._old = -1
         if (writable, options.cache_direct) != (node.writable, node.direct):
+            node.flush_before_exchange()
             self._fresh = node.same_file(writable, options.cache_direct)
             self._old = os.dup(node.fd)
 
@@ -143,6 +144,11 @@ class FileNode(DescriptorNode):
                 self.fd = self._open_descriptor(False)
         self._take_holder()
         self._measure()
+
+    def flush_before_exchange(self) -> None:
+        """Flush: that what was written before could not be stored the system tells the descriptor it was written by, and no new one."""
+        if self.writable and self.failure is None:
+            self.flush()
 
     def same_file(self, writable: bool, direct: bool) -> int:
         """Return another descriptor of the file that is open. Raises as opening does, and IOFailed when the path now names another file."""
@@ -250,6 +256,7 @@ class FileNode(DescriptorNode):
         """
         if writable == self.writable:
             return
+        self.flush_before_exchange()
         fd = self.same_file(writable, self.direct)
         try:
             os.dup2(fd, self.fd, inheritable=False)
@@ -302,7 +309,7 @@ class FileNode(DescriptorNode):
             self.refuse_poisoned()
         if size < self.size and not shrink:
             raise InvalidArgument("the file would be cut shorter, which was not allowed", path=self.path)
-        set_size(self.fd, size, preallocation, self.path)
+        set_size(self.fd, size, preallocation, self.path, flush=lambda _: self.flush())
 
     def close(self) -> None:
         fd, self.fd, self.lane_fd = self.fd, -1, -1

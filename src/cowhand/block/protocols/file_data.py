@@ -25,6 +25,8 @@ _pwritev = file_syscalls.pwritev
 
 #: The kernel takes at most so many buffers in one call (IOV_MAX).
 MAX_BUFFERS = 1024
+#: What a write says when there is no space, and a flush of a medium that only seemed to have some (thin pools, network file systems).
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 #: Unaligned memory is copied through aligned memory in pieces of this size.
 BOUNCE_SIZE = 1 << 20
 
@@ -165,12 +167,20 @@ class DescriptorNode(BlockNode):
                 self.write(offset, buffers)
                 self.flush()
                 return
-            if error.errno == errno.EIO:
-                self._poison(errno.EIO)
+            if error.errno == errno.EIO or (error.errno in _FULL and self._takes(offset, buffers)):
+                # Not the writing failed but the flush in it, of these bytes or, reported only once, of earlier ones.
+                self._poison(error.errno or errno.EIO)
             raise self._failed(error, "writing", offset) from error
         if done != sum(map(len, buffers)):
             self._write_rest(offset, buffers, done)
             self.flush()
+
+    def _takes(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        """Tell whether the page cache takes the bytes, so that it was not for want of space there that a stable write failed."""
+        try:
+            return _pwritev(self.fd, buffers, offset) == sum(map(len, buffers))
+        except OSError:
+            return False
 
     def _write_rest(self, offset: int, buffers: Sequence[Buffer], done: int) -> None:
         """Go on behind *done* bytes: after a short write, or with unaligned memory under direct I/O."""

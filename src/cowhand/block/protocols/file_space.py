@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from typing import Any
 
 from cowhand.block.node import ALL_PERMISSIONS, RESIZE, WRITE
@@ -64,10 +65,11 @@ def write_zero_bytes(fd: int, offset: int, length: int) -> None:
         length -= done
 
 
-def set_size(fd: int, size: int, preallocation: str, path: str) -> None:
+def set_size(fd: int, size: int, preallocation: str, path: str, *, flush: Callable[[int], None] | None = None) -> None:
     """Change the length of a regular file with nothing in flight; on an error the old length is restored.
 
-    *preallocation* "falloc" reserves space for what is new, "full" writes it as well, "off" leaves a hole.
+    *preallocation* "falloc" reserves space for what is new, "full" writes it as well, "off" leaves a hole. *flush* makes what was written stable
+    (os.fsync): the system tells of a failure once, so whoever keeps a file open has to hear of it.
     """
     if preallocation not in PREALLOCATIONS:
         raise NotSupported(f"Unsupported preallocation mode: {preallocation}", path=path)
@@ -86,7 +88,7 @@ def set_size(fd: int, size: int, preallocation: str, path: str) -> None:
                 doing = "preallocating"
                 _check_free(fd, old, size)
                 write_zero_bytes(fd, old, size - old)
-                os.fsync(fd)
+                (flush or os.fsync)(fd)
         if preallocation != "full" and not old:
             _fill_first_block(fd, size)
     except BaseException as error:
