@@ -242,6 +242,18 @@ def test_what_a_snapshot_that_cannot_be_followed_may_hold_is_not_freed(
     assert found.content(found.snapshots[0]) == content.ljust(found.size, b"\0")
 
 
+@pytest.mark.parametrize("repair", ["leaks", "all"])
+def test_features_that_are_not_known_count_no_more_once_something_was_freed(repair: str, image: bytearray) -> None:
+    """What an autoclear bit vouches for may lie in what looks lost, also where the repair does not put everything right."""
+    image[94] |= 0x40
+    image[struct.unpack_from(">Q", image, 64)[0] + 7] = 0x10  # a snapshot's table cannot lie there
+    block = tables(image)[2]
+    struct.pack_into(">H", image, block + 2 * 200, 1)
+    result, out = repaired(image, repair)
+    assert result.exit_code == 2
+    assert out[94] == 0
+
+
 # -- images that were not closed
 
 

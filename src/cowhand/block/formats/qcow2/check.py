@@ -90,6 +90,9 @@ class Examination:
         snapshots, bitmaps = Counters(), Counters()
         result = CheckResult()
         try:
+            if self.fix_leaks:
+                # Before anything that they vouch for is given back.
+                self.node.clear_unknown_marks()
             self._read_snapshot_table(snapshots)
             self._look_at_bitmaps(bitmaps)
             self._examine(result)

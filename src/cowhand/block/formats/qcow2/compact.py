@@ -174,6 +174,8 @@ class Compactor:
         self.tally = None
         gc.collect()
         exam, result = self._checked(None)
+        with self.node.exclusive():
+            self.node.clear_unknown_marks()  # it is sound, and about to be changed
         if result.leaks:
             del exam
             gc.collect()

@@ -501,7 +501,4 @@ class Qcow2Node(MetadataNode):
     def check(self, repair: str | None, say: Say) -> CheckResult:
         from cowhand.block.formats.qcow2.check import check
 
-        result = check(self, repair, say)
-        if repair is not None and result.failure is None and not result.corruptions:
-            self.clear_unknown_marks()
-        return result
+        return check(self, repair, say)
