@@ -574,3 +574,16 @@ def test_a_snapshot_that_is_being_deleted_is_not_opened_meanwhile(monkeypatch: p
         delete_snapshot(disk, "s")
         thread.join()
     assert [type(answer) for answer in found] == [SnapshotNotFound]
+
+
+@pytest.mark.parametrize("many", [0, 1 << 40], ids=["numpy", "plain"])
+def test_a_damaged_count_of_something_else_is_no_obstacle(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of 64 bits may be greater on disk than any that is possible; only those that change are judged."""
+    monkeypatch.setattr(countchange, "_MANY_COUNTS", many)
+    image = images.create(Shape(refcount_bits=64), b"a" * 5000)
+    data = bytearray(image.snapshot_bytes())
+    block = oracle.Image(bytes(data)).words(oracle.Image(bytes(data)).table_offset, 1)[0]
+    data[block + 63 * 8 : block + 64 * 8] = b"\xff" * 8
+    with Disk(MemoryNode(content=bytes(data))) as keeper, images.open_over(keeper.root, writable=True) as disk:
+        create_snapshot(disk, "s")
+        assert [snapshot.name for snapshot in list_snapshots(disk)] == ["s"]

@@ -185,7 +185,7 @@ def _added_fast(node: Qcow2Node, change: Tally, first: int, old: bytes, delta: b
     if low.any():
         raise _wrong(node, first + int(numpy.flatnonzero(low)[0]))
     if sign > 0:
-        high = counts > change.maximum - steps.astype("u8")
+        high = touched & (counts > change.maximum - steps.astype("u8"))
         if high.any():
             raise too_high(node, first + int(numpy.flatnonzero(high)[0]))
     out: bytes = (counts + steps if sign > 0 else counts - steps).astype(change.code).tobytes()
