@@ -12,6 +12,7 @@ from cowhand.block.protocols.memory import MemoryNode
 from cowhand.copy.compare import CompareResult, Difference, compare, first_difference
 from cowhand.copy.convert import convert
 from cowhand.core.errors import Cancelled, IOFailed
+from cowhand.core.extents import ExtentBatch
 from cowhand.core.progress import CancelToken
 from cowhand.testing.faults import FaultNode
 from tests.copy.images import MIB, content, memory_disk, sparse_file
@@ -132,3 +133,21 @@ def test_the_first_difference_of_two_buffers(rng: random.Random) -> None:
         other = bytearray(data)
         other[at] ^= 1
         assert first_difference(data, other) == at
+
+
+class _Unknown(MemoryNode):
+    """Cannot tell what lies in its second half."""
+
+    def map_batch(self, offset: int, length: int) -> ExtentBatch:
+        if offset >= MIB:
+            raise IOFailed("nobody knows")
+        return super().map_batch(offset, min(length, MIB - offset))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_difference_before_what_cannot_be_told_is_the_answer(workers: int) -> None:
+    with Disk(_Unknown(content=b"a" * 2 * MIB)) as one:
+        with memory_disk(b"a" * 4096 + b"b" * (2 * MIB - 4096)) as two:
+            assert compare(one, two, workers=workers) == CompareResult(False, Difference.CONTENT, 4096)
+        with memory_disk(b"a" * 2 * MIB) as two, pytest.raises(IOFailed, match="nobody knows"):
+            compare(one, two, workers=workers)

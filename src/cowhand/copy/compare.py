@@ -115,6 +115,7 @@ class _Comparison:
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._failed_at = 0
+        self._reached = 0  #: the end of the last piece that somebody took
 
     def run(self, workers: int) -> tuple[int, Difference] | None:
         threads = [threading.Thread(target=self._work, name=f"compare-{index}") for index in range(max(1, workers))]
@@ -142,24 +143,31 @@ class _Comparison:
     def _cut(self) -> Iterator[_Piece]:
         """Yield the pieces of which at least one side has to be read, in order."""
         pending: _Piece | None = None
-        for start, length, one, two in self._pairs():
-            if self.strict and (one ^ two) & _STRICT:
-                if pending is not None:
-                    yield from self._split(pending)
-                yield _Piece(start, length, False, False)
-                return
-            piece = _Piece(start, length, not one & ZERO, not two & ZERO)
-            if not piece.first and not piece.second:
-                self.progress.advance(length)
-                continue
-            if pending is not None:
-                if pending[2:] == piece[2:] and pending.start + pending.length == start:
-                    pending = pending._replace(length=pending.length + length)
+        failure: CowhandError | None = None
+        try:
+            for start, length, one, two in self._pairs():
+                if self.strict and (one ^ two) & _STRICT:
+                    if pending is not None:
+                        yield from self._split(pending)
+                    yield _Piece(start, length, False, False)
+                    return
+                piece = _Piece(start, length, not one & ZERO, not two & ZERO)
+                if not piece.first and not piece.second:
+                    self.progress.advance(length)
                     continue
-                yield from self._split(pending)
-            pending = piece
+                if pending is not None:
+                    if pending[2:] == piece[2:] and pending.start + pending.length == start:
+                        pending = pending._replace(length=pending.length + length)
+                        continue
+                    yield from self._split(pending)
+                pending = piece
+        except CowhandError as error:
+            failure = error
+        # What lies before a stretch of which nobody can tell what it is may differ: that is the answer then.
         if pending is not None:
             yield from self._split(pending)
+        if failure is not None:
+            raise failure
 
     @staticmethod
     def _split(piece: _Piece) -> Iterator[_Piece]:
@@ -194,10 +202,11 @@ class _Comparison:
                     if self._failure is not None or self.found is not None:
                         return
                     self.cancel.check()
+                    position = self._reached  # where an error of the next line lies, at least
                     piece = next(self._pieces, None)
-                if piece is None:
-                    return
-                position = piece.start
+                    if piece is None:
+                        return
+                    position, self._reached = piece.start, piece.start + piece.length
                 if not piece.first and not piece.second:
                     self._tell(piece.start, Difference.STATUS)
                     return
