@@ -17,7 +17,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.block.rehearsal import RehearsalNode
 from cowhand.block.undolog import UndoLog, play, write_log
-from cowhand.core.errors import CowhandError, InvalidFormat, IOFailed, NoSpace
+from cowhand.core.errors import CowhandError, InvalidFormat, IOFailed, NoSpace, NotSupported
 from cowhand.testing.faults import ALL, CHANGES, FLUSH, HALF, NOTHING, READ, TRUNCATE, WRITE, FaultNode
 from tests.hostile import layout
 
@@ -237,3 +237,13 @@ def test_a_hostile_log_is_refused(header: bytes, tmp_path: Path) -> None:
     log.write_bytes(b"cowhand undo log 1\n" + header + b"\n")
     with pytest.raises(InvalidFormat):
         UndoLog(str(log))
+
+
+def test_a_log_that_nobody_could_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, log = tmp_path / "image", tmp_path / "log"
+    path.write_bytes(_damaged("counts"))
+    before = path.read_bytes()
+    monkeypatch.setattr(undolog, "_MAX_HEADER", 200)
+    with pytest.raises(NotSupported, match="so many places"):
+        rescue.repair_logged(str(path), "all", str(log), format="qcow2")
+    assert path.read_bytes() == before and not log.exists()

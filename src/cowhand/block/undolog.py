@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from cowhand.block.disk import Disk
 from cowhand.block.node import CONSISTENT_READ
 from cowhand.block.rehearsal import FLUSH, RESIZE, SECTOR, WRITE, RehearsalNode
-from cowhand.core.errors import CowhandError, ImageExists, InvalidFormat, from_os_error
+from cowhand.core.errors import CowhandError, ImageExists, InvalidFormat, NotSupported, from_os_error
 
 _MAGIC = b"cowhand undo log 1\n"
 _PIECE = 1 << 20
@@ -83,7 +83,7 @@ def _short(content: bytes) -> bytes:
 
 
 def write_log(path: str, disk: Disk, image: str, rehearsal: RehearsalNode) -> None:
-    """Write the log of what *rehearsal* would change of *disk* to the new file *path*, stably. Raises ImageExists, IOFailed, NoSpace."""
+    """Write the log of what *rehearsal* would change of *disk* to the new *path*, stably. Raises ImageExists, IOFailed, NoSpace, NotSupported."""
     kept, changed = list(rehearsal.only_read()), list(rehearsal.written())
     sizes = [disk.root.size, *(step.length for step in rehearsal.steps if step.kind == RESIZE), rehearsal.size]
     sizes += [min(rehearsal.size, step.offset + step.length) for step in rehearsal.steps if step.kind == WRITE]
@@ -95,6 +95,13 @@ def write_log(path: str, disk: Disk, image: str, rehearsal: RehearsalNode) -> No
         "kept": kept,
         "kept-sha256": _digest(disk, kept),
     }
+    line = json.dumps(header).encode() + b"\n"
+    if len(line) > _MAX_HEADER:
+        # Nobody could read it again, and so nothing could be undone.
+        raise NotSupported(
+            f"the repair looks at so many places ({len(kept) + len(changed)}) that no undo log holds them", path=image,
+            hint="Repair it without a log (--no-log), on a copy.",
+        )  # fmt: skip
     versions: dict[int, list[bytes]] = {}
     for step in rehearsal.steps:
         if step.kind == WRITE:
@@ -106,7 +113,7 @@ def write_log(path: str, disk: Disk, image: str, rehearsal: RehearsalNode) -> No
         with open(path, "xb") as file:
             made = True
             digest = hashlib.sha256()
-            for piece in _log_pieces(disk, header, changed, versions):
+            for piece in _log_pieces(disk, line, changed, versions):
                 digest.update(piece)
                 file.write(piece)
             file.write(digest.digest())
@@ -129,9 +136,9 @@ def write_log(path: str, disk: Disk, image: str, rehearsal: RehearsalNode) -> No
 
 
 def _log_pieces(
-    disk: Disk, header: dict[str, Any], changed: list[tuple[int, int]], versions: dict[int, list[bytes]]
+    disk: Disk, header: bytes, changed: list[tuple[int, int]], versions: dict[int, list[bytes]]
 ) -> Iterator[bytes]:
-    yield _MAGIC + json.dumps(header).encode() + b"\n"
+    yield _MAGIC + header
     for begin, end in changed:
         yield from _pieces(disk, begin, end)
     for begin, end in changed:
