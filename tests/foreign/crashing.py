@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from cowhand.block import bitmaps
 from cowhand.block.check import check
+from cowhand.block.compressed import write_compressed
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.compact import Compactor
 from cowhand.block.formats.qcow2.compression import codec
@@ -27,8 +29,9 @@ from cowhand.jobs.commit import commit
 from cowhand.testing.expected import ContentLost, ExpectedContent
 from cowhand.testing.faults import FaultNode
 from cowhand.testing.model import compare
-from cowhand.testing.recorder import RecorderNode
+from cowhand.testing.recorder import END_OF_LOG, RecorderNode
 from cowhand.testing.replay import CrashState
+from tests.foreign.bitmaps import AUTO, IN_USE
 from tests.foreign.images import Image
 from tests.qcow2 import images, life, oracle
 from tests.qcow2.life import DIRTY
@@ -49,6 +52,16 @@ def suits(image: Image) -> bool:
     )
 
 
+class Stored(NamedTuple):
+    """A bitmap as the directory has it."""
+
+    name: bytes
+    flags: int
+    bits: int
+    table: int
+    entries: int
+
+
 class Judged(oracle.Image):
     """The independent reader, with zstd and with the references of bitmaps."""
 
@@ -61,11 +74,20 @@ class Judged(oracle.Image):
         return super()._cluster(entry, guest)
 
     def _walk(self, what: str, l1_offset: int, l1_size: int, *, active: bool) -> None:
-        if active and self.version >= 3 and struct.unpack_from(">Q", self.data, 88)[0] & 1:
-            self._bitmaps()
+        found = list(self.bitmaps()) if active else []
+        if found:
+            self._refer("bitmap directory", *self.directory)
+        for number, bitmap in enumerate(found):
+            self._refer(f"bitmap table {number}", bitmap.table, 8 * bitmap.entries)
+            for index, word in enumerate(self.words(bitmap.table, bitmap.entries)):
+                if word & oracle.OFFSET:
+                    self._refer(f"bitmap {number}:{index}", word & oracle.OFFSET, self.cluster)
         super()._walk(what, l1_offset, l1_size, active=active)
 
-    def _bitmaps(self) -> None:
+    def bitmaps(self) -> Iterator[Stored]:
+        """Yield the bitmaps that the image has."""
+        if self.version < 3 or not struct.unpack_from(">Q", self.data, 88)[0] & 1:
+            return
         at = struct.unpack_from(">I", self.data, 100)[0]
         while True:
             kind, length = struct.unpack_from(">II", self.data, at)
@@ -75,14 +97,28 @@ class Judged(oracle.Image):
                 break
             at += 8 + -(-length // 8) * 8
         count, _, size, place = struct.unpack_from(">IIQQ", self.data, at + 8)
-        self._refer("bitmap directory", place, size)
-        for number in range(count):
-            table, entries, _, _, _, name, extra = struct.unpack_from(">QIIBBHI", self.data, place)
-            self._refer(f"bitmap table {number}", table, 8 * entries)
-            for index, word in enumerate(self.words(table, entries)):
-                if word & oracle.OFFSET:
-                    self._refer(f"bitmap {number}:{index}", word & oracle.OFFSET, self.cluster)
-            place += 24 + -(-(extra + name) // 8) * 8
+        self.directory = place, size
+        for _ in range(count):
+            table, entries, flags, _, bits, length, extra = struct.unpack_from(">QIIBBHI", self.data, place)
+            begin = place + 24 + extra
+            yield Stored(self.data[begin : begin + length], flags, bits, table, entries)
+            place = -(-(begin + length) // 8) * 8
+
+    def dirty(self, bitmap: Stored) -> int:
+        """Return the bits of *bitmap* as a number."""
+        out = 0
+        for index, word in enumerate(self.words(bitmap.table, bitmap.entries)):
+            place = word & oracle.OFFSET
+            data = self.data[place : place + self.cluster] if place else bytes([255 * (word & 1)]) * self.cluster
+            out |= int.from_bytes(data, "little") << 8 * self.cluster * index
+        return out
+
+    def whole(self, snapshot: oracle.Snapshot) -> bytes:
+        """Return what *snapshot* shows with the VM state behind its disk, unless that lies far away."""
+        tables = len(self.words(snapshot.l1_offset, snapshot.l1_size))
+        end = tables * (self.cluster // 8 // self.stride) * self.cluster
+        size = max(snapshot.size, end) if end <= 4 << 20 else snapshot.size
+        return self.content(replace(snapshot, size=size))
 
 
 class DrawnLife(life.Life):
@@ -107,10 +143,11 @@ class DrawnLife(life.Life):
         if shape.external:
             media.append(images.Medium(content=(folder / "disk.data").read_bytes()))
         self.media = media
+        self.failing = fault is not None
         below: list[BlockNode] = list(media)
         if fault is not None:
             chosen = rng.randrange(len(media))
-            below[chosen] = failing = FaultNode(media[chosen], sector=sector)
+            below[chosen] = failing = FaultNode(media[chosen], sector=512)
             fault(failing)
         self.recorder = RecorderNode(below[0], sector=sector)
         self.log = self.recorder.log
@@ -123,6 +160,11 @@ class DrawnLife(life.Life):
         self.verdicts = life.Verdicts()
         self.steps = []
         self.refused = 0
+        judged = Judged(data, self.base, *(node.snapshot_bytes() for node in media[1:]))
+        #: Bitmaps that follow every write from the beginning on.
+        self.following = {b.name: judged.dirty(b) for b in judged.bitmaps() if b.flags & (IN_USE | AUTO) == AUTO}
+        self.states = {one.name: judged.whole(one) for one in judged.snapshots}
+        self.followed = 0  #: looks at bitmaps that could be trusted
         self.opened = True
         with self._reflagging():
             self.disk = self._open()
@@ -138,8 +180,9 @@ class DrawnLife(life.Life):
             verbs += [self.write_compressed] * 2
         if self.image.snapshots or self.shape.snapshots:
             verbs += [self.snapshot] * 2 + [self.apply, self.delete, self.delete]
-        for _ in range(count):
-            self.attempt(self.rng.choice(verbs))
+        with suppress(CowhandError):  # of opening, where the medium does not recover
+            for _ in range(count):
+                self.attempt(self.rng.choice(verbs))
         with suppress(CowhandError):
             self.finish()
 
@@ -155,11 +198,20 @@ class DrawnLife(life.Life):
             with suppress(CowhandError):
                 self.disk.close()
         if not self.opened:
+            self._forget_unflushed()
             with self._reflagging():
                 self.disk = self._open()
             self.opened = True
         self.size = self.disk.size
         self.expected.now = self.expected.now[: self.size].ljust(self.size, b"\0")  # after a resize that failed
+
+    def _forget_unflushed(self) -> None:
+        """Have no later flush vouch for what an image that gave up had not flushed."""
+        horizon = self.expected._horizon(END_OF_LOG)
+        for versions in self.expected._sectors.values():
+            for step in (version.step for version in versions):
+                if not step.firm and step.end is not None and step.end >= horizon:
+                    step.end = None
 
     @contextmanager
     def closed(self) -> Any:
@@ -180,6 +232,19 @@ class DrawnLife(life.Life):
     def snapshot(self) -> None:
         if self.rng.random() < 0.5 or self.shape.snapshots:
             super().snapshot()
+
+    def write_compressed(self) -> None:
+        """Store a cluster compressed by the way that tools do, where nothing has a place."""
+        cluster = self.shape.cluster
+        offset = self.rng.randrange(self.size // cluster) * cluster
+        node = self.disk.root
+        assert isinstance(node, Qcow2Node)
+        if node.map(offset, cluster)[1] & ALLOCATED:
+            return
+        self._tell("compressed", offset, cluster)
+        data = (self.rng.randbytes(cluster // 8) * 8)[:cluster]
+        with self.expected.writing(offset, data):
+            write_compressed(node, self.disk.edge, offset, memoryview(data))
 
     def _description(self, **more: Any) -> dict[str, Any]:
         out: dict[str, Any] = {"driver": "qcow2", "file": self.recorder, "backing": self._backing(), **more}
@@ -221,6 +286,8 @@ class DrawnLife(life.Life):
         verb = self.rng.choice(("add", "add", "remove", "clear", "disable", "merge"))
         self._tell(f"bitmap {verb}")
         chosen = self.rng.choice(names) if names else "none"
+        if verb in ("remove", "clear", "disable"):
+            self.following.pop(chosen.encode(), None)
         if verb == "add":
             bitmaps.add_bitmap(self.disk, f"n{len(names)}", granularity=self.rng.choice((512, 4096, 65536)))
         elif verb == "remove":
@@ -264,7 +331,28 @@ class DrawnLife(life.Life):
 
     # -- judging
 
-    def _image(self, file: MemoryNode, others: Sequence[MemoryNode]) -> oracle.Image:
+    def apply(self) -> None:
+        """Go back to a snapshot, which bitmaps do not notice."""
+        self.following.clear()
+        super().apply()
+
+    def _judge_bitmaps(self, image: Judged, content: bytes) -> None:
+        """Raise where a bitmap that says that it can be trusted does not tell of what was written."""
+        for bitmap in image.bitmaps():
+            before = self.following.get(bitmap.name)
+            if before is None or bitmap.flags & IN_USE:
+                continue
+            self.followed += 1
+            now, unit = image.dirty(bitmap), 1 << bitmap.bits
+            common = min(len(content), len(self.image.content))
+            for number in range(-(-common // unit)):
+                place = slice(number * unit, min(common, (number + 1) * unit))
+                changed = content[place] != self.image.content[place]
+                assert now >> number & 1 or not (changed or before >> number & 1), (
+                    f"bitmap {bitmap.name!r} does not tell of granule {number}"
+                )
+
+    def _image(self, file: MemoryNode, others: Sequence[MemoryNode]) -> Judged:
         return Judged(file.snapshot_bytes(), self.base, *(node.snapshot_bytes() for node in others))
 
     def _judge_bytes(self, state: CrashState) -> bytes:
@@ -272,8 +360,10 @@ class DrawnLife(life.Life):
         image = self._image(state.image, state.others)
         busy = any(begin <= moment <= end + 1 for begin, end in self.reflagging)
         if image.incompatible & DIRTY:
-            assert self.shape.lazy or busy or "dirty" in self.image.odd
-            image = self._repaired(state)
+            assert self.shape.lazy or busy or "dirty" in self.image.odd or self.failing
+            repaired = self._repaired(state)
+            assert isinstance(repaired, Judged)
+            image = repaired
         shape = self.image.shape
         wanted = 4 * bool(self.shape.data) + 16 * shape.extended + 8 * shape.zstd
         assert image.incompatible == wanted, f"incompatible features {image.incompatible:#x}"
@@ -286,6 +376,7 @@ class DrawnLife(life.Life):
         self.verdicts.leaking += bool(findings.leaks + findings.leaks_behind)
         content = image.content()
         self.expected.check(content, moment)
+        self._judge_bitmaps(image, content)
         if self.shape.data == "raw":
             assert image.external is not None
             self.expected.check(image.external[: len(content)].ljust(len(content), b"\0"), moment)
@@ -299,6 +390,8 @@ class DrawnLife(life.Life):
             if not one.may_exist(moment):
                 raise ContentLost(f"snapshot {one.name} is there, but was not made yet or was deleted")
             compare(one.content, image.content(found), f"snapshot {one.name}")
+            if one.name in self.states:
+                compare(self.states[one.name], image.whole(found), f"snapshot {one.name} and its VM state")
         assert listed == {}, "snapshots that nobody made"
         return content
 

@@ -36,13 +36,13 @@ def drawn(folder: Path, count: float, first: int) -> Iterator[tuple[int, Image]]
 
 
 def failing(rng: random.Random, code: int, media: list[FaultNode]) -> Callable[[FaultNode], None]:
-    """Return what has a medium fail one request with *code*, and adds it to *media*."""
+    """Return what has a medium fail one request, or all from then on, with *code*, and adds it to *media*."""
     kinds = rng.choice((CHANGES, GROWTH, frozenset((READ,)), frozenset((FLUSH,))))
-    nth, done = int(2 ** rng.uniform(0, 8)), rng.choice((NOTHING, HALF, ALL))
+    nth, done, lasting = int(2 ** rng.uniform(0, 8)), rng.choice((NOTHING, HALF, ALL)), rng.random() < 0.3
 
     def arrange(node: FaultNode) -> None:
         media.append(node)
-        node.fail(kinds, nth, code, done=done)
+        node.fail(kinds, nth, code, lasting=lasting, done=done)
 
     return arrange
 
