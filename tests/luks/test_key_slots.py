@@ -15,7 +15,7 @@ from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.core.errors import AccessDenied, CowhandError, InvalidArgument, NotSupported
+from cowhand.core.errors import AccessDenied, CowhandError, InvalidArgument, NotSupported, ReadOnly
 from cowhand.crypto import secrets
 from cowhand.drivers import REGISTRY
 from cowhand.testing import replay
@@ -153,3 +153,12 @@ def test_qemu_opens_what_was_added_and_not_what_was_erased(tmp_path: Path) -> No
     )  # fmt: skip
     with cowhand.open(path, options={"encrypt.key-secret": "s2"}) as disk:
         assert disk.read(0, 4096) == b"\5" * 4096
+
+
+def test_the_slots_of_an_image_that_is_only_read_stay(tmp_path: Path) -> None:
+    path = tmp_path / "d.luks"
+    create(str(path), "luks", 65536, {"key-secret": "s0", "iter-time": 1})
+    before = path.read_bytes()
+    with cowhand.open(path, options={"key-secret": "s0"}) as disk, pytest.raises(ReadOnly):
+        disk.root.amend({"state": "active", "new-secret": "s1", "iter-time": 1})  # type: ignore[attr-defined]
+    assert path.read_bytes() == before

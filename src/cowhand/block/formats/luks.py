@@ -14,7 +14,7 @@ from cowhand.block.emptying import make_empty
 from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
 from cowhand.block.options import NodeOptions, option
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer
-from cowhand.core.errors import InvalidArgument, InvalidFormat, NotSupported
+from cowhand.core.errors import InvalidArgument, InvalidFormat, NotSupported, ReadOnly
 from cowhand.core.extents import ALLOCATED, DATA, ExtentBatch
 from cowhand.core.units import MAX_SIZE
 
@@ -273,9 +273,11 @@ class LuksNode(BlockNode):
     def amend(
         self, options: Mapping[str, Any], progress: Callable[[int, int], None] | None = None, *, force: bool = False
     ) -> None:
-        """Add or erase key slots; see :func:`cowhand.crypto.volume.amend`."""
+        """Add or erase key slots; see :func:`cowhand.crypto.volume.amend`. Raises ReadOnly."""
         from cowhand.crypto.volume import amend
 
+        if not self.writable:
+            raise ReadOnly(f"'{self.filename}' is open for reading only", path=self.filename)
         volume = self._unlocked()
         with graph.quiesce(self):
             try:
