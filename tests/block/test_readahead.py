@@ -16,6 +16,7 @@ from cowhand.block import batch, readahead
 from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.node import READ
+from cowhand.copy.convert import convert
 
 CLUSTER = 4096
 SIZE = 256 * CLUSTER
@@ -109,3 +110,13 @@ def read(disk: Disk, offsets: list[int], length: int) -> list[bytes]:
     buffers = [bytearray(length) for _ in offsets]
     disk.submit([(READ, offset, buffer) for offset, buffer in zip(offsets, buffers, strict=True)])
     return [bytes(buffer) for buffer in buffers]
+
+
+def test_a_copy_announces_what_comes_next(
+    image: tuple[Path, str, bytes], announced: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, format, content = image
+    monkeypatch.setattr(readahead, "is_cold", lambda descriptor, offset: True)
+    convert(path, tmp_path / "copy", source_format=format, target_format="raw")
+    assert (tmp_path / "copy").read_bytes() == content
+    assert sum(length for _, length in announced) >= (SIZE if format == "qcow2" else 0)

@@ -112,6 +112,13 @@ class FormatNode(ReservingNode):
             self._read_run(run, offset + position, view[position : position + count])
             position += count
 
+    def announce(self, offset: int, length: int) -> None:
+        """Have the kernel read ``[offset, offset + length)``, as far as this layer stores it plainly, where it has not got it already. A hint."""
+        run = self.map(offset, length)
+        lane = run[2].lane if run[2] is not None else None
+        if lane is not None and lane.lane_fd >= 0:
+            self._announce(lane.lane_fd, run, offset, length)
+
     def _announce(self, descriptor: int, run: tuple[int, int, Child | None, int], offset: int, length: int) -> None:
         """Have the kernel read all runs of a request, the first of which is *run*, at once where it has not got them already."""
         from cowhand.block import readahead

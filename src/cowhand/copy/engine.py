@@ -9,6 +9,7 @@ on with the next. Threads help because system calls and compression release the 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,9 +68,11 @@ class Engine:
 
     def run(self, runs: Iterable[Run]) -> None:
         """Copy *runs*; return when the last byte is where it belongs. Raises the first error, or Cancelled."""
-        pieces = (_Piece(*piece) for piece in self._cut(runs))
+        pieces: Iterator[_Piece] = (_Piece(*piece) for piece in self._cut(runs))
         # A fragmented source is copied in large pieces.
-        self._pieces = self._joined(pieces) if self.source.joins and self.sink.joins else pieces
+        if self.source.joins:
+            pieces = self._announced(self._joined(pieces) if self.sink.joins else pieces)
+        self._pieces = pieces
         threads = [threading.Thread(target=self._work, name=f"copy-{index}") for index in range(self.workers)]
         try:
             for thread in threads:
@@ -128,6 +131,17 @@ class Engine:
                 yield piece
         if last is not None:
             yield last
+
+    def _announced(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+        """Yield *pieces*, each a little after its source was told of it: the medium reads the next ones while workers write."""
+        waiting: deque[_Piece] = deque()
+        for piece in pieces:
+            if piece.kind == DATA and not self._clones:
+                self.source.announce(piece.start, piece.length)
+            waiting.append(piece)
+            while len(waiting) > (0 if self._clones else self.workers):
+                yield waiting.popleft()
+        yield from waiting
 
     # -- a worker
 

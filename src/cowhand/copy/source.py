@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from cowhand.block.format import FormatNode
 from cowhand.block.node import READ
 from cowhand.copy import plan
 from cowhand.copy.plan import Policy, Run
@@ -102,6 +104,15 @@ class Source:
             offset += whole
             if not view:
                 return
+
+    def announce(self, offset: int, length: int) -> None:
+        """Say that ``[offset, offset + length)`` will be read soon. A hint: what is wrong is told by the reading."""
+        part, at = self.locate(offset)
+        node = part.disk.root
+        length = min(length, part.begin + part.length - at)
+        if length > 0 and isinstance(node, FormatNode):
+            with suppress(CowhandError), part.disk.lease():
+                node.announce(at, length)
 
     def read_all(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each view of *wanted*, (offset, view), as :meth:`read_into` does; an error is that of the first one that cannot be read."""
