@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,3 +134,19 @@ def test_a_larger_disk_shows_nothing_of_what_lay_behind_its_end(mode: str, tmp_p
     assert_clean(path)
     with cowhand.open(path) as disk:
         assert disk.read(0, disk.size) == seen + bytes(span - 512)
+
+
+def test_version_2_compresses_by_deflate_at_once(tmp_path: Path) -> None:
+    """What was compressed before, and is gone, was zstd."""
+    path = tmp_path / "disk.qcow2"
+    create(path, "qcow2", 1 << 20, {"compression_type": "zstd"})
+    with cowhand.open(path, writable=True) as disk:
+        node: Any = disk.root
+        node.write_compressed(0, node.codec.compress(b"ab" * 32768))
+        disk.discard(0, 65536)
+        disk.flush()
+        node.amend({"compat": "0.10"})
+        node.write_compressed(65536, node.codec.compress(b"cd" * 32768))
+    with cowhand.open(path) as disk:
+        assert disk.read(65536, 65536) == b"cd" * 32768
+    assert_clean(path)

@@ -187,8 +187,11 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], None] | None) -> 
     from cowhand.block.formats.qcow2.bitmapstore import remove_all
 
     remove_all(node)  # version 2 has no way to say that they are up to date
-    with node.rewriting_header():
-        _become_version_2(header)
+    try:
+        with node.rewriting_header():
+            _become_version_2(header)
+    finally:
+        node.forget_codec()
 
 
 def _become_version_2(header: Header) -> None:

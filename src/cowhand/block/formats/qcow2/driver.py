@@ -159,6 +159,10 @@ class Qcow2Node(MetadataNode):
                 self._codec = codec(self.header.compression_type)
         return self._codec
 
+    def forget_codec(self) -> None:
+        """Make the compression anew when it is next needed: the header names another one now."""
+        self._codec = None
+
     def set_compression_level(self, level: int | None) -> None:
         """Choose density over speed for what is compressed from now on (zlib 1 to 9, zstd 1 to 22); None is the default."""
         from cowhand.block.formats.qcow2.compression import codec
