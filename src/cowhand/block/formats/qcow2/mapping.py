@@ -268,12 +268,12 @@ class Mapping:
 
     # -- many entries at once
 
-    def batch(self, offset: int, length: int) -> ExtentBatch:
-        """Describe this layer from *offset* on as merged rows."""
+    def batch(self, offset: int, length: int, *, holes: bool = True) -> ExtentBatch:
+        """Describe this layer from *offset* on as merged rows; *holes*: say where the file may know of them in what is data here."""
         out = ExtentBatch()
         end = offset + length
         node = self.node
-        recurse = RECURSE if node.metadata_preallocated else 0
+        recurse = RECURSE if holes and node.metadata_preallocated else 0
         many = self._many_tables(length)
         tables = 0
         alike: tuple[int, int] | None = (

@@ -18,11 +18,13 @@ def detect(node: Qcow2Node) -> bool:
         return False
     real = occupied // node.cluster_size
     threshold = max(real * 10 // 9, real + 2)
-    end = -(-node.file.node.size // node.cluster_size)
+    refcounts = node.refcounts
+    # Behind the last block nothing is counted, however far behind it the file ends.
+    counted = -(-len(refcounts.table.rstrip(b"\0")) // 8) * refcounts.per_block
+    end = min(-(-node.file.node.size // node.cluster_size), counted)
     if end < threshold:
         return False
     used = 0
-    refcounts = node.refcounts
     position = 0
     while position < end and used < threshold and used + end - position >= threshold:
         step = min(refcounts.per_block - position % refcounts.per_block, end - position)

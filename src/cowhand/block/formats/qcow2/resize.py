@@ -178,7 +178,7 @@ def _forget_behind(node: Qcow2Node, begin: int, end: int) -> None:
     """
     unit, found = node.cluster_size, False
     while begin < end:
-        rows = node.mapping.batch(begin, end - begin)
+        rows = node.mapping.batch(begin, end - begin, holes=False)
         for row in rows:
             if row.flags & ALLOCATED:
                 node.change(row.start, -(-row.length // unit) * unit, Kind.EMPTY)
