@@ -6,11 +6,12 @@ COWHAND_TEST_SCALE=50 draws fifty times as many; COWHAND_SEED draws others.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from tests.foreign.images import draw
+from tests.foreign.images import Image, draw
 from tests.foreign.judging import told_differently
 from tests.foreign.living import lived_differently
 from tests.foreign.treating import mistreated
@@ -22,28 +23,23 @@ SCALE = float(os.environ.get("COWHAND_TEST_SCALE", "1"))
 SEED = int(os.environ.get("COWHAND_SEED", "0"))
 
 
-def test_both_sides_say_the_same(tmp_path: Path) -> None:
-    for seed in range(SEED, SEED + max(1, int(15 * SCALE))):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        image = draw(seed, folder)
-        found = list(told_differently(image))
+def judged(folder: Path, judge: Callable[[Image, int], Iterable[str]], count: int) -> None:
+    """Have *judge* look at *count* drawn images, and more or others as the environment says."""
+    for seed in range(SEED, SEED + max(1, int(count * SCALE))):
+        own = folder / str(seed)
+        own.mkdir()
+        image = draw(seed, own)
+        found = list(judge(image, seed))
         assert not found, f"seed {seed}, {image.shape}, {image.odd}: " + "\n".join(found)
+
+
+def test_both_sides_say_the_same(tmp_path: Path) -> None:
+    judged(tmp_path, lambda image, _: told_differently(image), 15)
 
 
 def test_both_sides_change_them_alike(tmp_path: Path) -> None:
-    for seed in range(SEED, SEED + max(1, int(5 * SCALE))):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        image = draw(seed, folder)
-        found = list(lived_differently(image, seed))
-        assert not found, f"seed {seed}, {image.shape}, {image.odd}: " + "\n".join(found)
+    judged(tmp_path, lived_differently, 5)
 
 
 def test_they_are_compacted_repaired_and_converted(tmp_path: Path) -> None:
-    for seed in range(SEED, SEED + max(1, int(8 * SCALE))):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        image = draw(seed, folder)
-        found = list(mistreated(image, seed))
-        assert not found, f"seed {seed}, {image.shape}, {image.odd}: " + "\n".join(found)
+    judged(tmp_path, mistreated, 8)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -355,7 +356,11 @@ class Life:
             assert image.version == 2, findings.flags + findings.lost_flags
             assert busy, findings.flags + findings.lost_flags
             self.verdicts.stale_flags += 1
-        content = image.content()
+        return self._judge_content(image, moment)
+
+    def _judge_content(self, image: Any, moment: int) -> bytes:
+        """Return what the disk holds in *image*, after it and all snapshots were found to be what they may be at *moment*."""
+        content: bytes = image.content()
         self.expected.check(content, moment)
         if self.shape.data == "raw":
             # Read by itself it is what the disk may be, too.
@@ -371,8 +376,12 @@ class Life:
             if not life.may_exist(moment):
                 raise ContentLost(f"snapshot {life.name} is there, but was not made yet or was deleted")
             compare(life.content, image.content(found), f"snapshot {life.name}")
+            self._judge_state(life.name, image, found)
         assert listed == {}, "snapshots that nobody made"
         return content
+
+    def _judge_state(self, name: str, image: Any, snapshot: Any) -> None:
+        """Look at the VM state of the *snapshot* that is called *name*: these lives have none."""
 
     def _repaired(self, state: CrashState) -> oracle.Image:
         """Open for writing what is marked dirty, which has to repair it, and close it."""

@@ -340,6 +340,7 @@ class ReservingNode(BlockNode):
     def give_up_writes(self, writes: UnitWrites, error: BaseException) -> None:
         """Take all of *writes* back because of *error*; readers see what they saw."""
         with self.lock:
+            self.changed = True  # as in give_up
             try:
                 if _understood(error):
                     self.abandon_writes(writes)
