@@ -10,7 +10,7 @@ import struct
 from array import array
 from typing import TYPE_CHECKING, ClassVar
 
-from cowhand.block.format_io.readonly import ReadOnlyFormat
+from cowhand.block.format_io.mapped import ReadOnlyFormat
 from cowhand.block.node.node import Child
 from cowhand.core.buffers import Buffer, fill_zero
 from cowhand.core.errors import InvalidFormat
