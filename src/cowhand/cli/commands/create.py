@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         return _explain(args.format or "qcow2", context)
     if args.image is None:
         raise arguments.Usage("the new image needs a name", hint="See: cowhand create --help")
-    from cowhand.cli.guard import refuse_existing, refuse_harm
+    from cowhand.cli.guard import refuse_existing, refuse_harm, tidy
     from cowhand.image.create import prepare
 
     creation = prepare(
@@ -73,9 +73,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
     there = refuse_existing(args.image, args.overwrite)
     if there:
         refuse_harm(context, args.image, "overwriting it", force=args.force or args.dry_run)
+    tidy(context, args.image, remove=not args.dry_run)
     if args.dry_run:
         return _plan(args, context, creation, there)
-    creation.run(overwrite=args.overwrite)
+    creation.run(overwrite=args.overwrite, warn=context.out.warn)
     if context.out.json:
         context.out.document(_document(creation))
         return 0
@@ -105,12 +106,19 @@ def _document(creation: Creation) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, context: Context, creation: Creation, there: bool) -> int:
+    from cowhand.cli.guard import in_place_warning
     from cowhand.cli.plan import Plan, Touch, show
 
     plan = Plan(
         action=f"create {creation.filename}, {creation.format.name}, {format_size(creation.size)}",
         reads=[Touch(args.backing, "header of the base")] if args.backing and not args.unsafe else [],
-        writes=[Touch(creation.filename, "its present content would be lost" if there else "new file")],
+        writes=[
+            Touch(
+                creation.filename,
+                "its present content would be lost when the new image is complete" if there else "new file",
+            )
+        ],
+        warnings=in_place_warning(creation.filename, backing=args.backing) if there else [],
         undo="none: what the file holds now would be gone" if there else f"delete {creation.filename}",
     )
     return show(plan, context.out)
