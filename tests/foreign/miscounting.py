@@ -12,11 +12,11 @@ from contextlib import chdir
 from pathlib import Path
 
 import cowhand
-from cowhand.block import bitmaps, snapshots
-from cowhand.block.check import check
 from cowhand.block.disk import Disk
 from cowhand.core.errors import CowhandError
-from cowhand.jobs.compact import compact
+from cowhand.image import bitmaps, snapshots
+from cowhand.image.check import check
+from cowhand.image.compact import compact
 from tests.foreign.images import Image
 
 _OFFSET = 0xFFFFFFFFFFFFFE00

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.runs import runs_of, words_of
-from cowhand.block.formats.qcow2.scan import Scanner
-from cowhand.block.formats.qcow2.tally import Tally, encoded, native
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.ondisk.l2_entries import runs_of, words_of
+from cowhand.block.formats.qcow2.refcount.counted import Tally, encoded, native
+from cowhand.block.formats.qcow2.refcount.l2_scan import Scanner
 from cowhand.core import diagnostics
 from cowhand.core.errors import CowhandError, ImageCorrupt, UnsupportedFeature
 
@@ -69,7 +69,7 @@ class References:
             self._mark(entry & L.REFCOUNT_TABLE_OFFSET_MASK, self.size, times)
         self._mark(header.snapshots_offset, node.snapshot_table_bytes)
         if header.crypt_method == L.CRYPT_LUKS:
-            from cowhand.block.formats.qcow2.encryption import header_region
+            from cowhand.block.formats.qcow2.cluster.encryption import header_region
 
             self._mark(*header_region(header))
         self._levels()
@@ -98,7 +98,7 @@ class References:
     # -- tables
 
     def _levels(self) -> None:
-        from cowhand.block.formats.qcow2.snapshots import read_l1
+        from cowhand.block.formats.qcow2.snapshot.table import read_l1
 
         node, header = self.node, self.node.header
         self._mark(header.l1_offset, header.l1_size * L.ENTRY_SIZE)
@@ -155,7 +155,7 @@ class References:
                 self._mark(entry & L.L2_OFFSET_MASK, self.size, times)
 
     def _bitmaps(self) -> None:
-        from cowhand.block.formats.qcow2 import bitmapdata
+        from cowhand.block.formats.qcow2.bitmap import data as bitmapdata
 
         directory, node = self.node.bitmap_directory, self.node
         if not directory.present:
