@@ -69,7 +69,7 @@ class Counts:
 
 
 def miscount(data: bytearray, rng: random.Random, *, gentle: bool) -> str:
-    """Make some counts of the image in *data* wrong, never the header's; say which. *gentle*: too low or too high by a little, for single clusters."""
+    """Make some counts of the image in *data* wrong, never the header's; say which. *gentle*: of single clusters only."""
     counts = Counts(data)
     used = [number for number in counts.used() if number]
     if not used:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.bitmap.directory import Directory
     from cowhand.block.formats.qcow2.cluster.compression import Codec
     from cowhand.block.formats.qcow2.cluster.encryption import Encryption
+    from cowhand.block.formats.qcow2.references import References
     from cowhand.block.formats.qcow2.snapshot.table import Snapshot
     from cowhand.block.node.records import CheckResult, Say, SnapshotInfo
     from cowhand.block.opening.opening import Opening
@@ -199,6 +200,12 @@ class Qcow2Node(MetadataNode):
 
         with self.operation:
             amend(self, options, progress, force=force)
+
+    def references(self) -> References:
+        """Count all that refers to clusters now; the allocation lock is held. What cannot be read or followed is told by the result."""
+        from cowhand.block.formats.qcow2.references import References
+
+        return References(self)
 
     def flush_counts(self) -> None:
         """Write the reference counts alone; takes the locks."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.format_io.table_cache import Table, TableCache
 from cowhand.block.formats.qcow2.ondisk import layout as L
 from cowhand.block.formats.qcow2.ondisk.refcount_entries import Counts
-from cowhand.block.formats.qcow2.verification import Verification
+from cowhand.block.formats.qcow2.refcount.verification import Verification
 from cowhand.core import diagnostics
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, NoSpace
 
