@@ -21,6 +21,10 @@ def _probe_bochs(data: bytes, filename: str) -> int:
     return 100 if all(data[at : at + len(m)] == m for at, m in marks) and data[64:68] in versions else 0
 
 
+def _probe_vdi(data: bytes, filename: str) -> int:
+    return 100 if data[64:68] == b"\x7f\x10\xda\xbe" else 0
+
+
 REGISTRY = Registry()
 for _entry in (
     DriverEntry("file", "protocol", "cowhand.block.protocols.file", "FileNode", prefixes=("file",)),
@@ -47,6 +51,7 @@ for _entry in (
     DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
     DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
+    DriverEntry("vdi", "format", "cowhand.block.formats.vdi", "VdiNode", _probe_vdi),
     DriverEntry(
         "blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False
     ),
