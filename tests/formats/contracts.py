@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import cowhand
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.graph import graph
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO
 from cowhand.drivers import REGISTRY
 from cowhand.testing.formats import FormatContract

@@ -13,16 +13,16 @@ from array import array
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.format import FormatNode
-from cowhand.block.node import Capabilities, Zeroing
-from cowhand.block.options import NodeOptions
-from cowhand.block.reserving import Kind, Reservation, Unprepared
+from cowhand.block.format_io.format_node import FormatNode
+from cowhand.block.format_io.reservations import Kind, Reservation, Unprepared
+from cowhand.block.node.node import Capabilities, Zeroing
+from cowhand.block.node.options import NodeOptions
 from cowhand.core.errors import NotSupported
 from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, IN_PLACE, NO_HOST, OFFSET, ZERO, ExtentBatch
 from cowhand.core.locks import RANK_FLUSH, ranked_lock
 
 if TYPE_CHECKING:
-    from cowhand.block.node import Child
+    from cowhand.block.node.node import Child
 
 #: Places of blocks that are not stored. All others are byte offsets in the file; no format stores a block in its first bytes.
 UNALLOCATED, ZEROED = 0, 1

@@ -16,11 +16,11 @@ from typing import ClassVar
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.mapped import MappedFormat
-from cowhand.block.node import READ, BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.format_io.mapped import MappedFormat
+from cowhand.block.graph import graph
+from cowhand.block.node.node import READ, BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import COMPRESSED, DATA, OFFSET, ZERO
 from cowhand.drivers import REGISTRY

@@ -9,12 +9,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.mapped import ReadOnlyFormat
+from cowhand.block.format_io.mapped import ReadOnlyFormat
 from cowhand.core.extents import ALLOCATED, DATA, NO_HOST, OFFSET, ZERO
 
 if TYPE_CHECKING:
-    from cowhand.block.node import Child
-    from cowhand.block.opening import Opening
+    from cowhand.block.node.node import Child
+    from cowhand.block.opening.opening import Opening
 
 SECTOR = HEADER_SIZE = 512
 MAGIC, TYPE, SUBTYPE = b"Bochs Virtual HD Image", b"Redolog", b"Growing"

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.blocktable import UNALLOCATED, ZEROED, BlockTableFormat
-from cowhand.block.createoptions import CreateOption
-from cowhand.block.emptying import make_empty
+from cowhand.block.format_io.blank_file import make_empty
+from cowhand.block.node.create_options import CreateOption
 from cowhand.core import clock
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.extents import DATA, RECURSE
 
 if TYPE_CHECKING:
-    from cowhand.block.node import BlockNode
-    from cowhand.block.opening import Opening
+    from cowhand.block.node.node import BlockNode
+    from cowhand.block.opening.opening import Opening
 
 SECTOR = 512
 HEADER_SIZE = 512
