@@ -1,7 +1,9 @@
 """Many requests at once on a format: what can be done in place goes straight to the descriptor, neighbours together.
 
-Writes that need space take it together as well: one pass that reserves, the bytes (:mod:`cowhand.block.format_io.batch_data`), one pass that links, all of them
-one reservation in columns (:mod:`cowhand.block.format_io.batch_rows`). What is difficult (one that straddles two units, a unit that somebody owns) goes singly.
+Writes that need space take it together as well: one pass that reserves, the bytes
+(:mod:`cowhand.block.format_io.batch_data`), one pass that links, all of them one reservation in columns
+(:mod:`cowhand.block.format_io.batch_rows`). Difficult requests (that straddle two units, or a unit that another
+request owns) go singly.
 
 Loops over plain tuples and lists with as few calls as possible: a request of 4 KiB in place costs 2 µs, three quarters of it for the system call.
 """

@@ -1,6 +1,7 @@
 """The writing half of the format layer: write, copy-on-write, zero and discard over a mapping, written once for every format.
 
-A driver answers :meth:`MappedFormat.map` (:mod:`cowhand.block.format_io.mapped`, the reading half) and ``reserve``, ``link`` and ``abandon``; it never
+A driver answers :meth:`MappedFormat.map` (:mod:`cowhand.block.format_io.mapped`, the reading half) and ``reserve``,
+``link`` and ``abandon``; it never
 touches guest data.
 
 In-place writes take no lock. Everything else goes by reservations, see :mod:`cowhand.block.format_io.reservations`.
