@@ -12,8 +12,8 @@ from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.format_io.block_table import UNALLOCATED, ZEROED, BlockTableFormat
 from cowhand.block.format_io.blank_file import make_empty
+from cowhand.block.format_io.block_table import UNALLOCATED, ZEROED, BlockTableFormat
 from cowhand.block.node.create_options import CreateOption
 from cowhand.core import clock
 from cowhand.core.errors import InvalidArgument
