@@ -11,13 +11,13 @@ import sys
 from abc import abstractmethod
 from array import array
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cowhand.block.format_io.format_node import FormatNode
 from cowhand.block.format_io.reservations import Kind, Reservation, Unprepared
 from cowhand.block.node.node import Capabilities, Zeroing
 from cowhand.block.node.options import NodeOptions
-from cowhand.core.errors import NotSupported
+from cowhand.core.errors import NoSpace, NotSupported
 from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, IN_PLACE, NO_HOST, OFFSET, ZERO, ExtentBatch
 from cowhand.core.locks import RANK_FLUSH, ranked_lock
 
@@ -55,6 +55,14 @@ class Page:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
 
+class Piece(NamedTuple):
+    """Bytes of *page* of the table that changed, on their way to *host* in the file."""
+
+    page: int
+    host: int
+    data: bytes
+
+
 class BlockTableFormat(FormatNode):
     """A format over a table of blocks. Drivers set what is declared here, ``allocation_unit`` and ``copy_unit`` when they start."""
 
@@ -70,6 +78,8 @@ class BlockTableFormat(FormatNode):
     entry_count: int
     #: Bytes of the file from one block to the next when they are taken one behind the other.
     stride: int
+    #: What an entry is less than.
+    entry_limit: int = 1 << 32
     #: Where blocks may begin: the end of the header.
     data_from: int = 512
     #: Whether an entry can say "reads as zeroes"; only where there may be a backing file does that differ from "not stored".
@@ -127,10 +137,10 @@ class BlockTableFormat(FormatNode):
     def before_barrier(self) -> None:
         """Write what has to be stable before any entry that was changed is (a header's counter, a footer). In a flush."""
 
-    def write_entries(self, pieces: list[tuple[int, bytes]]) -> None:
-        """Write changed *pieces* of the table, (offset in the file, bytes): what they name is stable. In a flush; the end of it makes them so."""
-        for host, data in pieces:
-            self.file.write(host, (data,))
+    def write_entries(self, pieces: list[Piece]) -> None:
+        """Write changed *pieces* of the table: what they name is stable. In a flush; the end of it makes them so."""
+        for piece in pieces:
+            self.file.write(piece.host, (piece.data,))
 
     def write_upper(self) -> None:
         """Write what names pages that are new; they are stable. In a flush."""
@@ -331,9 +341,9 @@ class BlockTableFormat(FormatNode):
         index, slot = divmod(first, self.per_page)
         page = self.pages.get(index)
         if page is None:
-            page = self.page(index)
-            if page.entries is not None:
+            if self.page_host(index) is not None:
                 raise Unprepared(partial(self._load, index))
+            page = Page(None, 0)
         if len(self._dirty) >= _DIRTY_PAGES and not page.high:
             raise Unprepared(self.flush)
         last = min(-(-(offset + length) // unit), (index + 1) * self.per_page, self.entry_count)
@@ -345,6 +355,10 @@ class BlockTableFormat(FormatNode):
             count = self._alike(page, slot, count)
             page = self._stored_page(index, page)
             host, count = self.take_blocks(count)
+            if self.entry(host + count * self.stride) >= self.entry_limit:
+                self._end -= count * self.stride
+                text = f"the file has grown to {self._end} bytes, and an entry cannot name what lies behind"
+                raise NoSpace(text, path=self.filename, offset=offset)
             fresh = host >= self._handed_out
             self._handed_out = max(self._handed_out, self._end)
             page.pins += 1
@@ -407,10 +421,10 @@ class BlockTableFormat(FormatNode):
             raise self._poisoned()
         with self._flushing:
             with self.lock:
-                changed, self.changed = self.changed, False
+                self.changed = False
                 dirty, self._dirty = self._dirty, {}
-                pieces = [self._piece(page) for page in dirty.values()]
-                if changed and self.file.node.size < self._end:
+                pieces = [self._piece(index, page) for index, page in dirty.items()]
+                if self.file.node.size < self._end:
                     # Under the lock nobody takes space, so that nothing is cut off that is being written behind the end.
                     self.file.node.resize(self._end)
                 upper = self.upper_changed
@@ -432,7 +446,7 @@ class BlockTableFormat(FormatNode):
                     for page in dirty.values():
                         page.pins -= 1
 
-    def _piece(self, page: Page) -> tuple[int, bytes]:
+    def _piece(self, index: int, page: Page) -> Piece:
         assert page.entries is not None
         part = page.entries[page.low : page.high]
         if self.big_endian is _LITTLE:
@@ -440,7 +454,7 @@ class BlockTableFormat(FormatNode):
         host = page.host + page.low * part.itemsize
         page.low, page.high = sys.maxsize, 0
         page.pins += 1
-        return host, part.tobytes()
+        return Piece(index, host, part.tobytes())
 
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True, fua: bool = False
