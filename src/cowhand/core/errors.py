@@ -140,6 +140,14 @@ class PermissionConflict(CowhandError):
     default_errno = _errno.EPERM
 
 
+class NodeBusy(CowhandError):
+    """A job or an export relies on a node, and refuses the operation meanwhile."""
+
+    code = "node-busy"
+    exit_code = 5
+    default_errno = _errno.EBUSY
+
+
 class InvalidFormat(CowhandError):
     """The bytes are not what the format's specification allows."""
 
@@ -216,6 +224,26 @@ class DeadlineExceeded(CowhandError, TimeoutError):
 
     code = "deadline"
     default_errno = _errno.ETIMEDOUT
+
+
+class OverlaysExist(CowhandError):
+    """Other images, or internal snapshots, read through this one, and what was asked would change what they show."""
+
+    code = "has-overlays"
+    exit_code = 9
+
+
+class SearchIncomplete(CowhandError):
+    """It could not be found out whether other images read through this one, or what it reads through."""
+
+    code = "search-incomplete"
+    exit_code = 9
+
+
+class ChainLoop(InvalidArgument):
+    """An image would read through itself."""
+
+    code = "chain-loop"
 
 
 class SnapshotNotFound(CowhandError, LookupError):
