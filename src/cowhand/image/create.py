@@ -19,6 +19,7 @@ from cowhand.core.units import MAX_SIZE, parse_size
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cowhand.block.node.guard import Guard
     from cowhand.block.node.node import BlockNode
     from cowhand.block.opening.policy import Policy
     from cowhand.block.opening.registry import DriverEntry, Registry
@@ -107,17 +108,53 @@ class Creation:
         name: str = self.options.get("backing_file") or ""
         return bool(name) and not os.path.isabs(name) and not has_protocol(name) and not name.startswith("json:")
 
+    def refuse_harm(self, guard: Guard, *, force: bool = False) -> None:
+        """Raise ChainLoop when the image would read through itself, and what *guard* raises when others show what would be overwritten."""
+        from cowhand.block.links.reading import refuse_loop
+        from cowhand.block.links.records import BACKING, Link
+
+        name = self.options.get("backing_file")
+        link = Link(BACKING, name, self.options.get("backing_fmt")) if name else None
+        # A data file, too, is written by the image: what reads through it may not lie under it.
+        for own in self._own_files():
+            if link is not None:
+                refuse_loop(own, link, self._registry, force=force)
+        files = tuple(own for own in self._own_files(kept=False) if os.path.exists(own))
+        if files:
+            from cowhand.block.node.guard import Change
+
+            guard.refuse(Change(f"overwriting '{self.filename}'", files, files), force=force)
+
+    def _own_files(self, *, kept: bool = True) -> list[str]:
+        """Return the local files that will be the image's; *kept*: also a data file whose content stays."""
+        names = [self.filename]
+        data_file = self.options.get("data_file")
+        if data_file and (kept or not self.options.get("keep_data_file")):
+            names.append(data_file)
+        return [path for path in map(local_path, names) if path]
+
     def run(
-        self, *, overwrite: bool = False, like_qemu: bool = False, warn: Callable[[str], None] | None = None
+        self,
+        *,
+        overwrite: bool = False,
+        like_qemu: bool = False,
+        warn: Callable[[str], None] | None = None,
+        force: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         """Make the image. Raises ImageExists when something has that name and *overwrite* is not set; then nothing was changed.
 
         A new file appears under its name when it is complete, and so it does in the place of another one, whose mode, owner and attributes it
         keeps. A device, and a file that cannot be replaced (several hard links, another owner), is formatted in place if nobody uses it, which
-        *warn* hears before; so is every existing file with *like_qemu*, where what fails is removed if it is empty.
+        *warn* hears before; so is every existing file with *like_qemu*, where what fails is removed if it is empty. *guard* and *force* as in
+        :func:`create`.
         """
         from cowhand.image.placement import Placement
 
+        if guard is not None:
+            if self.local is not None and os.path.lexists(self.local) and not overwrite:
+                raise _exists(self.local)
+            self.refuse_harm(guard, force=force)
         try:
             self.check_places(overwrite=overwrite)
         except CowhandError:
@@ -304,10 +341,14 @@ def create(
     open_backing: bool = True,
     registry: Registry | None = None,
     policy: Policy | None = None,
+    force: bool = False,
+    guard: Guard | None = None,
 ) -> Creation:
     """Make an image and return what was made.
 
-    See :func:`prepare` for the arguments, and :meth:`Creation.run` for *overwrite*, *like_qemu* and *warn*.
+    See :func:`prepare` for the arguments, and :meth:`Creation.run` for *overwrite*, *like_qemu* and *warn*. *guard* refuses a loop (ChainLoop,
+    also with *force*), and to overwrite what other images read through (OverlaysExist, SearchIncomplete) unless *force* is set.
+    ``cowhand.create`` always has one.
     """
     creation = prepare(
         filename,
@@ -320,7 +361,7 @@ def create(
         registry=registry,
         policy=policy,
     )
-    creation.run(overwrite=overwrite, like_qemu=like_qemu, warn=warn)
+    creation.run(overwrite=overwrite, like_qemu=like_qemu, warn=warn, force=force, guard=guard)
     return creation
 
 
@@ -338,6 +379,10 @@ def local_path(filename: str) -> str | None:
     if filename.startswith("file:"):
         return filename[5:]
     return None if has_protocol(filename) or filename.startswith("json:") else filename
+
+
+def _exists(path: str) -> ImageExists:
+    return ImageExists(f"'{path}' exists already", path=path, hint="Choose another name, or insist on overwriting it.")
 
 
 def _is_empty(path: str) -> bool:

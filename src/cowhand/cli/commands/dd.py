@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
+from cowhand.cli.guard import add_guard
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size, parse_size
 
@@ -35,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what has the target's name")
     arguments.add_talk(parser)
     arguments.add_share(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite although other images stand on what is there")
+    add_guard(parser, "overwrite although other images read through what is there")
     arguments.add_dry_run(parser)
     arguments.add_output(parser)
 
@@ -60,15 +61,13 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Copy the blocks."""
     given = operands(args.operand)
     source, target = given["if"], given["of"]
-    from cowhand.cli.guard import refuse_existing, refuse_harm, tidy
+    from cowhand.cli.guard import guard_of, refuse_existing, tidy
     from cowhand.cli.standard_output import is_stream
 
     if is_stream(target):
         return _to_stream(args, context, given)
     format = arguments.format_for(target, args.target_format)
     there = refuse_existing(target, args.overwrite)
-    if there:
-        refuse_harm(context, target, "writing over it", force=args.force or args.dry_run)
     tidy(context, target, remove=not args.dry_run)
     if args.dry_run:
         return _plan(args, context, given, format, there)
@@ -87,6 +86,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         progress=context.progress(f"{os.path.basename(source)} → {os.path.basename(target)}"),
         cancel=context.cancel,
         warn=context.out.warn,
+        guard=guard_of(args, context),
     )
     return _tell(result, context)
 
@@ -131,6 +131,7 @@ def _plan(args: argparse.Namespace, context: Context, given: dict[str, str], for
     from cowhand.cli.guard import dependents, in_place_warning
     from cowhand.cli.plan import Plan, Touch, show
     from cowhand.core.extents import by_content
+    from cowhand.plans.dependents import Dependents
 
     block = parse_size(given.get("bs", "512"))
     with cowhand.open(given["if"], format=args.format, force_share=args.force_share) as disk:
@@ -147,7 +148,7 @@ def _plan(args: argparse.Namespace, context: Context, given: dict[str, str], for
             )
         ],
         moves=data,
-        dependents=dependents(given["of"]) if there else [],
+        dependents=dependents(given["of"], args) if there else Dependents(),
         warnings=in_place_warning(given["of"]) if there else [],
         undo="none: what the target holds now would be gone" if there else f"delete {given['of']}",
     )
