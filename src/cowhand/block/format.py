@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from cowhand.block.node import Child, Request, Zeroing
+from cowhand.block.node import Child, Failures, Request, Zeroing
 from cowhand.block.options import NodeOptions
 from cowhand.block.reserving import Kind, Reservation, ReservingNode
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, fill_zero, give, is_zero, take
@@ -477,10 +477,10 @@ class FormatNode(ReservingNode):
 
     # -- many requests at once
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         from cowhand.block.batch import submit
 
-        submit(self, batch)
+        return submit(self, batch)
 
 
 def _slice(views: Sequence[memoryview], skip: int, length: int) -> list[memoryview]:

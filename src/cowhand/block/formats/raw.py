@@ -19,6 +19,7 @@ from cowhand.block.node import (
     ZERO_UNMAP,
     BlockNode,
     Child,
+    Failures,
     Request,
     Role,
 )
@@ -196,15 +197,14 @@ class RawNode(BlockNode):
             self.event_sink("flush_to_disk")
         self.file.flush()
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         if self.offset or self.event_sink is not None or self.probed:
             guarded = self.event_sink is not None or any(o < 512 and k in _CHANGES for k, o, _ in batch)
             if guarded:
-                super().submit(batch)
-                return
+                return super().submit(batch)
             if self.offset:
                 batch = [(kind, offset + self.offset if kind != 5 else 0, what) for kind, offset, what in batch]
-        self.file.submit(batch)
+        return self.file.submit(batch)
 
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
         self.file.node.read_vmstate(offset, buffer)

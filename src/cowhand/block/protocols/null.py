@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.node import READ, BlockNode, Capabilities, Request, Zeroing
+from cowhand.block.node import READ, BlockNode, Capabilities, Failures, Request, Zeroing
 from cowhand.block.options import NodeOptions, option, strong_options
 from cowhand.core.buffers import Buffer, fill_zero
 from cowhand.core.errors import InvalidArgument
@@ -107,12 +107,13 @@ class NullNode(BlockNode):
     def flush(self) -> None:
         self._wait()
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         self._wait()  # the requests of a batch are in flight together
         if self.options.read_zeroes:
             for kind, _, what in batch:
                 if kind == READ:
                     fill_zero(memoryview(what))
+        return None
 
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
         batch = ExtentBatch()
