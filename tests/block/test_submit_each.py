@@ -11,7 +11,7 @@ import pytest
 
 import cowhand
 from cowhand.block.disk import Disk
-from cowhand.block.node import (
+from cowhand.block.node.node import (
     DISCARD,
     FLUSH,
     READ,
@@ -22,7 +22,7 @@ from cowhand.block.node import (
     Request,
     Zeroing,
 )
-from cowhand.block.opening import Opening
+from cowhand.block.opening.opening import Opening
 from cowhand.core.errors import Closed, IOFailed, OutOfRange, ReadOnly
 from cowhand.drivers import REGISTRY
 
@@ -127,8 +127,8 @@ def test_an_error_below_a_raw_image_names_its_request(raw: Path, event: str) -> 
 
 
 def test_an_error_of_a_first_write_names_its_request(qcow2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cowhand.block import placing
-    from cowhand.block.protocols import file_data
+    from cowhand.block.format_io import batch_data
+    from cowhand.block.protocols.file import data
 
     real = os.pwritev
 
@@ -137,8 +137,8 @@ def test_an_error_of_a_first_write_names_its_request(qcow2: Path, monkeypatch: p
             raise OSError(errno.EIO, "Input/output error")
         return real(descriptor, buffers, offset, *flags)
 
-    monkeypatch.setattr(placing, "_pwritev", fails_with_c)
-    monkeypatch.setattr(file_data, "_pwritev", fails_with_c)
+    monkeypatch.setattr(batch_data, "_pwritev", fails_with_c)
+    monkeypatch.setattr(data, "_pwritev", fails_with_c)
     with cowhand.open(qcow2, writable=True) as disk:
         batch: list[Request] = [(WRITE_REQUEST, number * UNIT, bytes([65 + number]) * UNIT) for number in range(4)]
         failures = disk.submit_each(batch)
@@ -150,9 +150,9 @@ def test_an_error_of_a_first_write_names_its_request(qcow2: Path, monkeypatch: p
 
 
 def test_requests_side_by_side_in_a_file_are_blamed_one_by_one(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cowhand.block.protocols import file_data
+    from cowhand.block.protocols.file import data
 
-    real = file_data._pwritev
+    real = data._pwritev
 
     def fails_at_1024(descriptor: int, buffers: Any, offset: int, *flags: int) -> int:
         if offset <= 1024 < offset + sum(map(len, buffers)):
@@ -160,7 +160,7 @@ def test_requests_side_by_side_in_a_file_are_blamed_one_by_one(raw: Path, monkey
         return int(real(descriptor, buffers, offset, *flags))
 
     with cowhand.open({"driver": "file", "filename": str(raw)}, writable=True) as disk:
-        monkeypatch.setattr(file_data, "_pwritev", fails_at_1024)
+        monkeypatch.setattr(data, "_pwritev", fails_at_1024)
         failures = disk.submit_each([(WRITE_REQUEST, number * 512, b"n" * 512) for number in range(4)])
     assert list(failures) == [2]
     assert raw.read_bytes()[:2048] == b"n" * 1024 + bytes([7]) * 512 + b"n" * 512

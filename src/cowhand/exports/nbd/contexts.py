@@ -63,7 +63,7 @@ def depth(disk: Disk) -> Context:
 
 def dirty(disk: Disk, name: str) -> Context:
     """Return "qemu:dirty-bitmap:*name*" of *disk*. Raises BitmapNotFound, BitmapUnusable."""
-    from cowhand.block.bitmaps import find_bitmap
+    from cowhand.image.bitmaps import find_bitmap
 
     find_bitmap(disk, name).check(busy=True, read_only=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from cowhand.block.node import walk
+from cowhand.block.node.node import walk
 from cowhand.core.errors import InvalidArgument
 from cowhand.exports.nbd.contexts import Context, contexts_of
 from cowhand.nbd.constants import (
