@@ -146,6 +146,8 @@ class BlockNode(ABC):
     detects_zeroes: bool = False
     #: Requests may wait here of the node's own accord, see :meth:`hurry`.
     delays: ClassVar[bool] = False
+    #: Whether a node without children does its requests at once: no other machine, user or limit is waited for.
+    immediate: bool = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
     zero_when_new: bool = True
 

@@ -47,6 +47,7 @@ class NullNode(BlockNode):
     def __init__(self, options: NullOptions) -> None:
         super().__init__(options)
         self._delay = options.latency_ns / 1e9
+        self.immediate = not self._delay
         self.capabilities = Capabilities(writable=self.writable, zeroes=Zeroing.NATIVE, discard=True, fua=True)
 
     @classmethod

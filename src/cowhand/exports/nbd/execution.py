@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cowhand.core.buffers import Buffer, take
+from cowhand.core.buffers import Buffer, give, take
 from cowhand.core.errors import CowhandError
 from cowhand.exports.nbd import contexts
 from cowhand.nbd.constants import (
@@ -114,6 +114,7 @@ def _cache(
     buffer = take(min(CACHE_PIECE, request.length)) if request.length else memoryview(b"")
     for begin in range(request.offset, end, CACHE_PIECE):
         export.disk.read_into(begin, buffer[: min(CACHE_PIECE, end - begin)])
+    give(buffer)
     return (encoder.success(request),)
 
 

@@ -29,7 +29,8 @@ class NbdExport:
     """A disk under a name. Its size is that of the disk when it is made.
 
     *writable* lets clients change the disk, which must be open for writing then. *bitmaps* are names of dirty bitmaps that clients may ask
-    for. *multi_conn* tells clients that several connections see one another's flushes, which is always so here. Raises InvalidArgument, BitmapNotFound.
+    for. *multi_conn* tells clients that several connections see one another's flushes, which is always so here.
+    Raises InvalidArgument, BitmapNotFound, BitmapUnusable.
     """
 
     def __init__(
