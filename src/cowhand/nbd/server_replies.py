@@ -12,6 +12,7 @@ import errno
 import struct
 from collections.abc import Sequence
 
+from cowhand.core.errors import Closed
 from cowhand.nbd.constants import (
     EXTENDED_REPLY_MAGIC,
     REPLY_FLAG_DONE,
@@ -112,5 +113,7 @@ class ReplyEncoder:
 
 def number_of(error: BaseException) -> int:
     """Return the system's error that *error* stands for."""
+    if isinstance(error, Closed):
+        return errno.ESHUTDOWN
     number = getattr(error, "errno", None)
     return number if isinstance(number, int) else errno.EIO

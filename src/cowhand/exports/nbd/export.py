@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.node.node import walk
@@ -88,7 +88,7 @@ class Exports:
         """Offer the export *name* no longer; clients that have it keep it."""
         self._exports = {known: export for known, export in self._exports.items() if known != name}
 
-    def __iter__(self) -> Iterable[NbdExport]:
+    def __iter__(self) -> Iterator[NbdExport]:
         return iter(self._exports.values())
 
     def get(self, name: str) -> NbdExport | None:

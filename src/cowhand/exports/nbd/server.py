@@ -265,7 +265,8 @@ class NbdServer:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._drop(client, error.strerror or "the connection was lost")
+            lost = error.errno in (errno.EPIPE, errno.ECONNRESET)
+            self._drop(client, "it left during the handshake" if lost else error.strerror or "the connection was lost")
             return
         if not client.outgoing and client.over:
             self._drop(client, client.over)
