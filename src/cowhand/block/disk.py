@@ -40,6 +40,9 @@ from cowhand.core.errors import Closed, InvalidArgument, NotSupported, OutOfRang
 from cowhand.core.units import MAX_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cowhand.block.node.guard import Guard
     from cowhand.core.extents import ExtentBatch
 
 _disk_numbers = itertools.count()
@@ -70,6 +73,8 @@ class Disk:
         self.statistics = [
             0
         ] * 12  #: by request kind: count at [kind], bytes at [6 + kind]; read them with :meth:`counters`
+        #: Makes the guard of an operation that changes what others show (cutting off, going back to a snapshot); None: nothing looks for them.
+        self.guard: Callable[[], Guard] | None = None
         self.gate = Gate(self)
         self.edge = UserEdge(self)
         self._closed = False
@@ -440,16 +445,23 @@ class Disk:
                     yield node
                     return
 
-    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False, force: bool = False) -> None:
         """Make the disk *size* bytes long; new bytes read as zeroes, also over a longer backing file. Cutting data off needs *shrink*.
 
-        *preallocation* of what is new: off, metadata, falloc, full. Raises InvalidArgument, NotSupported, ReadOnly, NoSpace, IOFailed.
+        *preallocation* of what is new: off, metadata, falloc, full. To cut off what other images show is refused (OverlaysExist,
+        SearchIncomplete) for a disk that ``cowhand.open`` gave, unless *force* is set. Raises InvalidArgument, NotSupported, ReadOnly, NoSpace,
+        IOFailed.
         """
         if self.read_only:
             raise self._refuse_writing()
         if size < 0:
             raise InvalidArgument(f"a disk cannot have {size} bytes", path=self.filename)
         self.check_open()
+        if size < self._size and shrink and self.guard is not None:
+            from cowhand.block.node.guard import change_of
+
+            change = change_of(self.edge.node, f"cutting off the end of '{self.filename}'")
+            self.guard().refuse(change, force=force)
         with self.still(below=True) as node:
             self.check_open()
             if size < self._size and not shrink:

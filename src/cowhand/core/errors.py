@@ -218,6 +218,26 @@ class DeadlineExceeded(CowhandError, TimeoutError):
     default_errno = _errno.ETIMEDOUT
 
 
+class OverlaysExist(CowhandError):
+    """Other images, or internal snapshots, read through this one, and what was asked would change what they show."""
+
+    code = "has-overlays"
+    exit_code = 9
+
+
+class SearchIncomplete(CowhandError):
+    """It could not be found out whether other images read through this one, or what it reads through."""
+
+    code = "search-incomplete"
+    exit_code = 9
+
+
+class ChainLoop(InvalidArgument):
+    """An image would read through itself."""
+
+    code = "chain-loop"
+
+
 class SnapshotNotFound(CowhandError, LookupError):
     """The image has no snapshot of that id or name."""
 

@@ -17,6 +17,7 @@ from cowhand.core.errors import CowhandError, ImageExists, InvalidArgument, NotS
 from cowhand.core.units import MAX_SIZE, parse_size
 
 if TYPE_CHECKING:
+    from cowhand.block.node.guard import Guard
     from cowhand.block.node.node import BlockNode
     from cowhand.block.opening.policy import Policy
     from cowhand.block.opening.registry import DriverEntry, Registry
@@ -82,13 +83,42 @@ class Creation:
         """Return the options without which what is made cannot be opened: the ids of its secrets."""
         return {name: self.options[name] for name in _SECRETS if self.options.get(name) is not None}
 
-    def run(self, *, overwrite: bool = False) -> None:
+    def refuse_harm(self, guard: Guard, *, force: bool = False) -> None:
+        """Raise ChainLoop when the image would read through itself, and what *guard* raises when others show what would be overwritten."""
+        from cowhand.block.links.reading import refuse_loop
+        from cowhand.block.links.records import BACKING, Link
+
+        name = self.options.get("backing_file")
+        link = Link(BACKING, name, self.options.get("backing_fmt")) if name else None
+        # A data file, too, is written by the image: what reads through it may not lie under it.
+        for own in self._own_files():
+            if link is not None:
+                refuse_loop(own, link, self._registry, force=force)
+        files = tuple(own for own in self._own_files(kept=False) if os.path.exists(own))
+        if files:
+            from cowhand.block.node.guard import Change
+
+            guard.refuse(Change(f"overwriting '{self.filename}'", files, files), force=force)
+
+    def _own_files(self, *, kept: bool = True) -> list[str]:
+        """Return the local files that will be the image's; *kept*: also a data file whose content stays."""
+        names = [self.filename]
+        data_file = self.options.get("data_file")
+        if data_file and (kept or not self.options.get("keep_data_file")):
+            names.append(data_file)
+        return [path for path in map(local_path, names) if path]
+
+    def run(self, *, overwrite: bool = False, force: bool = False, guard: Guard | None = None) -> None:
         """Make the image. Raises ImageExists when something has that name and *overwrite* is not set; then nothing was changed.
 
         A new file appears under its name when it is complete. An existing one is emptied and formatted in place if nobody uses it; where that
-        fails it is removed if it is empty, so that nothing is left that could be taken for an image.
+        fails it is removed if it is empty, so that nothing is left that could be taken for an image. *guard* and *force* as in :func:`create`.
         """
         path = local_path(self.filename)
+        if guard is not None:
+            if path is not None and os.path.lexists(path) and not overwrite:
+                raise _exists(path)
+            self.refuse_harm(guard, force=force)
         try:
             self.check_places(overwrite=overwrite)
         except CowhandError:
@@ -100,9 +130,7 @@ class Creation:
             return
         if os.path.lexists(path):
             if not overwrite:
-                raise ImageExists(
-                    f"'{path}' exists already", path=path, hint="Choose another name, or insist on overwriting it."
-                )
+                raise _exists(path)
             self.write(path, fresh=False)
             return
         from cowhand.image.new_file import NewFile
@@ -287,8 +315,14 @@ def create(
     open_backing: bool = True,
     registry: Registry | None = None,
     policy: Policy | None = None,
+    force: bool = False,
+    guard: Guard | None = None,
 ) -> Creation:
-    """Make an image and return what was made; see :func:`prepare` for the arguments and :meth:`Creation.run` for *overwrite*."""
+    """Make an image and return what was made; see :func:`prepare` for the arguments and :meth:`Creation.run` for *overwrite*.
+
+    *guard* refuses a loop (ChainLoop, also with *force*), and to overwrite what other images read through (OverlaysExist, SearchIncomplete)
+    unless *force* is set. ``cowhand.create`` always has one.
+    """
     creation = prepare(
         filename,
         format,
@@ -300,7 +334,7 @@ def create(
         registry=registry,
         policy=policy,
     )
-    creation.run(overwrite=overwrite)
+    creation.run(overwrite=overwrite, force=force, guard=guard)
     return creation
 
 
@@ -318,6 +352,10 @@ def local_path(filename: str) -> str | None:
     if filename.startswith("file:"):
         return filename[5:]
     return None if has_protocol(filename) or filename.startswith("json:") else filename
+
+
+def _exists(path: str) -> ImageExists:
+    return ImageExists(f"'{path}' exists already", path=path, hint="Choose another name, or insist on overwriting it.")
 
 
 def _is_empty(path: str) -> bool:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
+from cowhand.cli.guard import add_guard
 from cowhand.core.errors import CowhandError, InvalidArgument
 from cowhand.core.units import format_size
 
@@ -82,7 +83,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _tuning(parser)
     arguments.add_talk(parser)
     arguments.add_share(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite although other images stand on what is there")
+    add_guard(parser, "write over what is there although other images read through it")
     arguments.add_dry_run(parser)
     arguments.add_output(parser)
 
@@ -124,12 +125,10 @@ def _tuning(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Convert."""
-    from cowhand.cli.guard import refuse_existing, refuse_harm
+    from cowhand.cli.guard import guard_of, refuse_existing
 
     _check(args)
     there = refuse_existing(args.target, args.overwrite or args.no_create)
-    if there:
-        refuse_harm(context, args.target, "writing over it", force=args.force or args.dry_run)
     policy = _refuse_unsafe(args) if args.untrusted else None
     if args.dry_run:
         return _plan(args, context, there)
@@ -166,6 +165,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         progress=context.progress(label),
         cancel=context.cancel,
         warn=context.out.warn,
+        guard=guard_of(args, context),
     )
     _warn_of_losses(args, context)
     if args.verify:
@@ -328,6 +328,7 @@ def _tell(args: argparse.Namespace, result: ConvertResult, context: Context) -> 
 def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
     from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
+    from cowhand.plans.dependents import Dependents
 
     format = arguments.format_for(args.target, args.target_format)
     amounts = [_amount(name, args, format) for name in args.source]
@@ -340,7 +341,7 @@ def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
         reads=reads,
         writes=[Touch(args.target, "its present content would be lost" if there else "new image, at most", needed)],
         moves=sum(data for data, _ in amounts),
-        dependents=dependents(args.target) if there else [],
+        dependents=dependents(args.target, args) if there else Dependents(),
         warnings=_space_warning(args.target, needed or 0),
         undo="none: what the target holds now would be gone" if there else f"delete {args.target}",
     )

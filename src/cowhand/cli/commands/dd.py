@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
+from cowhand.cli.guard import add_guard
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size, parse_size
 
@@ -33,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what has the target's name")
     arguments.add_talk(parser)
     arguments.add_share(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite although other images stand on what is there")
+    add_guard(parser, "overwrite although other images read through what is there")
     arguments.add_dry_run(parser)
     arguments.add_output(parser)
 
@@ -59,11 +60,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
     given = operands(args.operand)
     source, target = given["if"], given["of"]
     format = arguments.format_for(target, args.target_format)
-    from cowhand.cli.guard import refuse_existing, refuse_harm
+    from cowhand.cli.guard import guard_of, refuse_existing
 
     there = refuse_existing(target, args.overwrite)
-    if there:
-        refuse_harm(context, target, "writing over it", force=args.force or args.dry_run)
     if args.dry_run:
         return _plan(args, context, given, format, there)
     from cowhand.copy.ops.dd import dd
@@ -81,6 +80,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         progress=context.progress(f"{os.path.basename(source)} → {os.path.basename(target)}"),
         cancel=context.cancel,
         warn=context.out.warn,
+        guard=guard_of(args, context),
     )
     if context.out.json:
         document = {"filename": result.filename, "format": result.format, "virtual-size": result.size}
@@ -95,6 +95,7 @@ def _plan(args: argparse.Namespace, context: Context, given: dict[str, str], for
     from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
     from cowhand.core.extents import by_content
+    from cowhand.plans.dependents import Dependents
 
     block = parse_size(given.get("bs", "512"))
     with cowhand.open(given["if"], format=args.format, force_share=args.force_share) as disk:
@@ -106,7 +107,7 @@ def _plan(args: argparse.Namespace, context: Context, given: dict[str, str], for
         reads=[Touch(given["if"], f"data from {begin:#x} to {end:#x}", data)],
         writes=[Touch(given["of"], "its present content would be lost" if there else "new image")],
         moves=data,
-        dependents=dependents(given["of"]) if there else [],
+        dependents=dependents(given["of"], args) if there else Dependents(),
         undo="none: what the target holds now would be gone" if there else f"delete {given['of']}",
     )
     return show(plan, context.out)

@@ -13,6 +13,7 @@ from cowhand.core.errors import CowhandError, InvalidArgument
 from cowhand.image.create import Creation, local_path
 
 if TYPE_CHECKING:
+    from cowhand.block.node.guard import Guard
     from cowhand.block.opening.policy import Policy
     from cowhand.image.new_file import NewFile
 
@@ -60,12 +61,22 @@ class Target:
 
 
 def create_target(
-    creation: Creation, *, overwrite: bool, cache: str, policy: Policy | None = None, discard: bool = True
+    creation: Creation,
+    *,
+    overwrite: bool,
+    cache: str,
+    policy: Policy | None = None,
+    discard: bool = True,
+    force: bool = False,
+    guard: Guard | None = None,
 ) -> Target:
     """Make the image that *creation* describes and return it open; on an error nothing new is left.
 
-    With *overwrite* an existing file is emptied and formatted in place: its links, owner, labels and holders count.
+    With *overwrite* an existing file is emptied and formatted in place: its links, owner, labels and holders count. *guard* and
+    *force* are as for ``create``.
     """
+    if guard is not None and (overwrite or not os.path.lexists(local_path(creation.filename) or "")):
+        creation.refuse_harm(guard, force=force)
     creation.check_places(overwrite=overwrite)
     path = local_path(creation.filename)
     if path is None or os.path.lexists(path):
@@ -103,11 +114,27 @@ def existing_target(
     cache: str,
     policy: Policy | None = None,
     discard: bool = True,
+    force: bool = False,
+    guard: Guard | None = None,
 ) -> Target:
-    """Return an image that exists, open for writing in place."""
+    """Return an image that exists, open for writing in place, if *guard* does not refuse that (OverlaysExist, SearchIncomplete)."""
+    from cowhand.block.node.guard import change_of
+
     if isinstance(what, Disk):
-        return Target(what, is_new=False, owned=False)
-    return Target(_open(what, format, cache, policy, discard), is_new=False, owned=True)
+        target = Target(what, is_new=False, owned=False)
+        if guard is None and what.guard is not None:
+            guard = what.guard()
+    else:
+        target = Target(_open(what, format, cache, policy, discard), is_new=False, owned=True)
+    if guard is not None:
+        try:
+            disk = target.disk
+            guard.refuse(change_of(disk.root, f"writing over '{disk.filename}'"), force=force)
+        except BaseException:
+            if not isinstance(what, Disk):
+                target.disk.close()
+            raise
+    return target
 
 
 def _open(
