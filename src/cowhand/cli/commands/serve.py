@@ -66,7 +66,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients", type=int, metavar="NUMBER", help="serve so many at once; further ones wait (default: hundreds)"
     )
-    parser.add_argument("--cache", choices=arguments.CACHE_NAMES, default="writeback", help="cache mode")
+    parser.add_argument(
+        "--cache",
+        choices=arguments.CACHE_NAMES,
+        default="writeback",
+        metavar="MODE",
+        help=f"cache mode: {', '.join(arguments.CACHE_NAMES)}",
+    )
     arguments.add_share(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
     arguments.add_output(parser)
