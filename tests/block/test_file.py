@@ -634,7 +634,7 @@ for name in ("preadv", "pwritev", "fdatasync", "O_DIRECT", "O_NONBLOCK", "O_CLOE
 sys.platform = "elsewhere"
 sys.modules["fcntl"] = None
 from cowhand.block.disk import Disk
-from cowhand.block.protocols.file import FileNode, FileOptions
+from cowhand.block.protocols.file.node import FileNode, FileOptions
 import cowhand.block.protocols.file.device, cowhand.block.filters.blkdebug.node, cowhand.block.protocols.null
 path = sys.argv[1]
 FileNode.create(path, 65536, preallocation="falloc")

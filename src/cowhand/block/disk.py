@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.graph import graph
 from cowhand.block.graph.drain import Gate
 from cowhand.block.graph.request_order import next_number
-from cowhand.block.graph.users import UserEdge
+from cowhand.block.graph.users import DiskListener, UserEdge
 from cowhand.block.node.node import (
     ALL_PERMISSIONS,
     CONSISTENT_READ,
@@ -77,8 +77,10 @@ class Disk:
         self.guard: Callable[[], Guard] | None = None
         self.gate = Gate(self)
         self.edge = UserEdge(self)
+        self.listeners: tuple[DiskListener, ...] = ()
         self._closed = False
         self._size = 0
+        self._root: BlockNode | None = None
         if writable and not root.writable:
             raise ReadOnly(f"'{root.filename}' was opened for reading only", path=root.filename)
         perm = CONSISTENT_READ
@@ -114,8 +116,30 @@ class Disk:
         return self.edge.node.filename
 
     def root_changed(self) -> None:
-        """Learn a new root or a new size of it (called inside a quiesce, or before anybody uses the disk)."""
-        self._size = self.edge.node.size
+        """Learn a new root or a new size of it, and tell the listeners (inside a quiesce, or before anybody uses the disk)."""
+        before, old = self._size, self._root
+        self._root = self.edge.node
+        self._size = self._root.size
+        for listener in self.listeners:
+            if self._root is not old:
+                listener.replaced(self, self._root)
+            if self._size != before:
+                listener.resized(self, self._size)
+
+    def listen(self, listener: DiskListener) -> None:
+        """Tell *listener* from now on when the disk is resized, gets another root, fails, or is closed."""
+        self.listeners = (*self.listeners, listener)
+
+    def stop_listening(self, listener: DiskListener) -> None:
+        """End :meth:`listen`."""
+        self.listeners = tuple(known for known in self.listeners if known is not listener)
+
+    def share(self, shared: int) -> None:
+        """Let other users of the root do what *shared* allows (permissions of :mod:`cowhand.block.node.node`), and nothing else.
+
+        Raises PermissionConflict where one does more already; nothing has changed then.
+        """
+        graph.set_permissions(self.edge, self.edge.perm, shared)
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Return {"read": {"requests": n, "bytes": n}, ...} since the disk was opened; approximate while requests run."""
@@ -509,6 +533,8 @@ class Disk:
             else:
                 if failure is not None and node.closed and getattr(node, "changed", True) is False:
                     failure = None  # the format wrote back all of it in the end
+            for listener in self.listeners:
+                listener.closed(self)
         if failure is not None:
             raise failure
 

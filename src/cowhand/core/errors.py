@@ -140,6 +140,14 @@ class PermissionConflict(CowhandError):
     default_errno = _errno.EPERM
 
 
+class NodeBusy(CowhandError):
+    """A job or an export relies on a node, and refuses the operation meanwhile."""
+
+    code = "node-busy"
+    exit_code = 5
+    default_errno = _errno.EBUSY
+
+
 class InvalidFormat(CowhandError):
     """The bytes are not what the format's specification allows."""
 

@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from cowhand.block.node.options import NodeOptions, strong_options
 from cowhand.core.buffers import Buffer
@@ -104,6 +104,22 @@ class Role(IntEnum):
 Hook: TypeAlias = Callable[[int, int], None]
 
 
+class Blocker(Protocol):
+    """What refuses operations on nodes meanwhile (:class:`cowhand.block.graph.blockers.Blocker`)."""
+
+    reason: str
+
+    def refuses(self, node: BlockNode, operation: str) -> bool:
+        """Tell whether *operation* on *node* is refused."""
+
+
+class NodeTable(Protocol):
+    """Where nodes are found by their names (:class:`cowhand.block.graph.names.NodeNames`)."""
+
+    def forget(self, node: BlockNode) -> None:
+        """Take a node out that was closed."""
+
+
 class Reopening:
     """One node's part of a reopen (:mod:`cowhand.block.graph.reopen`): made by preparing, committed, perhaps undone, and always finished.
 
@@ -162,6 +178,10 @@ class BlockNode(ABC):
         self.hooks: tuple[Hook, ...] = ()
         self.dirty_bitmaps: BitmapSet | None = None  #: named bitmaps of this node, where it has any
         self.closed = False
+        self.blockers: tuple[
+            Blocker, ...
+        ] = ()  #: what refuses operations on the node, see :mod:`cowhand.block.graph.blockers`
+        self.table: NodeTable | None = None  #: where the node can be found by its name, if anywhere
         self.probed = False  #: the driver was chosen by looking at the bytes, not by the user
         #: A descriptor through which this node's bytes may be read and written at their own offsets, or -1 (see host_file).
         self.lane_fd = -1
@@ -422,6 +442,9 @@ class Edge:
     what the user promises, and through the after-write hooks where the node has some. :mod:`cowhand.block.graph.graph` sets them.
     """
 
+    #: whether the user is another node
+    is_child: ClassVar[bool] = False
+
     __slots__ = (
         "discard", "flush", "lane", "name", "node", "perm", "read_into", "role", "shared", "submit", "write", "write_zeroes",
     )  # fmt: skip
@@ -454,6 +477,8 @@ class Edge:
 
 class Child(Edge):
     """A node's use of another node."""
+
+    is_child: ClassVar[bool] = True
 
     __slots__ = ("parent",)
 

@@ -200,11 +200,10 @@ def open_image(
             backing=backing,
         )
         if unshared and not force_share:
-            from cowhand.block.graph import graph
             from cowhand.block.node.node import CONSISTENT_READ, WRITE_UNCHANGED
 
             try:
-                graph.set_permissions(disk.edge, disk.edge.perm, CONSISTENT_READ | WRITE_UNCHANGED)
+                disk.share(CONSISTENT_READ | WRITE_UNCHANGED)
             except CowhandError:
                 disk.close()
                 raise

@@ -42,7 +42,6 @@ class ImageChanged(CowhandError):
 
 def open_file(path: str) -> Disk:
     """Open the file or device *path* for writing, so that nobody else writes it. Raises ImageInUse, ImageNotFound and its like."""
-    from cowhand.block.graph import graph
     from cowhand.block.opening.opening import Opening
     from cowhand.drivers import REGISTRY
 
@@ -55,7 +54,7 @@ def open_file(path: str) -> Disk:
         opening.abandon()
         raise
     try:
-        graph.set_permissions(disk.edge, disk.edge.perm, CONSISTENT_READ)
+        disk.share(CONSISTENT_READ)
     except BaseException:
         disk.close()
         raise
