@@ -277,13 +277,16 @@ _BY_ERRNO: dict[int, type[CowhandError]] = {
 }
 
 
-def from_os_error(error: OSError, path: str | None = None, *, doing: str | None = None) -> CowhandError:
+def from_os_error(error: OSError | OverflowError, path: str | None = None, *, doing: str | None = None) -> CowhandError:
     """Turn an ``OSError`` of the system into the matching :class:`CowhandError`; errno and message are kept.
 
-    *doing* ("reading", "opening") begins the message for people.
+    *doing* ("reading", "opening") begins the message for people. An ``OverflowError`` is an offset that the system cannot express.
     """
     if isinstance(error, CowhandError):
         return error
+    if isinstance(error, OverflowError):
+        text = f"{doing} failed: no file is that long" if doing else "no file is that long"
+        return IOFailed(text, qemu=os.strerror(_errno.EIO), path=path)
     number = error.errno or _errno.EIO
     kind = _BY_ERRNO.get(number, IOFailed)
     reason = os.strerror(number)

@@ -57,7 +57,7 @@ class DescriptorNode(BlockNode):
         # A name that begins like a protocol's would mean something else to who reads it: QEMU writes it so, too.
         return f"./{self.path}" if ":" in self.path.split("/", 1)[0] else self.path
 
-    def _failed(self, error: OSError, doing: str, offset: int | None = None) -> CowhandError:
+    def _failed(self, error: OSError | OverflowError, doing: str, offset: int | None = None) -> CowhandError:
         raised = from_os_error(error, self.path, doing=doing)
         if raised.offset is None:
             raised.offset = offset
@@ -72,6 +72,8 @@ class DescriptorNode(BlockNode):
             if error.errno != errno.EINVAL or not self.direct:
                 raise self._failed(error, "reading", offset) from error
             done = 0
+        except OverflowError as error:
+            raise self._failed(error, "reading", offset) from error
         if done != len(buffer):
             self._read_rest(offset, memoryview(buffer), done)
 
@@ -135,6 +137,8 @@ class DescriptorNode(BlockNode):
             if error.errno != errno.EINVAL or not self.direct:
                 raise self._failed(error, "writing", offset) from error
             done = 0
+        except OverflowError as error:
+            raise self._failed(error, "writing", offset) from error
         if done != (len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))):
             self._write_rest(offset, buffers, done)
 
@@ -170,6 +174,8 @@ class DescriptorNode(BlockNode):
             if error.errno == errno.EIO or (error.errno in _FULL and self._takes(offset, buffers)):
                 # Not the writing failed but the flush in it, of these bytes or, reported only once, of earlier ones.
                 self._poison(error.errno or errno.EIO)
+            raise self._failed(error, "writing", offset) from error
+        except OverflowError as error:
             raise self._failed(error, "writing", offset) from error
         if done != sum(map(len, buffers)):
             self._write_rest(offset, buffers, done)
@@ -317,7 +323,7 @@ class DescriptorNode(BlockNode):
                     self._singly(batch, index - 1, index, failures)
             except CowhandError as error:
                 failures[index - 1] = error
-            except OSError as error:
+            except (OSError, OverflowError) as error:
                 # Once more by the way that knows what to do about it.
                 again = self._read_again(offset, what, error)
                 if again is not None:
@@ -335,7 +341,7 @@ class DescriptorNode(BlockNode):
         index, buffers = _adjacent(batch, first)
         try:
             done = _preadv(self.fd, buffers, offset)
-        except OSError:
+        except (OSError, OverflowError):
             done = -1
         if done != batch[index - 1][1] + len(batch[index - 1][2]) - offset:
             self._singly(batch, first, index, failures)
@@ -351,7 +357,7 @@ class DescriptorNode(BlockNode):
             self._singly(batch, first, index, failures)
         return index
 
-    def _read_again(self, offset: int, what: Buffer, error: OSError) -> CowhandError | None:
+    def _read_again(self, offset: int, what: Buffer, error: Exception) -> CowhandError | None:
         try:
             self.read_into(offset, what)
         except CowhandError as again:
