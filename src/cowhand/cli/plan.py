@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cowhand.block.locking import device_use
 from cowhand.cli.output import Output
 from cowhand.core.units import format_size
 from cowhand.plans.plan import Plan, Touch
@@ -32,4 +33,8 @@ def show(plan: Plan, out: Output) -> int:
     out.facts(rows)
     for text in plan.warnings:
         out.warn(text)
+    for path in dict.fromkeys(item.path for item in plan.writes):
+        uses = device_use.uses(path)
+        if uses:
+            out.warn(f"{path} is in use, and is not written without --force: {'; '.join(uses)}")
     return 0

@@ -11,6 +11,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
+from cowhand.cli.several import run_each
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ WRITES = True
 EXIT_INCOMPLETE = 3
 EXIT_LEAKS = 7
 EXIT_DAMAGE = 8
+#: What is said of a check that was stopped by what it found, and of a repair of leaks that was.
+INCOMPLETE = "the check is incomplete"
+ONLY_ALL = "The image is damaged, so leaks alone cannot be repaired. Copy the image, then: cowhand check -r all {}"
 #: Lines shown without --verbose.
 SHOWN = 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", help="image to look at")
+    parser.add_argument("image", nargs="+", help="image to look at")
     arguments.add_format(parser)
     parser.add_argument(
         "-r", "--repair", choices=("leaks", "all"), help="give lost space back, or repair all that can be"
@@ -65,7 +69,15 @@ def writes(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    """Check, and repair."""
+    """Check, and repair, one image after the other."""
+    images: list[str] = args.image
+    if len(images) > 1 and (args.undo is not None or args.log is not None):
+        raise arguments.Usage("an undo log is of one image", hint="Give --undo and --log with one image.")
+    # The rest of the file, and check_repair, know of one.
+    return run_each(images, context, lambda image: _run(argparse.Namespace(**{**vars(args), "image": image}), context))
+
+
+def _run(args: argparse.Namespace, context: Context) -> int:
     from cowhand.image.check import check
 
     if args.undo is not None or args.plan or (args.repair and not args.dry_run and not args.no_log):
@@ -77,10 +89,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
     result = check(args.image, repair=repair, format=args.format, options=options)
     if result.failure is not None:
         if repair == "leaks" and result.failure.hint is None:
-            result.failure.hint = (
-                f"It may be that only all can be repaired: copy the image, then: cowhand check -r all {args.image}"
-            )
-        raise result.failure.within("the check could not come to its end")
+            result.failure.hint = ONLY_ALL.format(args.image)
+        raise result.failure.within(INCOMPLETE)
     if args.dry_run and args.repair:
         _plan(args, context, result)
     else:

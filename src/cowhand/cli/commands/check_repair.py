@@ -36,10 +36,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
     result.filename = args.image
     if result.failure is not None:
         if args.repair == "leaks" and result.failure.hint is None:
-            result.failure.hint = f"It may be that only all can be repaired: cowhand check -r all {args.image}"
+            result.failure.hint = check.ONLY_ALL.format(args.image)
         if changed:
             context.out.note(f"what was done can be undone: cowhand check --undo {log} {args.image}")
-        raise result.failure.within("the check could not come to its end")
+        raise result.failure.within(check.INCOMPLETE)
     check.tell(args, context, result, log if changed else None)
     return check.exit_code(result)
 
