@@ -81,7 +81,14 @@ for _entry in (
         "nbd", "protocol", "cowhand.block.protocols.nbd.node", "NbdNode", prefixes=("nbd", "nbd+tcp", "nbd+unix")
     ),
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
-    DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
+    DriverEntry(
+        "qcow2",
+        "format",
+        "cowhand.block.formats.qcow2.driver",
+        "Qcow2Node",
+        _probe_qcow2,
+        links="cowhand.block.links.qcow2",
+    ),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
     DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
     DriverEntry("vmdk", "format", "cowhand.block.formats.vmdk.driver", "VmdkNode", _probe_vmdk),
