@@ -154,7 +154,7 @@ class VpcNode(BlockTableFormat):
         if block < SECTOR or block & (block - 1) or block > MAX_BLOCK:
             raise self.wrong(f"Invalid block size {block}", at + 32)
         if entries > MAX_ENTRIES:
-            raise self.wrong(f"Too many blocks ({entries})", at + 28, "Too many blocks")
+            raise self.wrong(f"Max Table Entries too large ({entries})", at + 28)
         if entries * block < self._size:
             raise self.wrong("Page table too small", at + 28)
         if table + entries * 4 > file_size:
