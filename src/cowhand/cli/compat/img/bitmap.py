@@ -53,8 +53,9 @@ def run(words: Sequence[str]) -> int:
             case _:
                 actions.append((key, value))
     chosen = [key for key, _ in actions]
+    remove_all = "--remove-all, " if program.since("11") else ""
     for wrong, message in (
-        (not actions, "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge"),
+        (not actions, f"Need at least one of --add, --remove, {remove_all}--clear, --enable, --disable, or --merge"),
         (granularity and "add" not in chosen, "granularity only supported with --add"),
         (source_format is not None and source_name is None, "-F only supported with -b"),
         (source_name is not None and "merge" not in chosen, "Merge bitmap source file only supported with --merge"),

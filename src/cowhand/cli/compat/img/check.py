@@ -38,8 +38,9 @@ def run(words: Sequence[str]) -> int:
                 format = value
             case "r":
                 if value not in ("leaks", "all"):
-                    if program.since("10.1"):
-                        raise UsageFailure(f"--repair (-r) expects 'leaks' or 'all', not '{value}'")
+                    if program.since("10.0"):
+                        comma = "" if program.is_debian_10_0() else ","
+                        raise UsageFailure(f"--repair (-r) expects 'leaks' or 'all'{comma} not '{value}'")
                     raise UsageFailure(f"Unknown option value for -r (expecting 'leaks' or 'all'): {value}")
                 repair = value
             case "T":
