@@ -28,9 +28,16 @@ _VARIABLE = (
     (re.compile(r"Run completed in [0-9.]+ seconds"), "TIME"),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "DATE"),
     (re.compile(r'("date-n?sec"|"actual-size"): \d+'), r"\1: N"),
+    # GLib's own complaints about QEMU.
+    (re.compile(r"(?m)^[\w-]+: GLib: .*\n"), ""),
     # How far a file reaches differs with what is written at once.
+    (re.compile(r"(?m)^( *image: blk\w+:.*\n *file format: \w+\n *virtual size: ).*$"), r"\1N"),
+    (re.compile(r"(?m)^( *image: blk\w+:.*\n *file format: \w+\n *virtual size: ).*$"), r"\1N"),
     (re.compile(r"file length: [0-9.]+ [KMG]?i?B(?: \(\d+ bytes\)|\b)"), "file length: N"),
-    (re.compile(r'"virtual-size": \d+(?=,\s*"filename": "[^"\n]*",\s*"format": "file")'), '"virtual-size": N'),
+    (
+        re.compile(r'"virtual-size": \d+(?=,\s*"filename": "[^"\n]*",\s*"format": "(?:file|blkdebug)")'),
+        '"virtual-size": N',
+    ),
     (re.compile(r"#block\d+"), "#blockN"),
     (re.compile(r"disk size: [0-9.]+ [KMG]?i?B"), "disk size: N"),
     (re.compile(r"(WARNING: Image format was not specified for [^\n]*\n[^\n]*\n[^\n]*\n)\1"), r"\1"),

@@ -119,9 +119,9 @@ class Scanner:
             if given in names:
                 found = [given]
         if len({names[full] for full in found}) > 1:
-            raise self._error("ambiguous", word if program.since("10.0") else f"--{given}", word, found)
+            raise self._error("ambiguous", word, word, found)
         if not found:
-            raise self._error("unknown", f"--{given}", word)
+            raise self._error("unknown", word, word)
         key = names[found[0]]
         takes = key.endswith("=") or self._grammar.short.get(key, False)
         if not takes:
@@ -166,6 +166,13 @@ def one_image(positional: Sequence[str]) -> str:
     if len(positional) != 1:
         raise UsageFailure("Expecting one image file name")
     return positional[0]
+
+
+def early_output_format(text: str) -> str:
+    """Return ``--output``'s argument *text*; since 10.0 a wrong one is refused where it stands, before what follows it."""
+    if program.since("10.0"):
+        output_format(text)
+    return text
 
 
 def output_format(text: str) -> bool:

@@ -96,6 +96,9 @@ def name() -> str:
 
 def error(message: str, hint: str = "") -> None:
     """Print an error; *hint* goes below it as it is."""
+    from cowhand.cli.compat import wording
+
+    message = wording.in_words_of(_profile, message)
     tail = f"\n{hint}" if hint else ""
     sys.stderr.write(f"{_name}: {message}{tail}\n")
     sys.stderr.flush()

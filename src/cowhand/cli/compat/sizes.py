@@ -42,9 +42,8 @@ def parse_unsigned_size(text: str) -> int:
     body = text.lstrip(" \t\n\v\f\r").removeprefix("+")
     modern = program.since("8.2")
     if modern and body.startswith("-"):
-        if parse_unsigned_size(body[1:]) == 0:
-            return 0
-        raise SizeRange(text)
+        digits = _span(body, 1, _DIGITS)
+        raise SizeRange(text) if 1 < digits == len(body) else SizeSyntax(text)
     fraction = ""
     if body[:2] in ("0x", "0X"):
         end = _span(body, 2, _HEX)

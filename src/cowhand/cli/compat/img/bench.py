@@ -162,8 +162,10 @@ def _batches(disk: Disk, line: _Line) -> Iterator[list[Request]]:
     while sent < line.count:
         batch.append((kind, offset, views[len(batch) % len(views)]))
         offset += line.step
-        if offset >= disk.size:
-            offset %= max(disk.size, 1)
+        # From the end it goes on at the beginning, since 10.2 so that every request lies inside.
+        turn = max(disk.size - line.size, 1) if program.since("10.2") else max(disk.size, 1)
+        if offset >= turn:
+            offset %= turn
         sent += 1
         flush = line.interval and sent % line.interval == 0
         if len(batch) >= line.depth or (flush and drain):

@@ -42,9 +42,7 @@ def image_info(node: BlockNode, *, limits: bool = False) -> dict[str, Any]:
         if getattr(source, "cluster_size", 0):
             out["cluster-size"] = source.cluster_size
         out["dirty-flag"] = bool(getattr(getattr(source, "header", None), "incompatible", 0) & _DIRTY)
-    header: Any = getattr(node, "header", None)
-    method: int = getattr(header, "crypt_method", 0)
-    if method or node.driver == "luks":
+    if _crypt_method(node) or node.driver == "luks":
         out["encrypted"] = True
     out |= _backing(node)
     snapshots = [snapshot_info(item) for item in getattr(node, "snapshots", ())]
@@ -52,7 +50,7 @@ def image_info(node: BlockNode, *, limits: bool = False) -> dict[str, Any]:
         out["snapshots"] = snapshots
     specific = node.format_specific()
     if specific:
-        out["format-specific"] = {"type": node.driver, "data": dict(specific)}
+        out["format-specific"] = {"type": node.driver, "data": _as_told(specific)}
     elif node.driver in _FILES and program.since("8.2"):
         out["format-specific"] = {"type": "file", "data": {}}
     if limits:
@@ -60,24 +58,44 @@ def image_info(node: BlockNode, *, limits: bool = False) -> dict[str, Any]:
     if program.since("8.2"):
         out["children"] = [
             {"name": name, "info": image_info(child.node, limits=limits)}
-            for name, child in node.children.items()
+            for name, child in reversed(node.children.items())  # QEMU puts each in front of the others
             if name != "backing"
         ]
     return out
 
 
+def _as_told(specific: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a driver tells without what the version that is asked for does not know."""
+    told = dict(specific)
+    if not program.since("9.2"):
+        told.pop("detached-header", None)
+        if "encrypt" in told:
+            told["encrypt"] = {key: value for key, value in told["encrypt"].items() if key != "detached-header"}
+    return told
+
+
+def _crypt_method(node: BlockNode) -> int:
+    method: int = getattr(getattr(node, "header", None), "crypt_method", 0)
+    return method
+
+
 def _limits(node: BlockNode) -> dict[str, Any]:
     """Return the BlockLimitsInfo document of *node*; what has no limit is left out."""
     known = node.limits
+    below = node
+    while below.driver not in _FILES and below.primary is not None:
+        below = below.primary.node
+    # A format answers for single bytes, but for one that was guessed to be raw and one that is encrypted.
+    whole = below is node or node.driver == "luks" or _crypt_method(node) or (node.driver == "raw" and node.probed)
     out = {
-        "request-alignment": known.request_alignment,
+        "request-alignment": known.request_alignment if whole else 1,
         "discard-alignment": known.discard_alignment,
         "write-zeroes-alignment": known.zero_alignment,
     }
     out = {name: value for name, value in out.items() if name == "request-alignment" or value > 1}
     return out | {
-        "min-mem-alignment": known.request_alignment if node.driver in _FILES else 1,
-        "opt-mem-alignment": max(_PAGE, known.request_alignment),
+        "min-mem-alignment": below.limits.request_alignment,
+        "opt-mem-alignment": max(_PAGE, below.limits.request_alignment),
         "max-iov": _MAX_IOV,
     }
 
@@ -141,7 +159,7 @@ def snapshot_table(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         size = human(one["vm-state-size"])
         ident, name = _padded(one["id"], 7 if later else 9), _padded(one["name"], 16)
         if later:
-            yield f"{ident} {name} {size:>8} {date:>19} {clock:>15} {one.get('icount', ''):>10}"
+            yield f"{ident} {name} {size:>8} {date:>19} {clock:>15} {one.get('icount', '--'):>10}"
         else:
             yield f"{ident} {name}{size:>9}{date:>20}{clock:>13}{one.get('icount', ''):>11}"
 

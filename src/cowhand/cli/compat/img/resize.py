@@ -62,7 +62,8 @@ def run(words: Sequence[str]) -> int:
     if size is None and len(names) > 1:
         size = names.pop(1)
     if len(names) > 1 and program.since("10.0"):
-        raise UsageFailure("Extra argument(s) in command line")
+        plain = "--" not in words[1:]
+        raise UsageFailure("Extra argument(s) in command line" if plain else "Expecting image file name and size")
     if len(names) != 1 or size is None:
         raise UsageFailure("Expecting image file name and size")
     sign = size[:1] if size[:1] in ("+", "-") else ""

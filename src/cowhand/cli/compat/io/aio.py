@@ -117,7 +117,7 @@ def aio_discard(session: Session, words: Sequence[str]) -> bool:
 
     def show(timer: Timer) -> None:
         if "q" not in flags:
-            statistics("discarded", timer, offset, count, count, terse="C" in flags)
+            statistics("discarded ", timer, offset, count, count, terse="C" in flags)
 
     def work() -> None:
         disk.discard(offset, room(disk, offset, count))
