@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import stat
 import threading
 import time
 import zlib
@@ -27,6 +28,13 @@ locks.enforce()
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # The drop-in tools answer as the QEMU that is installed here, whatever this machine's user has set.
 os.environ[profiles.VARIABLE] = programs.installed_profile()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_neighbours(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let the folders of tests be no neighbours: where everyone may write and nobody may delete what is another's, as in /tmp, none are."""
+    base = tmp_path_factory.getbasetemp()
+    base.chmod(base.stat().st_mode | stat.S_ISVTX)
 
 
 @pytest.fixture
