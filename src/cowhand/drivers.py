@@ -130,9 +130,19 @@ for _entry in (
     ),
     DriverEntry("blklogwrites", "filter", "cowhand.block.filters.blklogwrites", "BlkLogWritesNode", creatable=False),
     DriverEntry("compress", "filter", "cowhand.block.filters.compress", "CompressNode", creatable=False),
+    DriverEntry(
+        "copy-before-write",
+        "filter",
+        "cowhand.block.filters.copy_before_write.node",
+        "CopyBeforeWriteNode",
+        creatable=False,
+    ),
     DriverEntry("copy-on-read", "filter", "cowhand.block.filters.copy_on_read", "CopyOnReadNode", creatable=False),
     DriverEntry("preallocate", "filter", "cowhand.block.filters.preallocate", "PreallocateNode", creatable=False),
     DriverEntry("quorum", "filter", "cowhand.block.filters.quorum", "QuorumNode", creatable=False),
+    DriverEntry(
+        "snapshot-access", "filter", "cowhand.block.filters.snapshot_access", "SnapshotAccessNode", creatable=False
+    ),
     DriverEntry("throttle", "filter", "cowhand.block.filters.throttle.node", "ThrottleNode", creatable=False),
 ):
     REGISTRY.add(_entry)
