@@ -103,11 +103,17 @@ for _entry in (
     ),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
     DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
-    DriverEntry("vmdk", "format", "cowhand.block.formats.vmdk.driver", "VmdkNode", _probe_vmdk),
-    DriverEntry("vpc", "format", "cowhand.block.formats.vpc", "VpcNode", _probe_vpc),
-    DriverEntry("vhdx", "format", "cowhand.block.formats.vhdx.driver", "VhdxNode", _probe_vhdx),
-    DriverEntry("qed", "format", "cowhand.block.formats.qed", "QedNode", _probe_qed),
-    DriverEntry("qcow", "format", "cowhand.block.formats.qcow", "QcowNode", _probe_qcow),
+    DriverEntry(
+        "vmdk", "format", "cowhand.block.formats.vmdk.driver", "VmdkNode", _probe_vmdk, links="cowhand.block.links.vmdk"
+    ),
+    DriverEntry("vpc", "format", "cowhand.block.formats.vpc", "VpcNode", _probe_vpc, links="cowhand.block.links.vpc"),
+    DriverEntry(
+        "vhdx", "format", "cowhand.block.formats.vhdx.driver", "VhdxNode", _probe_vhdx, links="cowhand.block.links.vhdx"
+    ),
+    DriverEntry("qed", "format", "cowhand.block.formats.qed", "QedNode", _probe_qed, links="cowhand.block.links.qed"),
+    DriverEntry(
+        "qcow", "format", "cowhand.block.formats.qcow", "QcowNode", _probe_qcow, links="cowhand.block.links.qcow2"
+    ),
     DriverEntry("parallels", "format", "cowhand.block.formats.parallels", "ParallelsNode", _probe_parallels),
     DriverEntry("dmg", "format", "cowhand.block.formats.dmg.driver", "DmgNode", _probe_dmg, creatable=False),
     DriverEntry("cloop", "format", "cowhand.block.formats.cloop", "CloopNode", _probe_cloop, creatable=False),

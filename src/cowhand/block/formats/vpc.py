@@ -138,6 +138,7 @@ class VpcNode(BlockTableFormat):
             raise self.wrong(text, file_size - SECTOR)
         self.allocation_unit = self.copy_unit = self.stride = 65536
         self.special, self.per_page, self.entry_count = {}, 1, 0
+        self.tells_cluster_size = False
 
     def _start_dynamic(self, at: int, sectors: int, file_size: int) -> None:
         if sectors > MAX_SECTORS:
