@@ -51,6 +51,7 @@ def convert(
     skip_create: bool = False,
     target_is_zero: bool = False,
     overwrite: bool = False,
+    like_qemu: bool = False,
     snapshot: str | None = None,
     compressed: bool = False,
     compression_level: int | None = None,
@@ -78,7 +79,8 @@ def convert(
     """Copy the content of *sources*, one behind the other, into *target*.
 
     A new target of *target_format* (default raw) is made with *options*; it appears under its name when it is complete, and never in place of
-    another file unless *overwrite* is set (that one is then written in place). With *skip_create* (-n) an existing image, or an open disk, is
+    another file unless *overwrite* is set. That one, too, stays until the new one is complete; a device, or a file that cannot be replaced, is
+    written in place, which *warn* hears before, and so is everything with *like_qemu*. With *skip_create* (-n) an existing image, or an open disk, is
     written in place; *target_is_zero* promises that it reads as zeroes. *backing* and *backing_format* (-B, -F) leave to the backing file
     what the source's own layer does not allocate. *snapshot* reads the (one) source at an internal snapshot.
 
@@ -117,6 +119,7 @@ def convert(
         skip_create=skip_create or isinstance(target, Disk),
         target_is_zero=target_is_zero,
         overwrite=overwrite,
+        like_qemu=like_qemu,
         snapshot=snapshot,
         snapshots=snapshots,
         bitmaps=bitmaps,
@@ -218,8 +221,13 @@ class _Conversion:
                 guard=guard,
             )
         from cowhand.copy.ops.space import check_space
+        from cowhand.image.replacing import reason_for_place
 
-        check_space(self._source, creation, self.settings, overwrite=request.overwrite, warn=self._warn)
+        in_place = request.like_qemu or (
+            creation.local is not None
+            and reason_for_place(creation.local, names_relative=creation.names_relative) is not None
+        )
+        check_space(self._source, creation, self.settings, in_place=in_place, warn=self._warn)
         try:
             return create_target(
                 creation,
@@ -227,6 +235,8 @@ class _Conversion:
                 cache=cache,
                 policy=policy,
                 discard=discard,
+                like_qemu=request.like_qemu,
+                warn=self._warn,
                 force=force,
                 guard=guard,
             )
