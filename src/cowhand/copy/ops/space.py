@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cowhand.copy.engine import plan
 from cowhand.copy.engine.plan import Policy
 from cowhand.core.errors import NoSpace
+from cowhand.core.mounts import free_bytes
 from cowhand.core.units import format_size
 from cowhand.image.create import Creation, local_path
 
@@ -17,20 +18,6 @@ if TYPE_CHECKING:
     from cowhand.copy.engine.source import Source
     from cowhand.copy.ops.settings import Settings
     from cowhand.core.progress import Progress
-
-
-def free_bytes(path: str) -> int | None:
-    """Return what this user can still write to the file system of *path* (or of its folder), None where nobody can tell."""
-    if not hasattr(os, "statvfs"):
-        return None
-    for name in (path, os.path.dirname(path) or "."):
-        try:
-            found = os.statvfs(name)
-        except OSError:
-            continue
-        blocks = found.f_bfree if hasattr(os, "geteuid") and os.geteuid() == 0 else found.f_bavail
-        return blocks * found.f_frsize
-    return None
 
 
 def check_space(
