@@ -71,6 +71,14 @@ def described(path: str) -> str:
     return f"the file system ({mount.kind}, mounted on {mount.point})" if mount is not None else "the file system"
 
 
+def may_compress(path: str) -> bool:
+    """Tell whether the file system of *path* may store more than it has bytes: what is free says little then."""
+    mount = mount_of(path)
+    if mount is None:
+        return False
+    return mount.kind in ("zfs", "bcachefs") or any(option.startswith("compress") for option in mount.options)
+
+
 def longest_file(path: str) -> int | None:
     """Return how many bytes a file on the file system of *path* may have, None where that is not known."""
     mount = mount_of(path)
