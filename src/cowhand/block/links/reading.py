@@ -40,9 +40,10 @@ def read_links(path: str, registry: Registry) -> Found:
     try:
         head = os.pread(descriptor, PROBE_SIZE, 0)
         entry = registry.probe(head, path)
-        name, module = entry.name, entry.links
+        name = entry.name
         if name == "raw":
             name = looks_like_a_format(head) or "raw"
+        module = entry.links
         if not module:
             return Found(name, [])
         links: list[Link] = importlib.import_module(module).links(Reader(descriptor, path))
