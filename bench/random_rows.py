@@ -17,7 +17,7 @@ from inputs import MIB, Inputs
 from measuring import Case, ProgramFailed, Sample, program, spawn
 
 import cowhand
-from cowhand.block.node import READ, WRITE_REQUEST
+from cowhand.block.node.node import READ, WRITE_REQUEST
 
 BLOCK = 4096
 CLUSTER = 65536

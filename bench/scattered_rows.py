@@ -16,7 +16,7 @@ from inputs import MIB, Inputs
 from measuring import Case, spawn
 
 import cowhand
-from cowhand.block.create import create
+from cowhand.image.create import create
 
 CLUSTER = 65536
 

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cowhand.block.create import create_options_of
-from cowhand.block.options import NodeOptions, Option, declared
-from cowhand.block.registry import DriverEntry
-from cowhand.cli.declared import Argument, Command, commands
+from cowhand.block.node.options import NodeOptions, Option, declared
+from cowhand.block.opening.registry import DriverEntry
+from cowhand.cli.reference import Argument, Command, commands
 from cowhand.drivers import REGISTRY
+from cowhand.image.create import create_options_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 #: Where the reference lies; files there that nothing declares any more are removed.

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from cowhand.bitmaps.named import DirtyBitmap
-    from cowhand.block.bitmaps import (
+    from cowhand.block.disk import Disk
+    from cowhand.block.node.records import CheckResult, Finding, SnapshotInfo
+    from cowhand.block.opening.policy import Policy
+    from cowhand.copy.ops.checksum import Checksum, checksum
+    from cowhand.copy.ops.compare import CompareResult, compare
+    from cowhand.copy.ops.convert import ConvertResult, convert
+    from cowhand.copy.ops.measure import Measurement, measure
+    from cowhand.core import errors
+    from cowhand.core.errors import CowhandError
+    from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, ZERO, Extent, ExtentBatch, by_content
+    from cowhand.core.progress import CancelToken, Progress
+    from cowhand.image.bitmaps import (
         add_bitmap,
         clear_bitmap,
         dirty_extents,
@@ -30,13 +41,11 @@ if TYPE_CHECKING:
         merge_bitmap,
         remove_bitmap,
     )
-    from cowhand.block.check import CheckResult, check
-    from cowhand.block.create import create
-    from cowhand.block.disk import Disk
-    from cowhand.block.findings import Finding
-    from cowhand.block.policy import Policy
-    from cowhand.block.snapshots import (
-        SnapshotInfo,
+    from cowhand.image.check import check
+    from cowhand.image.compact import compact
+    from cowhand.image.create import create
+    from cowhand.image.info import ImageInfo, chain_info, image_info
+    from cowhand.image.snapshots import (
         apply_snapshot,
         create_snapshot,
         delete_snapshot,
@@ -44,47 +53,37 @@ if TYPE_CHECKING:
         list_snapshots,
         open_snapshot,
     )
-    from cowhand.chain.info import ImageInfo, chain_info, image_info
-    from cowhand.chain.untrusted import Verdict, judge
-    from cowhand.chain.usage import ImageUsage, image_usage
-    from cowhand.copy.checksum import Checksum, checksum
-    from cowhand.copy.compare import CompareResult, compare
-    from cowhand.copy.convert import ConvertResult, convert
-    from cowhand.copy.measure import Measurement, measure
-    from cowhand.core import errors
-    from cowhand.core.errors import CowhandError
-    from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, ZERO, Extent, ExtentBatch, by_content
-    from cowhand.core.progress import CancelToken, Progress
+    from cowhand.image.untrusted import Verdict, judge
+    from cowhand.image.usage import ImageUsage, image_usage
     from cowhand.jobs.commit import CommitResult, commit
-    from cowhand.jobs.compact import compact
     from cowhand.jobs.rebase import RebaseResult, rebase
 
 #: Where the names lie that are imported when they are first used: starting a tool costs what it needs.
 _PLACES = {
     "cowhand.bitmaps.named": ("DirtyBitmap",),
-    "cowhand.block.bitmaps": (
+    "cowhand.image.bitmaps": (
         "add_bitmap", "clear_bitmap", "dirty_extents", "enable_bitmap", "find_bitmap", "list_bitmaps", "merge_bitmap", "remove_bitmap",
     ),
-    "cowhand.block.check": ("CheckResult", "check"),
-    "cowhand.block.create": ("create",),
+    "cowhand.image.check": ("CheckResult", "check"),
+    "cowhand.image.create": ("create",),
     "cowhand.block.disk": ("Disk",),
-    "cowhand.block.findings": ("Finding",),
-    "cowhand.block.policy": ("Policy",),
-    "cowhand.block.snapshots": (
+    "cowhand.block.node.records": ("Finding",),
+    "cowhand.block.opening.policy": ("Policy",),
+    "cowhand.image.snapshots": (
         "SnapshotInfo", "apply_snapshot", "create_snapshot", "delete_snapshot", "find_snapshot", "list_snapshots", "open_snapshot",
     ),
-    "cowhand.chain.info": ("ImageInfo", "chain_info", "image_info"),
-    "cowhand.chain.untrusted": ("Verdict", "judge"),
-    "cowhand.chain.usage": ("ImageUsage", "image_usage"),
-    "cowhand.copy.checksum": ("Checksum", "checksum"),
-    "cowhand.copy.compare": ("CompareResult", "compare"),
-    "cowhand.copy.convert": ("ConvertResult", "convert"),
-    "cowhand.copy.measure": ("Measurement", "measure"),
+    "cowhand.image.info": ("ImageInfo", "chain_info", "image_info"),
+    "cowhand.image.untrusted": ("Verdict", "judge"),
+    "cowhand.image.usage": ("ImageUsage", "image_usage"),
+    "cowhand.copy.ops.checksum": ("Checksum", "checksum"),
+    "cowhand.copy.ops.compare": ("CompareResult", "compare"),
+    "cowhand.copy.ops.convert": ("ConvertResult", "convert"),
+    "cowhand.copy.ops.measure": ("Measurement", "measure"),
     "cowhand.core.errors": ("CowhandError",),
     "cowhand.core.extents": ("ALLOCATED", "COMPRESSED", "DATA", "ZERO", "Extent", "ExtentBatch", "by_content"),
     "cowhand.core.progress": ("CancelToken", "Progress"),
     "cowhand.jobs.commit": ("CommitResult", "commit"),
-    "cowhand.jobs.compact": ("compact",),
+    "cowhand.image.compact": ("compact",),
     "cowhand.jobs.rebase": ("RebaseResult", "rebase"),
 }  # fmt: skip
 
@@ -132,9 +131,9 @@ def open(
     of them is part of a message or a name. Raises CowhandError; nothing stays open then.
     """
     from cowhand.block.disk import Disk
-    from cowhand.block.opening import Opening
-    from cowhand.block.options import cache_switches
-    from cowhand.block.policy import DEFAULT
+    from cowhand.block.node.options import cache_switches
+    from cowhand.block.opening.opening import Opening
+    from cowhand.block.opening.policy import DEFAULT
     from cowhand.drivers import REGISTRY
 
     write_through, direct, no_flush = cache_switches(cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cowhand.block.registry import DriverEntry, Registry
+from cowhand.block.opening.registry import DriverEntry, Registry
 
 _QCOW_MAGIC = b"QFI\xfb"
 
@@ -23,14 +23,14 @@ def _probe_bochs(data: bytes, filename: str) -> int:
 
 REGISTRY = Registry()
 for _entry in (
-    DriverEntry("file", "protocol", "cowhand.block.protocols.file", "FileNode", prefixes=("file",)),
+    DriverEntry("file", "protocol", "cowhand.block.protocols.file.node", "FileNode", prefixes=("file",)),
     DriverEntry(
-        "host_device", "protocol", "cowhand.block.protocols.file_device", "HostDeviceNode", prefixes=("host_device",)
+        "host_device", "protocol", "cowhand.block.protocols.file.device", "HostDeviceNode", prefixes=("host_device",)
     ),
     DriverEntry(
         "host_cdrom",
         "protocol",
-        "cowhand.block.protocols.file_device",
+        "cowhand.block.protocols.file.device",
         "HostCdromNode",
         prefixes=("host_cdrom",),
         creatable=False,
@@ -42,13 +42,20 @@ for _entry in (
     DriverEntry(
         "null-aio", "protocol", "cowhand.block.protocols.null", "NullAioNode", prefixes=("null-aio",), creatable=False
     ),
-    DriverEntry("nbd", "protocol", "cowhand.block.protocols.nbd", "NbdNode", prefixes=("nbd", "nbd+tcp", "nbd+unix")),
+    DriverEntry(
+        "nbd", "protocol", "cowhand.block.protocols.nbd.node", "NbdNode", prefixes=("nbd", "nbd+tcp", "nbd+unix")
+    ),
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
     DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
     DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
     DriverEntry(
-        "blkdebug", "filter", "cowhand.block.filters.blkdebug", "BlkDebugNode", prefixes=("blkdebug",), creatable=False
+        "blkdebug",
+        "filter",
+        "cowhand.block.filters.blkdebug.node",
+        "BlkDebugNode",
+        prefixes=("blkdebug",),
+        creatable=False,
     ),
     DriverEntry(
         "blkverify",
@@ -63,6 +70,6 @@ for _entry in (
     DriverEntry("copy-on-read", "filter", "cowhand.block.filters.copy_on_read", "CopyOnReadNode", creatable=False),
     DriverEntry("preallocate", "filter", "cowhand.block.filters.preallocate", "PreallocateNode", creatable=False),
     DriverEntry("quorum", "filter", "cowhand.block.filters.quorum", "QuorumNode", creatable=False),
-    DriverEntry("throttle", "filter", "cowhand.block.filters.throttle", "ThrottleNode", creatable=False),
+    DriverEntry("throttle", "filter", "cowhand.block.filters.throttle.node", "ThrottleNode", creatable=False),
 ):
     REGISTRY.add(_entry)

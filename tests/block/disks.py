@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2 import create as qcow2_create
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.graph import graph
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.drivers import REGISTRY
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from cowhand.block import graph
-from cowhand.block.align import AlignedAccess
+from cowhand.block.access.aligned import AlignedAccess
 from cowhand.block.disk import Disk
-from cowhand.block.filters.blkdebug import BlkDebugNode
-from cowhand.block.node import DISCARD, READ, WRITE_REQUEST, ZERO_REQUEST
-from cowhand.block.opening import Opening
+from cowhand.block.filters.blkdebug.node import BlkDebugNode
+from cowhand.block.graph import graph
+from cowhand.block.node.node import DISCARD, READ, WRITE_REQUEST, ZERO_REQUEST
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import IOFailed, NotSupported
 from cowhand.drivers import REGISTRY

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block import batch as batch_module
-from cowhand.block.check import check
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import READ, WRITE_REQUEST
+from cowhand.block.format_io import batch as batch_module
+from cowhand.block.node.node import READ, WRITE_REQUEST
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.snapshots import create_snapshot
 from cowhand.core.errors import NoSpace
 from cowhand.core.extents import DATA
+from cowhand.image.check import check
+from cowhand.image.create import create
+from cowhand.image.snapshots import create_snapshot
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import PATIENCE, Worker, impatient_interpreter, qcow2_file, qcow2_node
 from tests.qcow2 import oracle

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.filters.blkdebug import BlkDebugNode, BlkDebugOptions, find
-from cowhand.block.filters.blkdebug_config import MAX_CONFIG, parse_text, read_file
-from cowhand.block.filters.blkdebug_rules import DEFAULT_IO_TYPES, EVENTS, IO_TYPES, InjectError, SetState
-from cowhand.block.node import (
+from cowhand.block.filters.blkdebug.config import MAX_CONFIG, parse_text, read_file
+from cowhand.block.filters.blkdebug.node import BlkDebugNode, BlkDebugOptions, find
+from cowhand.block.filters.blkdebug.rules import DEFAULT_IO_TYPES, EVENTS, IO_TYPES, InjectError, SetState
+from cowhand.block.graph import graph
+from cowhand.block.node.node import (
     ALL_PERMISSIONS,
     CONSISTENT_READ,
     READ,
@@ -32,7 +32,7 @@ from cowhand.block.node import (
     Role,
     Run,
 )
-from cowhand.block.opening import Opening
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
 from cowhand.core.errors import CowhandError, ImageNotFound, InvalidArgument, IOFailed, NoSpace, NotSupported
 from cowhand.core.extents import ExtentBatch

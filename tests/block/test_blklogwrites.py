@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
 from cowhand.drivers import REGISTRY

@@ -11,7 +11,7 @@ import pytest
 
 import cowhand
 from cowhand.block.disk import Disk
-from cowhand.block.opening import Opening
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import AccessDenied, CowhandError, InvalidFormat
 from cowhand.core.extents import DATA, ZERO

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import graph
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.graph import graph
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.core.errors import IOFailed, NotSupported
 from cowhand.core.extents import COMPRESSED
 from cowhand.drivers import REGISTRY
+from cowhand.image.create import create
 from tests.tools.qemu import assert_clean, require_qemu
 
 UNIT = 65536

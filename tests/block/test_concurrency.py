@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block import graph, snapshots
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode
+from cowhand.block.graph import graph
+from cowhand.block.node.node import BlockNode
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.extents import DATA, ZERO
+from cowhand.image import snapshots
+from cowhand.image.create import create
 from cowhand.testing.faults import FaultNode
 from cowhand.testing.recorder import RecorderNode
 from tests.block.disks import (
@@ -556,7 +557,7 @@ class TestMixedThreads:
 
 
 def test_oldest_request_counts_all_disks_above() -> None:
-    from cowhand.block.epochs import oldest_in_flight
+    from cowhand.block.graph.request_order import oldest_in_flight
 
     base = MemoryNode(content=bytes(65536))
     reader = Disk(base)

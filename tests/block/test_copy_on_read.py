@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import InvalidArgument, ReadOnly
 from cowhand.core.extents import ALLOCATED, DATA, ZERO
@@ -31,9 +31,9 @@ class TestCopyOnReadContract(FilterContract):
     def wrap(self, inner: BlockNode) -> BlockNode:
         if inner.writable:
             return over(inner)
-        from cowhand.block import graph
         from cowhand.block.filters.copy_on_read import CopyOnReadNode, CopyOnReadOptions
-        from cowhand.block.node import Role
+        from cowhand.block.graph import graph
+        from cowhand.block.node.node import Role
 
         node = CopyOnReadNode(CopyOnReadOptions(read_only=True))
         graph.attach(node, "file", inner, Role.FILTERED)

@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from cowhand.block.descriptions import parse_json_name
+from cowhand.block.opening.json_names import parse_json_name
 from cowhand.core.errors import InvalidArgument
 
 

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import cowhand
-from cowhand.block import graph
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import (
+from cowhand.block.graph import graph
+from cowhand.block.node.node import (
     CONSISTENT_READ,
     DISCARD,
     FLUSH,
@@ -30,8 +29,8 @@ from cowhand.block.node import (
     Request,
     Zeroing,
 )
-from cowhand.block.opening import Opening
-from cowhand.block.options import NodeOptions
+from cowhand.block.node.options import NodeOptions
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import (
     Closed,
@@ -46,6 +45,7 @@ from cowhand.core.errors import (
     ReadOnly,
 )
 from cowhand.drivers import REGISTRY
+from cowhand.image.create import create
 from cowhand.testing.faults import FaultNode
 from cowhand.testing.recorder import RecorderNode
 from tests.block.disks import qcow2_disk, qcow2_file, qcow2_node
@@ -649,7 +649,7 @@ class TestAsFile:
             assert disk.read(0, size) == model.getvalue()
 
     def test_its_end_is_the_disks(self) -> None:
-        from cowhand.block.diskfile import DiskFile
+        from cowhand.block.disk_file import DiskFile
 
         with memory_disk() as disk, DiskFile(disk) as raw:
             file = io.BufferedWriter(raw, buffer_size=4)
@@ -686,7 +686,7 @@ class TestAsFile:
                 file.read(1)
 
     def test_odd_arguments(self) -> None:
-        from cowhand.block.diskfile import DiskFile
+        from cowhand.block.disk_file import DiskFile
 
         with memory_disk() as disk, DiskFile(disk) as file:
             assert (file.name, file.mode) == (disk.filename, "rb+")

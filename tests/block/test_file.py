@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.node import READ, WRITE_REQUEST, BlockNode, Run
-from cowhand.block.options import CACHE_MODES
-from cowhand.block.protocols import file_data, file_syscalls
-from cowhand.block.protocols.file import FileNode, FileOptions
-from cowhand.block.protocols.file_device import HostDeviceNode
+from cowhand.block.graph import graph
+from cowhand.block.node.node import READ, WRITE_REQUEST, BlockNode, Run
+from cowhand.block.node.options import CACHE_MODES
+from cowhand.block.protocols.file import data as file_data
+from cowhand.block.protocols.file.device import HostDeviceNode
+from cowhand.block.protocols.file.node import FileNode, FileOptions
+from cowhand.core import syscalls
 from cowhand.core.errors import (
     AccessDenied,
     CowhandError,
@@ -307,7 +308,7 @@ def test_without_permission_reading_is_the_automatic_fallback(image_dir: Path) -
         if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | stat.S_IXOTH | stat.S_IROTH)
     program = (
-        "import sys; from cowhand.block.protocols.file import *; from cowhand.core.errors import *\n"
+        "import sys; from cowhand.block.protocols.file.node import *; from cowhand.core.errors import *\n"
         "try: FileNode.open(None, FileOptions(filename=sys.argv[1]), {}); print('opened')\n"
         "except AccessDenied as error: print(error.qemu())\n"
         "node = FileNode.open(None, FileOptions(filename=sys.argv[1], auto_read_only=True), {})\n"
@@ -600,8 +601,8 @@ def test_zeroes_are_written_where_the_file_system_cannot(node: FileNode, monkeyp
     def refuse(fd: int, offset: int, length: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(file_syscalls, "punch_hole", refuse)
-    monkeypatch.setattr(file_syscalls, "zero_range", refuse)
+    monkeypatch.setattr(syscalls, "punch_hole", refuse)
+    monkeypatch.setattr(syscalls, "zero_range", refuse)
     node.write(0, (b"x" * (1 << 20),))
     with pytest.raises(NotSupported):
         node.write_zeroes(0, 4096, fallback=False)
@@ -614,8 +615,8 @@ def test_positions_are_locked_where_there_are_no_positioned_calls(
     node: FileNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What Windows runs on, tried on this system's files.
-    monkeypatch.setattr(file_data, "_preadv", file_syscalls._read_at)
-    monkeypatch.setattr(file_data, "_pwritev", file_syscalls._write_at)
+    monkeypatch.setattr(file_data, "_preadv", syscalls._read_at)
+    monkeypatch.setattr(file_data, "_pwritev", syscalls._write_at)
     node.write(10, (b"one", b"two"))
     first, second = bytearray(3), bytearray(5)
     node.submit([(READ, 10, first), (READ, 13, second)])
@@ -633,7 +634,7 @@ sys.platform = "elsewhere"
 sys.modules["fcntl"] = None
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.file import FileNode, FileOptions
-import cowhand.block.protocols.file_device, cowhand.block.filters.blkdebug, cowhand.block.protocols.null
+import cowhand.block.protocols.file.device, cowhand.block.filters.blkdebug.node, cowhand.block.protocols.null
 path = sys.argv[1]
 FileNode.create(path, 65536, preallocation="falloc")
 node = FileNode.open(None, FileOptions(filename=path), {})
@@ -740,8 +741,8 @@ def test_space_that_is_not_there_is_not_asked_for(
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("this would fill the file system up")
 
-    monkeypatch.setattr("cowhand.block.protocols.file_syscalls.allocate", refuse)
-    monkeypatch.setattr("cowhand.block.protocols.file_space.write_zero_bytes", refuse)
+    monkeypatch.setattr("cowhand.core.syscalls.allocate", refuse)
+    monkeypatch.setattr("cowhand.block.protocols.file.space.write_zero_bytes", refuse)
     found, before = os.fstatvfs(node.fd), node.size
     with pytest.raises(NoSpace) as caught:
         node.resize(before + (found.f_bfree + 1) * found.f_frsize, preallocation=preallocation)
@@ -865,7 +866,7 @@ def test_an_interrupted_preallocation_leaves_the_old_length(node: FileNode, monk
         raise KeyboardInterrupt
 
     before = node.size
-    monkeypatch.setattr("cowhand.block.protocols.file_space.write_zero_bytes", interrupted)
+    monkeypatch.setattr("cowhand.block.protocols.file.space.write_zero_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         node.resize(before + (1 << 20), preallocation="full")
     assert node.size == before

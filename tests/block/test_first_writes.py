@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.check import check
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
+from cowhand.block.format_io.batch_rows import UnitWrites
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.node import READ, WRITE_REQUEST, Request
+from cowhand.block.node.node import READ, WRITE_REQUEST, Request
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.unitwrites import UnitWrites
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, IOFailed, NoSpace, Poisoned
+from cowhand.image.check import check
+from cowhand.image.create import create
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import PATIENCE, Worker, qcow2_file, qcow2_node
 from tests.qcow2 import oracle

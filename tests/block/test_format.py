@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from cowhand.block.disk import Disk
-from cowhand.block.node import READ, WRITE_REQUEST, Zeroing
+from cowhand.block.format_io.reservations import Kind
+from cowhand.block.node.node import READ, WRITE_REQUEST, Zeroing
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.reserving import Kind
 from cowhand.core.errors import ImageCorrupt, IOFailed, NoSpace, NotSupported, Poisoned, ReadOnly
 from cowhand.testing.faults import FaultNode
 from cowhand.testing.model import DiskModel

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from cowhand.block import imagelock
-from cowhand.block.node import ALL_PERMISSIONS, CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
-from cowhand.block.protocols.file import FileNode, FileOptions
+from cowhand.block.locking import image_lock
+from cowhand.block.node.node import ALL_PERMISSIONS, CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
+from cowhand.block.protocols.file.node import FileNode, FileOptions
 from cowhand.core.errors import ImageInUse, NotSupported
 from tests.tools.programs import find
 from tests.tools.qemu import qemu_img, require_qemu
@@ -226,7 +226,7 @@ def test_creation_leaves_an_image_in_use_alone(image: Path) -> None:
 
 def test_a_lock_of_the_whole_file_by_somebody_else_is_an_image_in_use(node: FileNode, image: Path) -> None:
     with open(image, "r+b") as stranger:
-        fcntl.fcntl(stranger, fcntl.F_OFD_SETLK, imagelock._FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        fcntl.fcntl(stranger, fcntl.F_OFD_SETLK, image_lock._FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         with pytest.raises(ImageInUse) as caught:
             node.update_permissions(*READER)
         assert caught.value.qemu() == "Failed to lock byte 100"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block.node import BlockNode
+from cowhand.block.node.node import BlockNode
 from cowhand.block.protocols.memory import PAGE, MemoryNode, MemoryOptions
 from cowhand.core.errors import InvalidArgument, NotSupported, ReadOnly
 from cowhand.core.extents import DATA, MAX_ROWS, ZERO

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from cowhand.block.disk import Disk
-from cowhand.block.node import READ, WRITE_REQUEST
-from cowhand.block.opening import Opening
+from cowhand.block.node.node import READ, WRITE_REQUEST
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.null import NullAioNode, NullNode, NullOptions
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO

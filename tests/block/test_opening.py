@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.marks import MARKS, looks_like_a_format
-from cowhand.block.names import combine, has_protocol
-from cowhand.block.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.node.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, BlockNode
+from cowhand.block.opening.filenames import combine, has_protocol
+from cowhand.block.opening.opening import Opening
+from cowhand.block.opening.signatures import MARKS, looks_like_a_format
 from cowhand.core.errors import (
     AccessDenied,
     CowhandError,
@@ -26,6 +25,7 @@ from cowhand.core.errors import (
     UnsupportedFeature,
 )
 from cowhand.drivers import REGISTRY
+from cowhand.image.create import create
 from tests.hostile.chains import base_content, chain, overlay
 
 SECTOR = 512

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.policy import DEFAULT, UNTRUSTED, Policy
-from cowhand.block.protocols.file import FileNode
-from cowhand.chain.info import chain_info
+from cowhand.block.opening.policy import DEFAULT, UNTRUSTED, Policy
+from cowhand.block.protocols.file.node import FileNode
 from cowhand.core.errors import CowhandError, InvalidArgument, PolicyRefused, UnsupportedFeature
+from cowhand.image.info import chain_info
 from tests.hostile.chains import base_content, overlay
 
 _opened: list[str] = []

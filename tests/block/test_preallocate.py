@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import graph
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import CONSISTENT_READ, BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.graph import graph
+from cowhand.block.node.node import CONSISTENT_READ, BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import InvalidArgument
 from cowhand.drivers import REGISTRY
+from cowhand.image.create import create
 from cowhand.testing.faults import FaultNode
 from cowhand.testing.filters import FilterContract
 from tests.block.disks import Worker

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
+from cowhand.block.graph import graph
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core import clock
 from cowhand.core.errors import DeadlineExceeded

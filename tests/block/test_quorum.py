@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import PAGE, MemoryNode, MemoryOptions
 from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, VerificationFailed
 from cowhand.core.extents import ZERO, ExtentBatch

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block import batch, readahead
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import READ
-from cowhand.copy.convert import convert
+from cowhand.block.format_io import batch, readahead
+from cowhand.block.node.node import READ
+from cowhand.copy.ops.convert import convert
+from cowhand.image.create import create
 
 CLUSTER = 4096
 SIZE = 256 * CLUSTER

@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block import graph, throttlegroups
-from cowhand.block.bitmaps import add_bitmap, list_bitmaps
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.filters.throttle import ThrottleNode
-from cowhand.block.node import Reopening, walk
-from cowhand.block.opening import Opening
-from cowhand.block.protocols.file import FileNode
-from cowhand.block.reopen import reopen
-from cowhand.block.throttling import Limits
+from cowhand.block.filters.throttle import groups as throttlegroups
+from cowhand.block.filters.throttle.limits import Limits
+from cowhand.block.filters.throttle.node import ThrottleNode
+from cowhand.block.graph import graph
+from cowhand.block.graph.reopen import reopen
+from cowhand.block.node.node import Reopening, walk
+from cowhand.block.opening.opening import Opening
+from cowhand.block.protocols.file.node import FileNode
 from cowhand.core.errors import CowhandError, ImageInUse, InvalidArgument, IOFailed, ReadOnly
 from cowhand.drivers import REGISTRY
+from cowhand.image.bitmaps import add_bitmap, list_bitmaps
+from cowhand.image.create import create
 from tests.block.disks import Worker
 from tests.tools.qemu import assert_clean, require_qemu
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import cowhand
-from cowhand.block import graph, status
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode, Role
-from cowhand.block.options import NodeOptions
+from cowhand.block.graph import block_status, graph
+from cowhand.block.node.node import BlockNode, Role
+from cowhand.block.node.options import NodeOptions
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import IOFailed
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, RECURSE, ZERO, Extent, ExtentBatch, merged
+from cowhand.image.create import create
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import blkdebug_over, qcow2_disk, qcow2_file, qcow2_node
 
@@ -149,8 +149,8 @@ class TestLayered:
         first = data.draw(st.integers(0, count - 1))
         last = data.draw(st.integers(first + 1, count))
         with pytest.MonkeyPatch.context() as patch, Disk(top) as disk:
-            patch.setattr(status, "MAX_ROWS", most)
-            patch.setattr(status._Window, "_LEAST", data.draw(st.sampled_from((4 * UNIT, 65536))))
+            patch.setattr(block_status, "MAX_ROWS", most)
+            patch.setattr(block_status._Window, "_LEAST", data.draw(st.sampled_from((4 * UNIT, 65536))))
             batches = list(disk.extents(first * UNIT, (last - first) * UNIT, depth=depth))
         assert all(0 < len(batch) <= most for batch in batches)
         position = first * UNIT
@@ -164,7 +164,7 @@ class TestLayered:
 
     def test_a_layer_of_more_rows_than_it_tells_at_once_is_walked_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         most, count = 512, 1 << 14
-        monkeypatch.setattr(status._Window, "_LEAST", 4 * UNIT)
+        monkeypatch.setattr(block_status._Window, "_LEAST", 4 * UNIT)
         below = Layer([NOTHING, ZERO_ROW] * (count // 2), most, HoleyFile([]))
         top = chain_of([Layer([DATA_ROW, *[NOTHING] * 7] * (count // 8), count, HoleyFile([])), below])
         told = 0
@@ -252,7 +252,7 @@ class TestHoles:
         ]
 
     def test_more_holes_than_a_batch_holds(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(status, "MAX_ROWS", 10)
+        monkeypatch.setattr(block_status, "MAX_ROWS", 10)
         top = Layer([MAYBE] * 64, 64, HoleyFile([bool(number % 2) for number in range(66)]))
         # One row of 64 units whose host offsets ascend.
         top.host = lambda index: index * UNIT  # type: ignore[method-assign]

@@ -7,13 +7,14 @@ import threading
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cowhand.block import graph, throttlegroups
 from cowhand.block.disk import Disk
-from cowhand.block.node import READ, WRITE_REQUEST, BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.filters.throttle import groups
+from cowhand.block.filters.throttle.groups import ThrottleGroup
+from cowhand.block.filters.throttle.limits import Limits
+from cowhand.block.graph import graph
+from cowhand.block.node.node import READ, WRITE_REQUEST, BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.throttlegroups import ThrottleGroup
-from cowhand.block.throttling import Limits
 from cowhand.core.errors import InvalidArgument
 from cowhand.drivers import REGISTRY
 from cowhand.testing.filters import FilterContract
@@ -30,9 +31,9 @@ class TestThrottleContract(FilterContract):
 
     def wrap(self, inner: BlockNode) -> BlockNode:
         try:
-            throttlegroups.find("unlimited")
+            groups.find("unlimited")
         except InvalidArgument:
-            throttlegroups.define("unlimited", Limits.parse({}))
+            groups.define("unlimited", Limits.parse({}))
         return over(inner, "unlimited")
 
 
@@ -170,7 +171,7 @@ def test_members_take_turns() -> None:
 
 
 def test_a_quiesce_does_not_wait_for_the_limit() -> None:
-    throttlegroups.define("slow", Limits.parse({"bps-total": 1}))
+    groups.define("slow", Limits.parse({"bps-total": 1}))
     disk = Disk(over(MemoryNode(content=bytes(4096)), "slow"), writable=True)
     disk.write(0, b"x" * 1000)  # the next one would wait for a quarter of an hour
     worker = Worker(disk.write, 0, b"y")
@@ -179,13 +180,13 @@ def test_a_quiesce_does_not_wait_for_the_limit() -> None:
     with graph.quiesce(disk.root, deadline=10):
         worker.done()
     with pytest.raises(InvalidArgument):
-        throttlegroups.define("slow", Limits.parse({}))
+        groups.define("slow", Limits.parse({}))
     disk.close()
-    throttlegroups.remove("slow")
+    groups.remove("slow")
 
 
 def test_a_batch_is_counted_by_its_requests() -> None:
-    group = throttlegroups.define("batch", Limits.parse({"iops-total": 1000}))
+    group = groups.define("batch", Limits.parse({"iops-total": 1000}))
     with Disk(over(MemoryNode(content=bytes(4096)), "batch"), writable=True) as disk:
         ticking = Ticking()
         group._now, group._wait = ticking.now, ticking.wait
@@ -193,7 +194,7 @@ def test_a_batch_is_counted_by_its_requests() -> None:
         disk.submit([(READ, 0, bytearray(512)), (WRITE_REQUEST, 512, b"z" * 512), (READ, 512, bytearray(512))])
         assert ticking.time == pytest.approx(100.1)
         assert disk.read(512, 512) == b"z" * 512
-    throttlegroups.remove("batch")
+    groups.remove("batch")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.trial import PAGE, TrialNode
 from cowhand.core.errors import UnsupportedFeature
+from cowhand.image.shadow.pages import PAGE, TrialNode
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cowhand.block.disk import Disk
-from cowhand.block.node import WRITE_REQUEST, BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.node.node import WRITE_REQUEST, BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import InvalidArgument
 from cowhand.drivers import REGISTRY

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cowhand.block import graph
-from cowhand.block.format import FormatNode
-from cowhand.block.node import BlockNode, Capabilities, Child, Role, Zeroing
-from cowhand.block.options import NodeOptions
-from cowhand.block.reserving import Kind, Reservation, Unprepared
+from cowhand.block.format_io.format_node import FormatNode
+from cowhand.block.format_io.reservations import Kind, Reservation, Unprepared
+from cowhand.block.graph import graph
+from cowhand.block.node.node import BlockNode, Capabilities, Child, Role, Zeroing
+from cowhand.block.node.options import NodeOptions
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import NotSupported
 from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, IN_PLACE, NO_HOST, OFFSET, ZERO, ExtentBatch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block.formats.qcow2.header import Header
+from cowhand.block.formats.qcow2.ondisk.header import Header
 from cowhand.chain import tree
 from cowhand.chain.tree import OverlaysExist, Tree
 

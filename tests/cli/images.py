@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import cowhand
-from cowhand.block.create import create
+from cowhand.image.create import create
 
 MiB = 1 << 20
 

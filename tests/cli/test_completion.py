@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.cli import completion, declared, main
+from cowhand.cli import completion, main, reference
 from cowhand.cli.commands import completion as command
 from tests.cli.command import cowhand
 
@@ -16,8 +16,8 @@ FORMATS = ("raw", "qcow2")
 
 
 @pytest.fixture(scope="module")
-def known() -> list[declared.Command]:
-    return declared.commands()
+def known() -> list[reference.Command]:
+    return reference.commands()
 
 
 def completed(script: Path, *words: str) -> list[str]:
@@ -41,7 +41,7 @@ def completed(script: Path, *words: str) -> list[str]:
     ],
 )
 def test_bash_offers_commands_options_and_values(
-    words: tuple[str, ...], offered: set[str], known: list[declared.Command], tmp_path: Path
+    words: tuple[str, ...], offered: set[str], known: list[reference.Command], tmp_path: Path
 ) -> None:
     path = tmp_path / "cowhand.bash"
     path.write_text(completion.script("bash", known, FORMATS))
@@ -49,7 +49,7 @@ def test_bash_offers_commands_options_and_values(
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
-def test_every_command_and_option_is_in_the_script(shell: str, known: list[declared.Command]) -> None:
+def test_every_command_and_option_is_in_the_script(shell: str, known: list[reference.Command]) -> None:
     script = completion.script(shell, known, FORMATS)
     for one in known:
         assert one.name in script
@@ -63,7 +63,7 @@ def test_every_command_and_option_is_in_the_script(shell: str, known: list[decla
 
 
 @pytest.mark.parametrize(("shell", "check"), [("bash", "bash -n"), ("zsh", "zsh -n"), ("fish", "fish --no-execute")])
-def test_script_is_read_by_its_shell(shell: str, check: str, known: list[declared.Command], tmp_path: Path) -> None:
+def test_script_is_read_by_its_shell(shell: str, check: str, known: list[reference.Command], tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"needs {shell}")
     path = tmp_path / "script"
@@ -72,7 +72,7 @@ def test_script_is_read_by_its_shell(shell: str, check: str, known: list[declare
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_command_prints_the_script_and_knows_the_same_shells(known: list[declared.Command]) -> None:
+def test_command_prints_the_script_and_knows_the_same_shells(known: list[reference.Command]) -> None:
     done = cowhand("completion", "bash")
     assert done.status == 0
     assert "complete -F _cowhand cowhand" in done.stdout
@@ -85,7 +85,7 @@ def test_command_prints_the_script_and_knows_the_same_shells(known: list[declare
 
 
 def test_quotes_in_help_do_not_end_the_quotation() -> None:
-    option = declared.Argument(("-x",), "", "it's [odd]: \\ so", (), False, False, "")
-    odd = declared.Command("odd", "it's odd", "", "", (option,), ())
+    option = reference.Argument(("-x",), "", "it's [odd]: \\ so", (), False, False, "")
+    odd = reference.Command("odd", "it's odd", "", "", (option,), ())
     assert "it'\\''s \\[odd\\]\\: \\\\ so" in completion.script("zsh", [odd], FORMATS)
     assert "'it\\'s [odd]: \\\\ so'" in completion.script("fish", [odd], FORMATS)

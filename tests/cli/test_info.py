@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 import cowhand as library
-from cowhand.block.policy import UNTRUSTED
-from cowhand.chain.info import chain_info
+from cowhand.block.opening.policy import UNTRUSTED
+from cowhand.image.info import chain_info
 from tests.cli.command import cowhand
 from tests.cli.images import MiB, fill, image
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.chain.untrusted import judge
+from cowhand.image.untrusted import judge
 from tests.cli.command import cowhand
 from tests.cli.images import MiB, fill, image
 from tests.hostile import cases

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block.check import check
+from cowhand.image.check import check
 from tests.cli.command import start
 from tests.cli.images import MiB, content, fill, image, snapshot_of
 

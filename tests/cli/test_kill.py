@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 import cowhand as library
-from cowhand.block.check import check
-from cowhand.block.newfile import is_unfinished
+from cowhand.image.check import check
+from cowhand.image.new_file import is_unfinished
 from tests.cli.command import cowhand, start
 from tests.cli.images import MiB, content, fill, image
 

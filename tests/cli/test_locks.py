@@ -43,7 +43,7 @@ def holding(path: Path, *command: str) -> Iterator[int]:
 
 
 def holders(path: Path) -> list[dict[str, object]]:
-    from cowhand.block.lockholders import lock_holders
+    from cowhand.block.locking.holders import lock_holders
     from cowhand.cli.commands.locks import _document
 
     return [_document(one) for one in lock_holders(path)]
@@ -101,12 +101,12 @@ def test_what_is_no_file(path: Path) -> None:
 def test_who_may_not_read_an_image_is_not_told_that_nobody_has_it_open(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cowhand.block import imagelock, lockholders
+    from cowhand.block.locking import holders as lockholders, image_lock
     from cowhand.core.errors import AccessDenied
 
     def refused(*ignored: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(imagelock, "locked_bytes", refused)
+    monkeypatch.setattr(image_lock, "locked_bytes", refused)
     with pytest.raises(AccessDenied):
         lockholders.lock_holders(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cowhand as cowhand_library
-from cowhand.block.snapshots import create_snapshot, open_snapshot
+from cowhand.image.snapshots import create_snapshot, open_snapshot
 from tests.cli.command import command_line, cowhand, surroundings
 
 QUICK = "encrypt.iter-time=1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cowhand.block.createoptions import CreateOption
+from cowhand.block.node.create_options import CreateOption
 from cowhand.cli.compat.optionstrings import CreateOptions, Pair, check_list, parse
 from cowhand.cli.compat.program import Failure
 

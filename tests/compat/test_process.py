@@ -13,7 +13,7 @@ import pytest
 from tests.tools.programs import find
 from tests.tools.qemu import require_qemu
 
-HEAVY = ("numpy", "rich", "asyncio", "cryptography", "cowhand.copy", "cowhand.block.create")
+HEAVY = ("numpy", "rich", "asyncio", "cryptography", "cowhand.copy", "cowhand.image.create")
 
 
 def script(folder: Path, name: str, module: str) -> Path:

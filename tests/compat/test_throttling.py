@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import throttlegroups
-from cowhand.block.throttlegroups import ThrottleGroup
+from cowhand.block.filters.throttle import groups
+from cowhand.block.filters.throttle.groups import ThrottleGroup
 from tests.compat.sides import run_own
 
 
@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Give every group that is made from now on the same slow clock."""
     clock = Clock()
     made = functools.partial(ThrottleGroup, now=clock.now, wait=clock.wait)
-    monkeypatch.setattr(throttlegroups, "ThrottleGroup", made)
+    monkeypatch.setattr(groups, "ThrottleGroup", made)
     return clock
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.protocols import file_syscalls
-from cowhand.copy import behind
+from cowhand.copy.engine import write_out
+from cowhand.core import syscalls
+from cowhand.image.create import create
 from cowhand.jobs.commit import commit
 
 SIZE = 8 << 20
@@ -20,14 +20,14 @@ SIZE = 8 << 20
 def hints(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Have small copies give hints as well, and return them: (offset, length)."""
     seen: list[tuple[int, int]] = []
-    begin = file_syscalls.start_writing_out
+    begin = syscalls.start_writing_out
 
     def noticed(descriptor: int, offset: int, length: int) -> None:
         seen.append((offset, length))
         begin(descriptor, offset, length)
 
-    monkeypatch.setattr(behind, "MIN_TOTAL", 0)
-    monkeypatch.setattr(file_syscalls, "start_writing_out", noticed)
+    monkeypatch.setattr(write_out, "MIN_TOTAL", 0)
+    monkeypatch.setattr(syscalls, "start_writing_out", noticed)
     return seen
 
 
@@ -41,7 +41,7 @@ def overlay(folder: Path) -> tuple[Path, bytes]:
     return top, data
 
 
-@pytest.mark.skipif(not file_syscalls.LINUX, reason="a call of Linux")
+@pytest.mark.skipif(not syscalls.LINUX, reason="a call of Linux")
 @pytest.mark.parametrize(("cache", "given"), [("writeback", True), ("unsafe", False)])
 def test_a_commit_that_is_flushed_writes_behind(
     cache: str, given: bool, tmp_path: Path, hints: list[tuple[int, int]]
@@ -60,8 +60,8 @@ def test_without_the_call_everything_is_copied_all_the_same(tmp_path: Path, monk
         calls.append(offset)
         raise OSError(errno.ENOSYS, "no such call")
 
-    monkeypatch.setattr(behind, "MIN_TOTAL", 0)
-    monkeypatch.setattr(file_syscalls, "start_writing_out", refused)
+    monkeypatch.setattr(write_out, "MIN_TOTAL", 0)
+    monkeypatch.setattr(syscalls, "start_writing_out", refused)
     top, data = overlay(tmp_path)
     commit(top)
     with cowhand.open(tmp_path / "base.qcow2") as disk:

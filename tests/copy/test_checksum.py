@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.snapshots import create_snapshot
-from cowhand.copy.checksum import ALGORITHMS, BLOCK, checksum
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.checksum import ALGORITHMS, BLOCK, checksum
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import Cancelled, CowhandError, InvalidArgument
 from cowhand.core.progress import CancelToken, Progress
+from cowhand.image.create import create
+from cowhand.image.snapshots import create_snapshot
 from tests.copy import images
 
 MIB = 1 << 20

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.protocols import file_syscalls
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.convert import convert
+from cowhand.core import syscalls
 from tests.copy.images import MIB, read_all
 from tests.copy.mounts import loop, needs_root
 from tests.tools.programs import require
@@ -76,7 +76,7 @@ def test_where_blocks_cannot_be_shared_bytes_are_copied(
         calls.append(length)
         raise OSError(22 if len(calls) == 1 else 95, "not here")  # the question first: yes; then the first run: no
 
-    monkeypatch.setattr(file_syscalls, "clone_range", refuse)
+    monkeypatch.setattr(syscalls, "clone_range", refuse)
     data = rng.randbytes(9 * MIB)
     (tmp_path / "raw").write_bytes(data)
     convert(tmp_path / "raw", tmp_path / "target", "qcow2", source_format="raw")

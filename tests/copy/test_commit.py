@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.format import FormatNode
+from cowhand.block.format_io.format_node import FormatNode
+from cowhand.block.format_io.reservations import Kind
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.protocols.file_data import DescriptorNode
-from cowhand.block.reserving import Kind
-from cowhand.copy.convert import convert
+from cowhand.block.protocols.file.data import DescriptorNode
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import Cancelled, CowhandError, InvalidArgument
 from cowhand.core.progress import CancelToken, Progress
+from cowhand.image.create import create
 from cowhand.jobs.commit import commit
 from tests.copy.images import MIB, content, read_all, sparse_file
 from tests.tools.qemu import assert_clean, qemu_img, qemu_io, qemu_map, require_qemu
@@ -204,7 +204,7 @@ def _cluster_size(path: Path) -> int:
 
 
 def test_snapshots_of_the_top_survive(image_dir: Path, rng: random.Random) -> None:
-    from cowhand.block.snapshots import create_snapshot, open_snapshot
+    from cowhand.image.snapshots import create_snapshot, open_snapshot
 
     _, top = chain(rng, image_dir, [MIB, MIB])
     then = rng.randbytes(MIB)  # all of it in the top itself: what a snapshot has from the base changes with the base

@@ -9,8 +9,8 @@ import pytest
 
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.copy.compare import CompareResult, Difference, compare, first_difference
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.compare import CompareResult, Difference, compare, first_difference
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import Cancelled, IOFailed
 from cowhand.core.extents import ExtentBatch
 from cowhand.core.progress import CancelToken

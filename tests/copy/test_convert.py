@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.newfile import is_unfinished
-from cowhand.block.snapshots import create_snapshot
-from cowhand.copy.convert import ConvertResult, convert
+from cowhand.copy.ops.convert import ConvertResult, convert
 from cowhand.core.errors import CowhandError, ImageExists, InvalidArgument, NotSupported, SnapshotNotFound
 from cowhand.core.progress import Progress
+from cowhand.image.create import create
+from cowhand.image.new_file import is_unfinished
+from cowhand.image.snapshots import create_snapshot
 from tests.copy.images import MIB, content, memory_disk, read_all, sparse_file
 from tests.tools.qemu import assert_clean, assert_identical, qemu_img, qemu_io, qemu_map, require_qemu
 

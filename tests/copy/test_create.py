@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create, prepare
-from cowhand.block.newfile import NewFile, is_unfinished
 from cowhand.core.errors import CowhandError, ImageExists, ImageInUse, InvalidArgument, NoSpace
+from cowhand.image.create import create, prepare
+from cowhand.image.new_file import NewFile, is_unfinished
 from tests.copy.images import MIB
 from tests.tools.qemu import assert_clean, qemu_img, require_qemu
 

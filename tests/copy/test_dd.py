@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.copy.dd import dd
+from cowhand.copy.ops.dd import dd
 from cowhand.core.errors import ImageExists, InvalidArgument
 from tests.copy.images import content, sparse_file
 from tests.tools.qemu import assert_identical, qemu_img, require_qemu

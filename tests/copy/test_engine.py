@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block import graph
-from cowhand.block.check import check
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
+from cowhand.block.graph import graph
 from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
-from cowhand.copy import sink as sinks
-from cowhand.copy.convert import convert
-from cowhand.copy.engine import PIECE, Engine
-from cowhand.copy.plan import Policy
-from cowhand.copy.source import Part, SalvagingSource, Source
-from cowhand.copy.throttle import Throttle
+from cowhand.copy.engine import sink as sinks
+from cowhand.copy.engine.engine import PIECE, Engine
+from cowhand.copy.engine.plan import Policy
+from cowhand.copy.engine.source import Part, SalvagingSource, Source
+from cowhand.copy.engine.throttle import Throttle
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import Cancelled, CowhandError, IOFailed
 from cowhand.core.progress import CancelToken, Progress
+from cowhand.image.check import check
+from cowhand.image.create import create
 from cowhand.testing.faults import FaultNode
 from tests.copy.images import KIB, MIB, content, memory_disk, read_all
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.snapshots import create_snapshot, delete_snapshot, list_snapshots, open_snapshot
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import CowhandError, InvalidArgument
+from cowhand.image.create import create
+from cowhand.image.snapshots import create_snapshot, delete_snapshot, list_snapshots, open_snapshot
 from tests.tools.qemu import assert_clean, qemu_img, qemu_info, require_qemu
 
 MIB = 1 << 20

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block.create import create
-from cowhand.copy.convert import convert
-from cowhand.copy.measure import Measurement, measure
+from cowhand.copy.ops.convert import convert
+from cowhand.copy.ops.measure import Measurement, measure
 from cowhand.core.errors import InvalidArgument
+from cowhand.image.create import create
 from tests.copy.images import MIB, content, sparse_file
 from tests.tools.qemu import qemu_img, qemu_io, require_qemu
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 from hypothesis import given, strategies as st
 
-from cowhand.copy import plan
-from cowhand.copy.plan import DATA, SKIP, ZERO, Policy, Run
+from cowhand.copy.engine import plan
+from cowhand.copy.engine.plan import DATA, SKIP, ZERO, Policy, Run
 from cowhand.core import extents
 from cowhand.core.extents import ExtentBatch
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.core.errors import CowhandError
+from cowhand.image.create import create
 from cowhand.jobs.rebase import rebase
 from tests.copy.images import MIB, read_all
 from tests.copy.test_commit import chain, change, disk_of

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.check import check
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import NoSpace
+from cowhand.image.check import check
 from cowhand.jobs.commit import commit
 from tests.copy.images import MIB, read_all
 from tests.copy.mounts import needs_root, tmpfs
@@ -81,7 +81,7 @@ def test_a_commit_that_does_not_fit_keeps_the_top(tmp_path: Path, rng: random.Ra
 
 
 def cowhand_create(base: Path, top: Path, size: int) -> None:
-    from cowhand.block.create import create
+    from cowhand.image.create import create
 
     create(base, "qcow2", size)
     create(top, "qcow2", backing=str(base), backing_format="qcow2")

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
+from cowhand.block.format_io.reservations import Kind
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.node import WRITE_REQUEST
+from cowhand.block.node.node import WRITE_REQUEST
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.reserving import Kind
-from cowhand.block.snapshots import create_snapshot
-from cowhand.copy import sink as sinks
-from cowhand.copy.convert import convert
+from cowhand.copy.engine import sink as sinks
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import NoSpace
 from cowhand.crypto import secrets
+from cowhand.image.create import create
+from cowhand.image.snapshots import create_snapshot
 from cowhand.jobs.commit import commit
 from cowhand.jobs.rebase import rebase
 from cowhand.testing.faults import FaultNode
@@ -299,7 +299,7 @@ def test_the_lane_is_taken_and_numpy_is_not(tmp_path: Path) -> None:
 
     raw = sparse_file(tmp_path / "raw", content(random.Random(3), 2 * MIB, 30))
     code = (
-        "import sys; from cowhand.copy import sink; from cowhand.copy.convert import convert; made = []; init = sink.LaneSink.__init__\n"
+        "import sys; from cowhand.copy import sink; from cowhand.copy.ops.convert import convert; made = []; init = sink.LaneSink.__init__\n"
         "def noted(self, *args, **kwargs): made.append(self); init(self, *args, **kwargs)\n"
         "sink.LaneSink.__init__ = noted\n"
         f"convert({str(raw)!r}, {str(tmp_path / 'out')!r}, 'qcow2', source_format='raw', options={OPTIONS!r})\n"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cowhand.copy.zeroes import data_parts, zero_ranges
+from cowhand.copy.engine.zeroes import data_parts, zero_ranges
 
 
 @pytest.mark.parametrize("grain", [512, 4096, 1 << 17])

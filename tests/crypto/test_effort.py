@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.core.errors import AccessDenied, InvalidArgument, UnsupportedFeature
 from cowhand.crypto import effort, luks, secrets, volume as volumes
+from cowhand.image.create import create
 from tests.crypto.test_volume import MemoryStore
 
 _CHOICE = volumes.Choice("aes-128", "cbc", "plain64", hash="sha1", iter_time=0)

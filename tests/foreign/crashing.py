@@ -12,19 +12,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from cowhand.block import bitmaps
-from cowhand.block.check import check
-from cowhand.block.compressed import write_compressed
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2.compact import Compactor
-from cowhand.block.formats.qcow2.compression import codec
+from cowhand.block.format_io.compressed_writes import write_compressed
+from cowhand.block.formats.qcow2.cluster.compression import codec
+from cowhand.block.formats.qcow2.compact.compact import Compactor
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import ALLOCATED
 from cowhand.drivers import REGISTRY
+from cowhand.image import bitmaps
+from cowhand.image.check import check
 from cowhand.jobs.commit import commit
 from cowhand.testing.expected import ExpectedContent
 from cowhand.testing.faults import FaultNode

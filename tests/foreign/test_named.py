@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block import snapshots
-from cowhand.block.create import create
 from cowhand.core.errors import NotSupported
+from cowhand.image import snapshots
+from cowhand.image.create import create
 from tests.compat.sides import run_own, run_real
 from tests.hostile.layout import COPIED, make, pattern
 from tests.tools.qemu import assert_clean, qemu_img, qemu_io, require_qemu

@@ -9,9 +9,9 @@ from contextlib import chdir
 from pathlib import Path
 
 import cowhand
-from cowhand.block import snapshots
 from cowhand.core.errors import CowhandError
-from cowhand.jobs.compact import compact
+from cowhand.image import snapshots
+from cowhand.image.compact import compact
 from tests.compat.sides import run_own, run_real
 from tests.foreign.images import Image
 from tests.foreign.living import kept_of

@@ -13,16 +13,16 @@ from itertools import islice, pairwise
 from typing import Any
 from unittest import mock
 
-from cowhand.block.bitmaps import dirty_extents, list_bitmaps
-from cowhand.block.check import check_node
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2.usage import usage
-from cowhand.block.opening import Opening
-from cowhand.block.policy import UNTRUSTED
+from cowhand.block.formats.qcow2.check.usage import usage
+from cowhand.block.opening.opening import Opening
+from cowhand.block.opening.policy import UNTRUSTED
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
 from cowhand.crypto import secrets, volume
 from cowhand.drivers import REGISTRY
+from cowhand.image.bitmaps import dirty_extents, list_bitmaps
+from cowhand.image.check import check_node
 from tests.fuzz.budget import budget
 from tests.fuzz.mutation import regions_of
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import cowhand
-from cowhand.block.bitmaps import add_bitmap
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.snapshots import create_snapshot
 from cowhand.crypto import secrets
+from cowhand.image.bitmaps import add_bitmap
+from cowhand.image.create import create
+from cowhand.image.snapshots import create_snapshot
 from tests.fuzz.exercise import PASSPHRASE, SECRET
 from tests.fuzz.targets import COMPRESSED
 from tests.hostile import layout

@@ -8,8 +8,8 @@ from unittest import mock
 
 from cowhand.block.disk import Disk
 from cowhand.block.formats.luks import LuksNode
-from cowhand.block.opening import Opening
-from cowhand.block.policy import UNTRUSTED
+from cowhand.block.opening.opening import Opening
+from cowhand.block.opening.policy import UNTRUSTED
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import AccessDenied
 from cowhand.crypto import effort, secrets, volume

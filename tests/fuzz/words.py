@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cowhand.block.disk import Disk
-from cowhand.block.filters import blkdebug_config
-from cowhand.block.opening import Opening
-from cowhand.block.policy import UNTRUSTED
+from cowhand.block.filters.blkdebug import config
+from cowhand.block.opening.opening import Opening
+from cowhand.block.opening.policy import UNTRUSTED
+from cowhand.block.opening.registry import Registry
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.registry import Registry
 from cowhand.cli.compat import optionstrings
 from cowhand.core.units import parse_size
 from cowhand.drivers import REGISTRY
@@ -62,7 +62,7 @@ def _options(text: str) -> None:
 
 
 def _rules(text: str) -> None:
-    blkdebug_config.parse_text(text)
+    config.parse_text(text)
 
 
 def _size(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cowhand.block.policy import MAX_DEPTH
+from cowhand.block.opening.policy import MAX_DEPTH
 from tests.hostile.cases import Subject, maker
 from tests.hostile.layout import Image, extension
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.crypto import secrets
+from cowhand.image.create import create
 from tests.hostile.cases import Subject, maker
 
 _PASSPHRASE = b"hostile"

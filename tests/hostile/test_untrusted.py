@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block.create import create
-from cowhand.chain.untrusted import judge
 from cowhand.crypto import secrets
+from cowhand.image.create import create
+from cowhand.image.untrusted import judge
 from tests.cli.command import cowhand
 from tests.hostile.layout import compressed_entry, deflated, extension, make
 
@@ -252,7 +252,7 @@ def test_pipes_and_links_are_no_files(tmp_path: Path) -> None:
 
 _ALL = """
 import sys
-from cowhand.chain.untrusted import judge
+from cowhand.image.untrusted import judge
 for line in sys.stdin.read().splitlines():
     path, _, format = line.partition(" ")
     print(path, len(judge(path, format or None).reasons))

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import cowhand
-from cowhand.block.bitmaps import add_bitmap, clear_bitmap, dirty_extents, list_bitmaps, remove_bitmap
-from cowhand.block.check import CheckResult, check as check_image, check_node
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2.usage import usage
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
-from cowhand.block.policy import DEFAULT, UNTRUSTED
+from cowhand.block.formats.qcow2.check.usage import usage
+from cowhand.block.node.node import BlockNode
+from cowhand.block.node.records import CheckResult
+from cowhand.block.opening.opening import Opening
+from cowhand.block.opening.policy import DEFAULT, UNTRUSTED
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.snapshots import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open_snapshot
-from cowhand.chain.info import chain_info, image_info
 from cowhand.core.errors import CowhandError
 from cowhand.drivers import REGISTRY
+from cowhand.image.bitmaps import add_bitmap, clear_bitmap, dirty_extents, list_bitmaps, remove_bitmap
+from cowhand.image.check import check as check_image, check_node
+from cowhand.image.info import chain_info, image_info
+from cowhand.image.snapshots import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open_snapshot
 from cowhand.testing.recorder import DISCARD, WRITE, ZERO_RANGE, Change, RecorderNode
 from tests.hostile.walk import Reader, metadata, touched
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import cowhand
-from cowhand.block import snapshots
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.cli.compat.img import check as compat_check, map as compat_map
+from cowhand.image import snapshots
+from cowhand.image.create import create
 from tests.interop.images import PATTERN_SIZE, Shape, pattern
 from tests.tools.qemu import qemu_img, qemu_io
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.snapshots import create_snapshot
 from cowhand.core.errors import CowhandError
+from cowhand.image.create import create
+from cowhand.image.snapshots import create_snapshot
 from tests.tools.qemu import assert_clean, assert_identical, qemu_img, require_qemu
 
 pytestmark = [require_qemu, pytest.mark.interop]

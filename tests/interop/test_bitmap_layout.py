@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.formats.qcow2 import bitmaps, bitmapstore
-from cowhand.block.formats.qcow2.bitmapdata import read_table
+from cowhand.block.formats.qcow2.bitmap import directory as bitmaps, store
+from cowhand.block.formats.qcow2.bitmap.data import read_table
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from tests.compat.sides import run_own, run_real
 from tests.tools.qemu import assert_clean, require_qemu
@@ -75,10 +75,10 @@ def test_not_when_they_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write("write 0 64k")
     assert told("b") != before, "a bitmap that is disabled moves with the others"
     before = told("b")
-    monkeypatch.setattr(bitmapstore, "MAX_ANEW_BYTES", bitmaps.MAX_ANEW_BYTES >> 10)
+    monkeypatch.setattr(store, "MAX_ANEW_BYTES", bitmaps.MAX_ANEW_BYTES >> 10)
     write("write 64k 64k")
     assert told("b") != before, "64 KiB is all that is stored of both"
-    monkeypatch.setattr(bitmapstore, "MAX_ANEW_BYTES", 0)
+    monkeypatch.setattr(store, "MAX_ANEW_BYTES", 0)
     before = told("b")
     write("write 128k 64k")
     assert told("b") == before, "content that is as before keeps its place"

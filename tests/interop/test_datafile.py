@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import CowhandError, ImageCorrupt, ImageExists, InvalidArgument, NotSupported, PolicyRefused
+from cowhand.image.create import create
 from cowhand.testing.machine import SCALE
 from tests.interop.images import Request, Shape
 from tests.interop.life import Life
@@ -98,7 +98,7 @@ def test_the_header_names_a_plain_file_whatever_the_name_looks_like(name: str, t
     with pytest.raises(FileNotFoundError):
         cowhand.open(path)
     with pytest.raises(PolicyRefused):
-        cowhand.open(path, policy=cowhand.block.policy.UNTRUSTED)
+        cowhand.open(path, policy=cowhand.block.opening.policy.UNTRUSTED)
     # A description needs none of it.
     with cowhand.open(path, backing=False) as disk:
         assert disk.root.format_specific()["data-file"] == name
@@ -110,7 +110,7 @@ def test_a_data_file_outside_of_the_allowed_folders_is_refused(tmp_path: Path) -
     (tmp_path / "in").mkdir()
     (tmp_path / "secret").write_bytes(bytes(65536))
     path = _naming(tmp_path, str(tmp_path / "secret"))
-    policy = cowhand.block.policy.DEFAULT.within(str(tmp_path / "in"))
+    policy = cowhand.block.opening.policy.DEFAULT.within(str(tmp_path / "in"))
     with pytest.raises(PolicyRefused):
         cowhand.open(path, policy=policy)
     cowhand.open(path, policy=policy._replace(directories=(str(tmp_path),))).close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
+from cowhand.image.create import create
 from tests.interop.images import pattern
 from tests.tools.qemu import assert_clean, assert_identical, qemu_img, qemu_io, qemu_map, require_qemu
 

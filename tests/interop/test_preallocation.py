@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.convert import convert
+from cowhand.image.create import create
 from tests.tools.qemu import assert_clean, qemu_img, qemu_io, qemu_map, require_qemu
 
 pytestmark = [require_qemu, pytest.mark.interop]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidArgument
+from cowhand.image.create import create
 from cowhand.testing.machine import SCALE
 from tests.interop.images import VERBS, Request, Shape
 from tests.interop.life import Life

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.snapshots import open_snapshot
+from cowhand.block.formats.qcow2.ondisk import layout as L
 from cowhand.core.errors import AccessDenied, CowhandError, InvalidArgument
 from cowhand.crypto import secrets
+from cowhand.image.snapshots import open_snapshot
 from tests.tools.programs import ProgramFailed
 from tests.tools.qemu import qemu_img, qemu_io, require_qemu
 

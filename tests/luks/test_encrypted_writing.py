@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.snapshots import apply_snapshot, create_snapshot, delete_snapshot, open_snapshot
-from cowhand.copy.convert import convert
-from cowhand.copy.measure import measure
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.copy.ops.convert import convert
+from cowhand.copy.ops.measure import measure
 from cowhand.core.errors import ImageCorrupt, InvalidArgument, NotSupported
 from cowhand.crypto import secrets
-from cowhand.jobs.compact import compact
+from cowhand.image.compact import compact
+from cowhand.image.create import create
+from cowhand.image.snapshots import apply_snapshot, create_snapshot, delete_snapshot, open_snapshot
 from cowhand.testing.nodes import in_threads
 from tests.tools.programs import ProgramFailed, Result
 from tests.tools.qemu import qemu_img, qemu_io, require_qemu

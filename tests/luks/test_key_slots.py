@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.opening import Opening
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import AccessDenied, CowhandError, InvalidArgument, NotSupported, ReadOnly
 from cowhand.crypto import secrets
 from cowhand.drivers import REGISTRY
+from cowhand.image.create import create
 from cowhand.testing import replay
 from cowhand.testing.faults import CHANGES, HALF, FaultNode
 from cowhand.testing.recorder import RecorderNode

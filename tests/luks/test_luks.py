@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.opening import Opening
-from cowhand.copy.convert import convert
+from cowhand.block.opening.opening import Opening
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import AccessDenied, CowhandError, InvalidArgument
 from cowhand.crypto import secrets
 from cowhand.drivers import REGISTRY
+from cowhand.image.create import create
 from tests.tools.programs import require, run
 from tests.tools.qemu import qemu_img, qemu_io, require_qemu
 

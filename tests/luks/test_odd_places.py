@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.check import check
-from cowhand.block.create import create
 from cowhand.crypto import luks, secrets
+from cowhand.image.check import check
+from cowhand.image.create import create
 from tests.tools.qemu import qemu_img, qemu_io, require_qemu
 
 pytestmark = [require_qemu, pytest.mark.interop]

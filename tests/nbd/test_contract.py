@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block.node import BlockNode
-from cowhand.block.protocols.nbd import NbdNode, NbdOptions
+from cowhand.block.node.node import BlockNode
+from cowhand.block.protocols.nbd.node import NbdNode, NbdOptions
 from cowhand.testing.nodes import NodeContract
 from tests.nbd.servers import Argument, nbdkit, qemu_nbd, require_nbdkit
 from tests.tools.qemu import require_qemu_nbd

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.node import DISCARD, FLUSH, READ, WRITE_REQUEST, ZERO_REQUEST
-from cowhand.block.protocols import nbd
-from cowhand.block.protocols.nbd import NbdNode, NbdOptions
-from cowhand.block.protocols.nbd_session import Session
+from cowhand.block.graph import graph
+from cowhand.block.node.node import DISCARD, FLUSH, READ, WRITE_REQUEST, ZERO_REQUEST
+from cowhand.block.protocols.nbd import node as nbd
+from cowhand.block.protocols.nbd.node import NbdNode, NbdOptions
+from cowhand.block.protocols.nbd.session import Session
 from cowhand.core.errors import AccessDenied, Closed, CowhandError, IOFailed, NoSpace, NotSupported, Poisoned
 from cowhand.core.extents import ZERO
 from cowhand.nbd.constants import (
@@ -99,7 +99,7 @@ class TestHostile:
             assert server.connections == 1
 
     def test_a_greeting_without_end_is_cut_off(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("cowhand.block.protocols.nbd_address.HANDSHAKE_SECONDS", 0.3)
+        monkeypatch.setattr("cowhand.block.protocols.nbd.address.HANDSHAKE_SECONDS", 0.3)
 
         def script(peer: Peer) -> None:
             peer.greet()

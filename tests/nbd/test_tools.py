@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.policy import DEFAULT, UNTRUSTED
-from cowhand.copy.convert import convert
+from cowhand.block.opening.policy import DEFAULT, UNTRUSTED
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import InvalidArgument, PolicyRefused
+from cowhand.image.create import create
 from tests.compat.sides import play
 from tests.nbd.servers import Process, nbdkit, qemu_nbd, require_nbdkit
 from tests.tools.qemu import assert_clean, assert_identical, qemu_img, qemu_io, require_qemu, require_qemu_nbd

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cowhand.block.check import CheckResult, check
+from cowhand.block.node.records import CheckResult
 from cowhand.core.errors import CowhandError
+from cowhand.image.check import check
 from tests.tools.programs import run
 from tests.tools.qemu import qemu_img
 

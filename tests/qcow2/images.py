@@ -9,13 +9,13 @@ from typing import Any
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.create import create as create_image
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
-from cowhand.block.policy import DEFAULT, Policy
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
+from cowhand.block.opening.policy import DEFAULT, Policy
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.snapshots import apply_snapshot, create_snapshot, delete_snapshot, open_snapshot
 from cowhand.crypto import secrets
 from cowhand.drivers import REGISTRY
+from cowhand.image.snapshots import apply_snapshot, create_snapshot, delete_snapshot, open_snapshot
 
 PASSPHRASE = b"sixteen secrets."
 SNAPSHOTS = hasattr(Qcow2Node, "create_snapshot")

@@ -11,7 +11,7 @@ from typing import Any
 
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.node import WRITE_REQUEST, BlockNode, Request
+from cowhand.block.node.node import WRITE_REQUEST, BlockNode, Request
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import InvalidArgument, UnsupportedFeature
 from cowhand.core.extents import ALLOCATED

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cowhand.block import bitmaps
-from cowhand.block.check import check_node
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.opening import Opening
-from cowhand.block.policy import AS_QEMU, DEFAULT, Policy
+from cowhand.block.opening.opening import Opening
+from cowhand.block.opening.policy import AS_QEMU, DEFAULT, Policy
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.copy.convert import convert
+from cowhand.copy.ops.convert import convert
 from cowhand.core.errors import CowhandError
 from cowhand.drivers import REGISTRY
+from cowhand.image import bitmaps
+from cowhand.image.check import check_node
 from cowhand.testing import replay
 from cowhand.testing.faults import CHANGES, FLUSH, HALF, NOTHING, FaultNode
 from cowhand.testing.recorder import RecorderNode

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import bitmaps
-from cowhand.block.check import CheckResult, check, check_node
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.opening import Opening
+from cowhand.block.node.records import CheckResult
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
 from cowhand.drivers import REGISTRY
+from cowhand.image import bitmaps
+from cowhand.image.check import check, check_node
 from cowhand.testing import replay
 from cowhand.testing.recorder import RecorderNode
 from tests.qcow2 import images

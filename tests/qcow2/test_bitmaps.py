@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block import bitmaps
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import BitmapUnusable, CowhandError, InvalidArgument
+from cowhand.image import bitmaps
 from cowhand.testing import replay
 from cowhand.testing.recorder import RecorderNode
 from tests.qcow2 import images
@@ -103,7 +103,7 @@ class TestWithQemu:
         assert extents(path, "b")[-1] == (127 * MIB, 512)
 
     def test_no_snapshot_is_applied_under_bitmaps(self, tmp_path: Path) -> None:
-        from cowhand.block.snapshots import apply_snapshot, create_snapshot
+        from cowhand.image.snapshots import apply_snapshot, create_snapshot
 
         path = tmp_path / "a.qcow2"
         qemu_img("create", "-q", "-f", "qcow2", path, "16M")

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block.check import CheckResult, check, check_node
 from cowhand.block.disk import Disk
-from cowhand.block.findings import Finding
-from cowhand.block.formats.qcow2 import check as qcow2_check, scan
+from cowhand.block.formats.qcow2.check import check as qcow2_check
+from cowhand.block.formats.qcow2.refcount import l2_scan
+from cowhand.block.node.records import CheckResult, Finding
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import ImageNotFound, InvalidArgument, NotSupported
+from cowhand.image.check import check, check_node
 from tests.qcow2 import damage, images
 from tests.qcow2.images import Shape
 from tests.tools.qemu import qemu_img, require_qemu
@@ -182,7 +183,7 @@ def test_a_marked_image_is_checked_although_it_is_not_opened_for_writing(written
 @pytest.mark.parametrize("bits", [1, 4, 8, 16, 32, 64])
 def test_few_tables_and_many_are_counted_alike(plain: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With numpy from the first table on, and never with it."""
-    monkeypatch.setattr(scan, "PLAIN_TABLES", plain)
+    monkeypatch.setattr(l2_scan, "PLAIN_TABLES", plain)
     shape = Shape(refcount_bits=bits, size=1 << 20)
     keeper = Disk(images.create(shape))
     rng = random.Random(bits)
@@ -198,7 +199,7 @@ def test_few_tables_and_many_are_counted_alike(plain: int, bits: int, monkeypatc
     keeper.close()
     damage.damage(data, rng, cut=False)
     found = checked(bytes(data))
-    monkeypatch.setattr(scan, "PLAIN_TABLES", 100 if plain == 0 else 0)
+    monkeypatch.setattr(l2_scan, "PLAIN_TABLES", 100 if plain == 0 else 0)
     again = checked(bytes(data))
     assert (found.messages, found.to_json()) == (again.messages, again.to_json())
 

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block import bitmaps
-from cowhand.block.check import check
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2.compact import Compactor
+from cowhand.block.formats.qcow2.compact.compact import Compactor
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.opening import Opening
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.snapshots import create_snapshot, delete_snapshot
 from cowhand.core.errors import Cancelled, CowhandError, ImageCorrupt, NotSupported
 from cowhand.core.progress import CancelToken
 from cowhand.drivers import REGISTRY
-from cowhand.jobs.compact import compact
+from cowhand.image import bitmaps
+from cowhand.image.check import check
+from cowhand.image.compact import compact
+from cowhand.image.create import create
+from cowhand.image.snapshots import create_snapshot, delete_snapshot
 from cowhand.testing.faults import ALL, CHANGES, HALF, NOTHING, FaultNode
 from cowhand.testing.recorder import RecorderNode
 from cowhand.testing.replay import CrashState, prefixes, replay, sampled, singles
@@ -141,7 +141,7 @@ def test_a_crash_at_any_point_costs_space_only(seed: int, bits: int, least: int)
             opening.for_repair = True
             root = opening.open({"driver": "qcow2", "file": state.image, "read-only": True})
             with Disk(root):
-                from cowhand.block.check import check_node
+                from cowhand.image.check import check_node
 
                 result = check_node(root)
                 assert (result.corruptions, result.check_errors, result.failure) == (0, 0, None), result.messages[:5]

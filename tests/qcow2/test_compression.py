@@ -8,8 +8,8 @@ import zlib
 
 import pytest
 
-from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.compression import codec
+from cowhand.block.formats.qcow2.cluster.compression import codec
+from cowhand.block.formats.qcow2.ondisk import layout as L
 from cowhand.core.errors import ImageCorrupt
 
 if sys.version_info >= (3, 14):

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from cowhand.block import graph
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.graph import graph
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.drivers import REGISTRY
+from cowhand.image.create import create
 from cowhand.testing.formats import FormatContract
 from tests.qcow2 import oracle
 

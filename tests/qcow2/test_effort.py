@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.formats.qcow2.layout import L2_OFFSET_MASK
+from cowhand.block.formats.qcow2.ondisk.layout import L2_OFFSET_MASK
 from cowhand.cli.main import main
+from cowhand.image.create import create
 
 SIZE = 4 << 30
 CLUSTER = 64 << 10

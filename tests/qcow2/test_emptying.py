@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.driver import Qcow2Node
+from cowhand.block.graph import graph
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
 from cowhand.jobs.commit import empty

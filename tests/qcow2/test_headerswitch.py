@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from cowhand.block.formats.qcow2 import header as headers, layout as L
 from cowhand.block.formats.qcow2.create import create
-from cowhand.block.formats.qcow2.headerswitch import stages
+from cowhand.block.formats.qcow2.ondisk import header as headers, layout as L
+from cowhand.block.formats.qcow2.ondisk.header_stages import stages
 from cowhand.block.protocols.memory import MemoryNode
 
 SECTOR = 512

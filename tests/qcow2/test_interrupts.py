@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from cowhand.block.cache import TableCache
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2 import preallocatedrun
+from cowhand.block.format_io.table_cache import TableCache
 from cowhand.block.formats.qcow2.driver import Qcow2Node
+from cowhand.block.formats.qcow2.resize import preallocate_run
 from cowhand.core.errors import CowhandError, Poisoned
 from tests.qcow2 import images, oracle
 from tests.qcow2.images import Shape
@@ -43,13 +43,13 @@ def scene() -> Iterator[_Scene]:
 
 
 def test_a_run_of_clusters_that_was_linked_is_not_given_back(scene: _Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = preallocatedrun._link
+    link = preallocate_run._link
 
     def link_then_stop(*args: int, **kwargs: int) -> int:
         link(*args, **kwargs)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preallocatedrun, "_link", link_then_stop)
+    monkeypatch.setattr(preallocate_run, "_link", link_then_stop)
     with pytest.raises(KeyboardInterrupt):
         scene.disk.resize(2 * SHAPE.size, preallocation="falloc")
     scene.nothing_more_is_written()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import strategies as st
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
+from cowhand.image.create import create
 from cowhand.testing.machine import DiskMachine, Draw, machine_settings, pattern
 from cowhand.testing.model import DiskModel, compare
 from tests.qcow2 import images, oracle

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.check import check
-from cowhand.block.create import create
 from cowhand.core.errors import CowhandError
+from cowhand.image.check import check
+from cowhand.image.create import create
 from tests.tools.qemu import qemu_img, require_qemu
 
 FEATURE_NAMES = 0x6803F857

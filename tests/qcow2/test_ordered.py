@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.create import create
-from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.ordered import OrderedTables
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.ondisk.l2_ordered import OrderedTables
 from cowhand.core.extents import NO_HOST
+from cowhand.image.create import create
 
 DATA, ZEROES = 0xFFFFFFFF, 0xFFFFFFFF << 32
 
@@ -82,7 +82,7 @@ def test_many_tables_in_order_are_checked_and_mapped_without_numpy(tmp_path: Pat
         path = tmp_path / "big.qcow2"
         create(path, "qcow2", 2 << 30, {"cluster_size": "16k", "preallocation": "metadata", **options})
         code = (
-            "import sys, cowhand; from cowhand.block.check import check\n"
+            "import sys, cowhand; from cowhand.image.check import check\n"
             f"result = check({str(path)!r})\n"
             "assert not result.corruptions and not result.leaks, result\n"
             "assert 'numpy' not in sys.modules\n"

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 
 from cowhand.block.disk import Disk
+from cowhand.block.format_io.reservations import Kind
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.reserving import Kind
 from cowhand.core.errors import CowhandError, NoSpace
 from cowhand.testing.faults import WRITE, FaultNode
 from tests.qcow2 import images, oracle

@@ -11,8 +11,8 @@ import pytest
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2.create import create as create_image
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.node import BlockNode
-from cowhand.block.opening import Opening
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError
 from cowhand.drivers import REGISTRY

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block import bitmaps
-from cowhand.block.create import prepare
 from cowhand.block.disk import Disk
 from cowhand.core.errors import Closed, CowhandError, InvalidArgument
+from cowhand.image import bitmaps
+from cowhand.image.create import prepare
 from tests.qcow2 import images
 from tests.qcow2.images import Shape
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.check import CheckResult, check, check_node
 from cowhand.block.disk import Disk
-from cowhand.block.opening import Opening
+from cowhand.block.node.records import CheckResult
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.snapshots import list_snapshots, open_snapshot
 from cowhand.core import diagnostics
 from cowhand.core.errors import ImageCorrupt
 from cowhand.drivers import REGISTRY
+from cowhand.image.check import check, check_node
+from cowhand.image.snapshots import list_snapshots, open_snapshot
 from cowhand.testing import replay
 from cowhand.testing.faults import CHANGES, FaultNode
 from cowhand.testing.recorder import RecorderNode

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import rescue
-from cowhand.block.check import check
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.rehearsal import RehearsalNode
-from cowhand.block.undolog import ImageChanged, UndoLog, play, write_log
 from cowhand.core.errors import CowhandError, InvalidFormat
+from cowhand.image.check import check
+from cowhand.image.repair import plan as rescue
+from cowhand.image.repair.undo_log import ImageChanged, UndoLog, play, write_log
+from cowhand.image.shadow.recording import RehearsalNode
 from cowhand.testing.recorder import RecorderNode
 from cowhand.testing.replay import CrashState, prefixes, replay, sampled
 from tests.qcow2 import damage

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cowhand.block import rescue, undolog
 from cowhand.block.disk import Disk
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.rehearsal import RehearsalNode
-from cowhand.block.undolog import UndoLog, play, write_log
 from cowhand.core.errors import CowhandError, InvalidFormat, IOFailed, NoSpace, NotSupported
+from cowhand.image.repair import plan, undo_log
+from cowhand.image.repair.undo_log import UndoLog, play, write_log
+from cowhand.image.shadow.recording import RehearsalNode
 from cowhand.testing.faults import ALL, CHANGES, FLUSH, HALF, NOTHING, READ, TRUNCATE, WRITE, FaultNode
 from tests.hostile import layout
 
@@ -55,7 +55,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     with Disk(MemoryNode(content=before)) as source:
         rehearsal = RehearsalNode(source.root)
         with Disk(rehearsal):
-            rescue.rehearse(rehearsal, "all", "qcow2")
+            plan.rehearse(rehearsal, "all", "qcow2")
             assert rehearsal.changed
             log = tmp_path / "log"
             write_log(str(log), source, "image", rehearsal)
@@ -183,8 +183,8 @@ def _repair_with_calls(path: Path, log: Path, calls: int, monkeypatch: pytest.Mo
         return _Limited(file, left) if os.fspath(name) == str(log) and mode != "rb" else file
 
     with monkeypatch.context() as patch:
-        patch.setattr(undolog, "open", limited, raising=False)
-        rescue.repair_logged(str(path), "all", str(log), format="qcow2")
+        patch.setattr(undo_log, "open", limited, raising=False)
+        plan.repair_logged(str(path), "all", str(log), format="qcow2")
     return left[0]
 
 
@@ -207,7 +207,7 @@ def test_a_log_that_does_not_fit_changes_nothing_and_is_not_left(
             continue
         # Only the note that the repair is done was lost: it can be undone all the same.
         assert path.read_bytes() == repaired and calls >= needed - 2
-        assert rescue.undo_repair(str(log), str(path))
+        assert plan.undo_repair(str(log), str(path))
         assert path.read_bytes() == before
 
 
@@ -218,13 +218,13 @@ def test_a_note_that_a_crash_cut_off_counts_for_nothing(torn: bytes, tmp_path: P
     path, log = tmp_path / "image", tmp_path / "log"
     before = _damaged("counts")
     path.write_bytes(before)
-    rescue.repair_logged(str(path), "all", str(log), format="qcow2")
+    plan.repair_logged(str(path), "all", str(log), format="qcow2")
     whole = log.read_bytes()
     log.write_bytes(whole[: whole.rindex(b"\ndone ")] + torn)
     if torn == b"\ndone \n":
-        with pytest.raises(undolog.ImageChanged):
-            rescue.undo_repair(str(log), str(path))
-    assert rescue.undo_repair(str(log), str(path), force=torn == b"\ndone \n")
+        with pytest.raises(undo_log.ImageChanged):
+            plan.undo_repair(str(log), str(path))
+    assert plan.undo_repair(str(log), str(path), force=torn == b"\ndone \n")
     assert path.read_bytes() == before
 
 
@@ -243,7 +243,7 @@ def test_a_log_that_nobody_could_read_again_is_not_written(tmp_path: Path, monke
     path, log = tmp_path / "image", tmp_path / "log"
     path.write_bytes(_damaged("counts"))
     before = path.read_bytes()
-    monkeypatch.setattr(undolog, "_MAX_HEADER", 200)
+    monkeypatch.setattr(undo_log, "_MAX_HEADER", 200)
     with pytest.raises(NotSupported, match="so many places"):
-        rescue.repair_logged(str(path), "all", str(log), format="qcow2")
+        plan.repair_logged(str(path), "all", str(log), format="qcow2")
     assert path.read_bytes() == before and not log.exists()

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 import cowhand
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2 import mapping
-from cowhand.block.formats.qcow2.runs import adjoining
-from cowhand.block.formats.qcow2.tally import Tally
+from cowhand.block.formats.qcow2.cluster import mapping
+from cowhand.block.formats.qcow2.ondisk.l2_entries import adjoining
+from cowhand.block.formats.qcow2.refcount.counted import Tally
 from cowhand.core.errors import NotSupported
+from cowhand.image.create import create
 
 SIZE = 256 << 10
 

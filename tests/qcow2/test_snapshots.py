@@ -14,22 +14,13 @@ from typing import Any
 import pytest
 
 import cowhand
-from cowhand.block.check import check_node
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2 import countchange, layout as L, scan
-from cowhand.block.formats.qcow2.snapshots import Snapshot, encode_table
-from cowhand.block.formats.qcow2.snapshotting import next_id
-from cowhand.block.opening import Opening
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.refcount import bulk_update, l2_scan
+from cowhand.block.formats.qcow2.snapshot.operations import next_id
+from cowhand.block.formats.qcow2.snapshot.table import Snapshot, encode_table
+from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.snapshots import (
-    apply_snapshot,
-    create_snapshot,
-    delete_snapshot,
-    find_snapshot,
-    list_snapshots,
-    open_snapshot,
-)
 from cowhand.core.errors import (
     ImageCorrupt,
     ImageInUse,
@@ -40,6 +31,16 @@ from cowhand.core.errors import (
     SnapshotNotFound,
 )
 from cowhand.drivers import REGISTRY
+from cowhand.image.check import check_node
+from cowhand.image.create import create
+from cowhand.image.snapshots import (
+    apply_snapshot,
+    create_snapshot,
+    delete_snapshot,
+    find_snapshot,
+    list_snapshots,
+    open_snapshot,
+)
 from cowhand.testing import replay
 from cowhand.testing.model import compare
 from cowhand.testing.recorder import RecorderNode
@@ -124,7 +125,7 @@ def test_what_is_unknown_in_a_record_is_kept() -> None:
 )
 def test_random_histories_keep_every_snapshot(shape: Shape, plain: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few tables, and with the way that many are counted."""
-    monkeypatch.setattr(scan, "PLAIN_TABLES", plain)
+    monkeypatch.setattr(l2_scan, "PLAIN_TABLES", plain)
     rng = random.Random(f"{shape} {plain} {os.environ.get('COWHAND_SEED', '')}")
     with opened(shape) as disk:
         kept: dict[str, bytes] = {}
@@ -538,9 +539,9 @@ def test_many_counts_change_by_numpy_however_they_were_counted(tmp_path: Path) -
     create(tmp_path / "x", "qcow2", 256 << 20, {"cluster_size": "512", "preallocation": "metadata"})
     with cowhand.open(tmp_path / "x", writable=True) as disk:
         node: Any = disk.root
-        change = countchange.references(node, bytes(node.mapping.l1.data))
+        change = bulk_update.references(node, bytes(node.mapping.l1.data))
         change.numpy = None
-        countchange.verify(node, change, 1)
+        bulk_update.verify(node, change, 1)
         assert change.numpy is not None
         create_snapshot(disk, "s")
         delete_snapshot(disk, "s")
@@ -579,7 +580,7 @@ def test_a_snapshot_that_is_being_deleted_is_not_opened_meanwhile(monkeypatch: p
 @pytest.mark.parametrize("many", [0, 1 << 40], ids=["numpy", "plain"])
 def test_a_damaged_count_of_something_else_is_no_obstacle(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts of 64 bits may be greater on disk than any that is possible; only those that change are judged."""
-    monkeypatch.setattr(countchange, "_MANY_COUNTS", many)
+    monkeypatch.setattr(bulk_update, "_MANY_COUNTS", many)
     image = images.create(Shape(refcount_bits=64), b"a" * 5000)
     data = bytearray(image.snapshot_bytes())
     block = oracle.Image(bytes(data)).words(oracle.Image(bytes(data)).table_offset, 1)[0]

@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 
-from cowhand.block.cache import Table
 from cowhand.block.disk import Disk
-from cowhand.block.formats.qcow2 import layout as L, mapping, scan
+from cowhand.block.format_io.table_cache import Table
+from cowhand.block.formats.qcow2.cluster import mapping
+from cowhand.block.formats.qcow2.cluster.extended_mapping import ALL_DATA, ALL_ZERO, ExtendedMapping
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.formats.qcow2.subclusters import ALL_DATA, ALL_ZERO, ExtendedMapping
-from cowhand.block.formats.qcow2.tally import Tally
-from cowhand.block.node import WRITE_REQUEST, Request
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.refcount import l2_scan
+from cowhand.block.formats.qcow2.refcount.counted import Tally
+from cowhand.block.node.node import WRITE_REQUEST, Request
 from cowhand.block.protocols.memory import MemoryNode
-from cowhand.block.snapshots import create_snapshot, delete_snapshot, open_snapshot
 from cowhand.core.errors import ImageCorrupt, NoSpace, Poisoned
 from cowhand.core.extents import DATA, ZERO, ExtentBatch
+from cowhand.image.snapshots import create_snapshot, delete_snapshot, open_snapshot
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import Worker, impatient_interpreter, qcow2_disk, qcow2_file, qcow2_node
 from tests.block.test_batch import sound_content
@@ -377,7 +379,7 @@ def test_scans_agree_with_and_without_numpy(seed: int) -> None:
         tally = Tally(4, length // CLUSTER, lambda cluster, times: None)
         if numpy:
             tally.use_numpy()
-        scanner = scan.Scanner(14, tally, length, extended=True)
+        scanner = l2_scan.Scanner(14, tally, length, extended=True)
         found = scanner.scan(words.tobytes(), 2)
         counts = [tally.get(cluster) for cluster in range(length // CLUSTER)]
         answers.append((found if found is None else found[:3], counts))

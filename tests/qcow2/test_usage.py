@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import cowhand
-from cowhand.block.check import check
+from cowhand.block.formats.qcow2.check.usage import FREE, LEAKED, usage
 from cowhand.block.formats.qcow2.driver import Qcow2Node
-from cowhand.block.formats.qcow2.usage import FREE, LEAKED, usage
+from cowhand.image.check import check
 from tests.qcow2 import damage
 from tests.tools.qemu import qemu_img, qemu_io, require_qemu
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import cowhand
-from cowhand.block.bitmaps import add_bitmap, clear_bitmap, enable_bitmap, list_bitmaps, remove_bitmap
-from cowhand.block.create import create
 from cowhand.block.disk import Disk
-from cowhand.block.snapshots import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open_snapshot
+from cowhand.image.bitmaps import add_bitmap, clear_bitmap, enable_bitmap, list_bitmaps, remove_bitmap
+from cowhand.image.create import create
+from cowhand.image.snapshots import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open_snapshot
 from tests.soak.choice import SECRET, Choice, arguments_for_qemu, choose
 from tests.tools.qemu import qemu_img
 

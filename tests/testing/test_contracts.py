@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode, Request
+from cowhand.block.node.node import BlockNode, Request
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.buffers import Buffer
 from cowhand.core.extents import DATA, OFFSET, ZERO, ExtentBatch

@@ -1,6 +1,6 @@
 """The disk: the handle that users hold, and the gateway that every request passes once.
 
-The gateway checks range and permission, numbers the request (:mod:`cowhand.block.epochs`), lets itself be shut (quiesce), counts, and makes writes
+The gateway checks range and permission, numbers the request (:mod:`cowhand.block.graph.request_order`), lets itself be shut (quiesce), counts, and makes writes
 stable where the cache mode demands it. Behind it nodes trust their arguments.
 """
 
@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from cowhand.block import graph
-from cowhand.block.epochs import next_number
-from cowhand.block.gate import Gate
-from cowhand.block.node import (
+from cowhand.block.graph import graph
+from cowhand.block.graph.drain import Gate
+from cowhand.block.graph.request_order import next_number
+from cowhand.block.node.node import (
     ALL_PERMISSIONS,
     CONSISTENT_READ,
     DISCARD,
@@ -264,7 +264,7 @@ class Disk:
         self.statistics[FLUSH] += 1
 
     def submit(self, batch: Sequence[Request]) -> None:
-        """Do many requests with one pass of the gateway; see :data:`cowhand.block.node.Request` for their form.
+        """Do many requests with one pass of the gateway; see :data:`cowhand.block.node.node.Request` for their form.
 
         They may run in any order and together; when one fails the error is raised after the rest has ended.
         """
@@ -356,7 +356,7 @@ class Disk:
 
         *depth* limits how many layers are asked (1: the root alone; what it does not allocate is then neither DATA nor ZERO).
         """
-        from cowhand.block.status import layered
+        from cowhand.block.graph.block_status import layered
 
         end = self._size if length is None else offset + length
         if offset < 0 or end > self._size or end < offset:
@@ -417,7 +417,7 @@ class Disk:
 
     def as_file(self) -> io.BufferedIOBase:
         """Return the disk as a seekable binary file object (its own position; closing it leaves the disk open)."""
-        from cowhand.block.diskfile import DiskFile
+        from cowhand.block.disk_file import DiskFile
 
         raw = DiskFile(self)
         return io.BufferedReader(raw) if self.read_only else io.BufferedRandom(raw)

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from cowhand.block.names import combine, has_protocol
-from cowhand.block.registry import PROBE_SIZE
+from cowhand.block.opening.filenames import combine, has_protocol
+from cowhand.block.opening.registry import PROBE_SIZE
 from cowhand.core.errors import CowhandError
 
 #: Bytes of a file that its header and the name of its base are looked for in, at first.
@@ -145,7 +145,7 @@ def read_reference(path: str) -> Reference | None:
 
 
 def _qcow2(path: str, descriptor: int) -> Reference | None:
-    from cowhand.block.formats.qcow2.header import parse
+    from cowhand.block.formats.qcow2.ondisk.header import parse
 
     head = os.pread(descriptor, _HEADER_SIZE, 0)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cowhand.block.options import CACHE_MODES
+from cowhand.block.node.options import CACHE_MODES
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import parse_size
 
@@ -101,7 +101,7 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 def driver_options(given: list[str]) -> dict[str, str]:
     """Return the options of repeated ``-o NAME=VALUE,...`` as one dictionary; later ones win."""
-    from cowhand.block.options import split_options
+    from cowhand.block.node.options import split_options
 
     merged: dict[str, str] = {}
     for text in given:

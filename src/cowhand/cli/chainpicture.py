@@ -6,12 +6,12 @@ import os
 from contextlib import ExitStack
 
 import cowhand
-from cowhand.chain.info import ImageInfo
 from cowhand.cli.pictures.chain import LayerDrawing, picture
 from cowhand.cli.pictures.svg import Theme
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import DATA, ExtentBatch
 from cowhand.core.units import format_size
+from cowhand.image.info import ImageInfo
 
 
 def draw_chain(

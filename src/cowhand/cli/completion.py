@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cowhand.cli.declared import Argument, Command
+from cowhand.cli.reference import Argument, Command
 
 SHELLS = ("bash", "zsh", "fish")
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from cowhand.block.create import local_path
 from cowhand.core.errors import ImageExists
+from cowhand.image.create import local_path
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context

@@ -157,10 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``cowhand`` with *arguments* (those of the process by default) and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
-        from cowhand.core.memory import own_process
+        from cowhand.core.malloc_tuning import own_process
 
         own_process()
-    from cowhand.cli.spelling import settle
+    from cowhand.cli.console_encoding import settle
 
     settle()
     try:
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cowhand: standard output: {error.strerror}", file=sys.stderr)
         return 3
     if arguments is None:
-        from cowhand.cli.leaving import leave
+        from cowhand.cli.process_exit import leave
 
         leave(status)
     return status

@@ -11,24 +11,24 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.format import FormatNode
-from cowhand.block.names import has_protocol, location
-from cowhand.block.node import BlockNode
-from cowhand.block.reserving import Kind
-from cowhand.block.status import skip_filters
-from cowhand.copy import plan
-from cowhand.copy.engine import WORKERS, Engine
-from cowhand.copy.plan import Policy
-from cowhand.copy.sink import choose
-from cowhand.copy.source import SECTOR, Source
+from cowhand.block.format_io.format_node import FormatNode
+from cowhand.block.format_io.reservations import Kind
+from cowhand.block.graph import graph
+from cowhand.block.graph.block_status import skip_filters
+from cowhand.block.node.node import BlockNode
+from cowhand.block.opening.filenames import has_protocol, location
+from cowhand.copy.engine import plan
+from cowhand.copy.engine.engine import WORKERS, Engine
+from cowhand.copy.engine.plan import Policy
+from cowhand.copy.engine.sink import choose
+from cowhand.copy.engine.source import SECTOR, Source
 from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
 
 if TYPE_CHECKING:
-    from cowhand.block.policy import Policy as OpenPolicy
+    from cowhand.block.opening.policy import Policy as OpenPolicy
 
 #: Bytes that are emptied at once, so that cancelling does not wait long.
 _EMPTY_PIECE = 1 << 30
@@ -137,9 +137,9 @@ def open_layers(
 
     It is one graph, opened once as *top* describes it: filters and options between the layers stay where they are.
     """
-    from cowhand.block.opening import Opening
-    from cowhand.block.options import cache_switches
-    from cowhand.block.policy import DEFAULT
+    from cowhand.block.node.options import cache_switches
+    from cowhand.block.opening.opening import Opening
+    from cowhand.block.opening.policy import DEFAULT
     from cowhand.drivers import REGISTRY
 
     write_through, direct, no_flush = cache_switches(cache)
@@ -237,7 +237,7 @@ def _copy(
     sink.expect(totals.data, flushed=not base.root.options.cache_no_flush)
     throttle = None
     if rate:
-        from cowhand.copy.throttle import Throttle
+        from cowhand.copy.engine.throttle import Throttle
 
         throttle = Throttle(rate)
     engine = Engine(source, sink, workers=WORKERS, progress=progress, cancel=cancel, throttle=throttle)

@@ -12,19 +12,19 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.disk import Disk
-from cowhand.block.names import combine, location
-from cowhand.block.status import skip_filters
-from cowhand.copy import plan
-from cowhand.copy.changes import candidates, changes_sink
-from cowhand.copy.engine import WORKERS, Engine
-from cowhand.copy.source import Source
+from cowhand.block.graph.block_status import skip_filters
+from cowhand.block.opening.filenames import combine, location
+from cowhand.copy.engine import plan
+from cowhand.copy.engine.engine import WORKERS, Engine
+from cowhand.copy.engine.source import Source
+from cowhand.copy.ops.rebase_diff import candidates, changes_sink
 from cowhand.core.errors import CowhandError, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cowhand.block.policy import Policy
+    from cowhand.block.opening.policy import Policy
 
 
 class RebaseResult(NamedTuple):

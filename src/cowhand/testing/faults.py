@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
-from cowhand.block.node import BlockNode
+from cowhand.block.node.node import BlockNode
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import from_os_error
 from cowhand.testing.wrapper import WrapperNode

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.node import BlockNode, Role
+from cowhand.block.graph import graph
+from cowhand.block.node.node import BlockNode, Role
 from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
 from cowhand.core.errors import IOFailed
 from cowhand.testing.faults import CHANGES, READ, FaultNode

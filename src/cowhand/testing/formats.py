@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.format import FormatNode
-from cowhand.block.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, BlockNode
+from cowhand.block.format_io.format_node import FormatNode
+from cowhand.block.graph import graph
+from cowhand.block.node.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, BlockNode
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.extents import ALLOCATED, DATA, ZERO
 from cowhand.testing.model import DiskModel, compare

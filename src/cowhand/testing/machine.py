@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cowhand.block.disk import Disk
-from cowhand.block.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, Request
+from cowhand.block.node.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, Request
 from cowhand.testing.model import DiskModel
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.block import graph
 from cowhand.block.disk import Disk
-from cowhand.block.node import (
+from cowhand.block.graph import graph
+from cowhand.block.node.node import (
     DISCARD,
     FLUSH,
     READ,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
-from cowhand.block.node import BlockNode
+from cowhand.block.node.node import BlockNode
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.buffers import Buffer
 from cowhand.core.extents import ZERO

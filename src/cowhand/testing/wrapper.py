@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from cowhand.block import graph
-from cowhand.block.node import BlockNode, Role
-from cowhand.block.options import NodeOptions
+from cowhand.block.graph import graph
+from cowhand.block.node.node import BlockNode, Role
+from cowhand.block.node.options import NodeOptions
 from cowhand.core.buffers import Buffer
 from cowhand.core.extents import ExtentBatch
 

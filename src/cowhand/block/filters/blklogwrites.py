@@ -12,16 +12,16 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.filter import FilterNode, open_child
-from cowhand.block.node import Child, Role
-from cowhand.block.options import NodeOptions, option
+from cowhand.block.filters.base import FilterNode, open_child
+from cowhand.block.node.node import Child, Role
+from cowhand.block.node.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import InvalidArgument, InvalidFormat
 from cowhand.core.extents import ExtentBatch
 from cowhand.core.locks import RANK_SECTOR, ranked_lock
 
 if TYPE_CHECKING:
-    from cowhand.block.opening import Opening
+    from cowhand.block.opening.opening import Opening
 
 MAGIC = 0x6A736677736872
 VERSION = 1

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.filter import FilterNode, json_name
-from cowhand.block.node import BlockNode, Child, Role
-from cowhand.block.options import NodeOptions, option
-from cowhand.block.rangelocks import RangeLocks
+from cowhand.block.access.range_locks import RangeLocks
+from cowhand.block.filters.base import FilterNode
+from cowhand.block.node.naming import json_name
+from cowhand.block.node.node import BlockNode, Child, Role
+from cowhand.block.node.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, InvalidArgument, VerificationFailed
 from cowhand.core.extents import ExtentBatch
 
 if TYPE_CHECKING:
-    from cowhand.block.opening import Opening
+    from cowhand.block.opening.opening import Opening
 
 
 class BlkVerifyOptions(NodeOptions):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from cowhand.block.compressed import can_compress, write_compressed
-from cowhand.block.filter import PassingFilter
-from cowhand.block.format import FormatNode
+from cowhand.block.filters.base import PassingFilter
+from cowhand.block.format_io.compressed_writes import can_compress, write_compressed
+from cowhand.block.format_io.format_node import FormatNode
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import NotSupported
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.filter import FilterNode, PassingFilter
-from cowhand.block.node import CONSISTENT_READ, WRITE_UNCHANGED, BlockNode, Child, Zeroing
-from cowhand.block.options import NodeOptions, option
-from cowhand.block.rangelocks import RangeLocks
-from cowhand.block.status import layered, skip_filters
+from cowhand.block.access.range_locks import RangeLocks
+from cowhand.block.filters.base import FilterNode, PassingFilter
+from cowhand.block.graph.block_status import layered, skip_filters
+from cowhand.block.node.node import CONSISTENT_READ, WRITE_UNCHANGED, BlockNode, Child, Zeroing
+from cowhand.block.node.options import NodeOptions, option
 from cowhand.core.buffers import Buffer, is_zero
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.extents import ALLOCATED, ZERO
 
 if TYPE_CHECKING:
-    from cowhand.block.opening import Opening
+    from cowhand.block.opening.opening import Opening
 
 #: Bytes that are copied at once, and kept as zeroes where they are: a cluster, or this where clusters are smaller.
 _PIECE = 1 << 16

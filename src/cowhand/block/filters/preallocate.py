@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from cowhand.block.filter import PassingFilter
-from cowhand.block.node import RESIZE, WRITE, Child, Zeroing
-from cowhand.block.options import NodeOptions, option
+from cowhand.block.filters.base import PassingFilter
+from cowhand.block.node.node import RESIZE, WRITE, Child, Zeroing
+from cowhand.block.node.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, InvalidArgument
 from cowhand.core.locks import RANK_SECTOR, ranked_lock

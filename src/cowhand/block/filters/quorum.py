@@ -10,17 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.filter import describe, json_name
-from cowhand.block.node import CONSISTENT_READ, WRITE, BlockNode, Capabilities, Child, Limits, Role
-from cowhand.block.options import NodeOptions, option
-from cowhand.block.rangelocks import RangeLocks
-from cowhand.block.status import layered
+from cowhand.block.access.range_locks import RangeLocks
+from cowhand.block.graph.block_status import layered
+from cowhand.block.node.naming import describe, json_name
+from cowhand.block.node.node import CONSISTENT_READ, WRITE, BlockNode, Capabilities, Child, Limits, Role
+from cowhand.block.node.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, VerificationFailed
 from cowhand.core.extents import ALLOCATED, DATA, MAX_ROWS, ZERO, ExtentBatch
 
 if TYPE_CHECKING:
-    from cowhand.block.opening import Opening
+    from cowhand.block.opening.opening import Opening
 
 #: Copies of one disk; each costs a buffer of a request's length.
 MAX_CHILDREN = 64

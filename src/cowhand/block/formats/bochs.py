@@ -10,8 +10,8 @@ import struct
 from array import array
 from typing import TYPE_CHECKING, ClassVar
 
-from cowhand.block.node import Child
-from cowhand.block.readonly import ReadOnlyFormat
+from cowhand.block.format_io.readonly import ReadOnlyFormat
+from cowhand.block.node.node import Child
 from cowhand.core.buffers import Buffer, fill_zero
 from cowhand.core.errors import InvalidFormat
 from cowhand.core.extents import ALLOCATED, DATA, MAX_ROWS, OFFSET, ZERO, ExtentBatch

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block import graph
-from cowhand.block.createoptions import FILE_OPTIONS, CreateOption
-from cowhand.block.emptying import make_empty
-from cowhand.block.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
-from cowhand.block.options import NodeOptions, option
+from cowhand.block.format_io.blank_file import make_empty
+from cowhand.block.graph import graph
+from cowhand.block.node.create_options import FILE_OPTIONS, CreateOption
+from cowhand.block.node.node import BlockNode, Capabilities, Child, Limits, Role, Zeroing
+from cowhand.block.node.options import NodeOptions, option
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer
 from cowhand.core.errors import InvalidArgument, InvalidFormat, NotSupported, ReadOnly
 from cowhand.core.extents import ALLOCATED, DATA, ExtentBatch
 from cowhand.core.units import MAX_SIZE
 
 if TYPE_CHECKING:
-    from cowhand.block.opening import Opening
+    from cowhand.block.opening.opening import Opening
     from cowhand.crypto.luks import Header
     from cowhand.crypto.volume import Volume
 
@@ -200,7 +200,7 @@ class LuksNode(BlockNode):
     def filename(self) -> str:
         if "header" not in self.children:
             return super().filename
-        from cowhand.block.filter import json_name
+        from cowhand.block.node.naming import json_name
 
         return json_name(self)
 

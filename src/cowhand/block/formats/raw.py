@@ -9,26 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.createoptions import FILE_OPTIONS, CreateOption
-from cowhand.block.emptying import make_empty
-from cowhand.block.marks import looks_like_a_format
-from cowhand.block.node import (
-    DISCARD,
-    WRITE_REQUEST,
-    ZERO_REQUEST,
-    ZERO_UNMAP,
-    BlockNode,
-    Child,
-    Request,
-    Role,
-)
-from cowhand.block.options import NodeOptions, option
+from cowhand.block.format_io.blank_file import make_empty
+from cowhand.block.node.create_options import FILE_OPTIONS, CreateOption
+from cowhand.block.node.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, BlockNode, Child, Request, Role
+from cowhand.block.node.options import NodeOptions, option
+from cowhand.block.opening.signatures import looks_like_a_format
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import AccessDenied, InvalidArgument, NotSupported
 from cowhand.core.extents import DATA, ZERO, ExtentBatch
 
 if TYPE_CHECKING:
-    from cowhand.block.opening import Opening
+    from cowhand.block.opening.opening import Opening
 
 
 #: Requests that may change the first sector.
@@ -216,7 +207,7 @@ class RawNode(BlockNode):
         below = self.file.node
         told = below.map_batch(offset + self.offset, length)
         if below.is_format or below.is_filter:
-            from cowhand.block.status import skip_filters
+            from cowhand.block.graph.block_status import skip_filters
 
             layer = skip_filters(below)
             nothing = ZERO if layer.supports_backing and layer.backing is None else 0

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.node import BlockNode, Capabilities, Limits, Zeroing
-from cowhand.block.options import NodeOptions, option
+from cowhand.block.node.node import BlockNode, Capabilities, Limits, Zeroing
+from cowhand.block.node.options import NodeOptions, option
 from cowhand.core.buffers import Buffer, fill_zero
 from cowhand.core.errors import InvalidArgument, NotSupported, ReadOnly
 from cowhand.core.extents import ALLOCATED, DATA, MAX_ROWS, OFFSET, ZERO, ExtentBatch
@@ -20,7 +20,7 @@ from cowhand.core.locks import RANK_LEAF, ranked_lock
 from cowhand.core.units import MAX_SIZE
 
 if TYPE_CHECKING:
-    from cowhand.block.opening import Opening
+    from cowhand.block.opening.opening import Opening
 
 #: Bytes of a page: what one partial write copies, and the granularity of holes. A file system's block.
 PAGE = 4096

@@ -9,15 +9,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.node import READ, BlockNode, Capabilities, Request, Zeroing
-from cowhand.block.options import NodeOptions, option, strong_options
+from cowhand.block.node.node import READ, BlockNode, Capabilities, Request, Zeroing
+from cowhand.block.node.options import NodeOptions, option, strong_options
 from cowhand.core.buffers import Buffer, fill_zero
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.extents import ALLOCATED, OFFSET, ZERO, ExtentBatch
 from cowhand.core.units import MAX_SIZE
 
 if TYPE_CHECKING:
-    from cowhand.block.opening import Opening
+    from cowhand.block.opening.opening import Opening
 
 DEFAULT_SIZE = 1 << 30  #: QEMU's
 
@@ -77,7 +77,7 @@ class NullNode(BlockNode):
             return f"{self.driver}://"
         import json
 
-        from cowhand.block.descriptions import ordered
+        from cowhand.block.node.naming import ordered
 
         return "json:" + json.dumps(ordered({"driver": self.driver, **strong}))
 

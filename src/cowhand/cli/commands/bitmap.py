@@ -120,7 +120,7 @@ def _source(args: argparse.Namespace, disk: Disk, stack: ExitStack) -> Disk:
 
 
 def _do(args: argparse.Namespace, disk: Disk, source: Disk) -> None:
-    from cowhand.block import bitmaps
+    from cowhand.image import bitmaps
 
     match args.action:
         case "add":
@@ -164,7 +164,7 @@ def _amount(bitmap: DirtyBitmap) -> tuple[int | None, str]:
 
 
 def _list(disk: Disk, args: argparse.Namespace, context: Context) -> int:
-    from cowhand.block.bitmaps import list_bitmaps
+    from cowhand.image.bitmaps import list_bitmaps
 
     documents = [bitmap_document(bitmap) for bitmap in list_bitmaps(disk)]
     if context.out.json:
@@ -186,7 +186,7 @@ def _list(disk: Disk, args: argparse.Namespace, context: Context) -> int:
 
 
 def _dirty(disk: Disk, args: argparse.Namespace, context: Context) -> int:
-    from cowhand.block.bitmaps import dirty_extents, find_bitmap
+    from cowhand.image.bitmaps import dirty_extents, find_bitmap
 
     extents = dirty_extents(disk, args.name)
     if context.out.json:
@@ -208,8 +208,8 @@ def _dirty(disk: Disk, args: argparse.Namespace, context: Context) -> int:
 
 
 def _plan(args: argparse.Namespace, context: Context) -> int:
-    from cowhand.block.bitmaps import check_new_bitmap, find_bitmap
     from cowhand.cli.plan import Plan, Touch, show
+    from cowhand.image.bitmaps import check_new_bitmap, find_bitmap
 
     image, name = shlex.quote(args.image), shlex.quote(args.name)
     keep = f"none, unless you keep its content first: cowhand bitmap add {image} COPY --disabled; cowhand bitmap merge {image} COPY {name}"

@@ -14,7 +14,7 @@ from cowhand.cli import arguments
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
-    from cowhand.block.check import CheckResult
+    from cowhand.block.node.records import CheckResult
     from cowhand.cli.running import Context
 
 EXAMPLES = """\
@@ -66,7 +66,7 @@ def writes(args: argparse.Namespace) -> bool:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Check, and repair."""
-    from cowhand.block.check import check
+    from cowhand.image.check import check
 
     if args.undo is not None or args.plan or (args.repair and not args.dry_run and not args.no_log):
         from cowhand.cli.commands import check_repair
@@ -92,7 +92,7 @@ def tell(args: argparse.Namespace, context: Context, result: CheckResult, log: s
     """Print *result*, with owners where they were asked for, and where the undo *log* of a repair is."""
     owners = None
     if args.explain:
-        from cowhand.block.rescue import explain
+        from cowhand.image.repair.plan import explain
 
         owners = explain(args.image, result.findings, format=args.format)
     if context.out.json:

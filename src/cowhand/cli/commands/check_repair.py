@@ -7,11 +7,11 @@ import os
 from itertools import count
 from typing import TYPE_CHECKING
 
-from cowhand.block import rescue
-from cowhand.block.create import local_path
 from cowhand.cli.commands import check
 from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.units import format_size
+from cowhand.image.create import local_path
+from cowhand.image.repair import plan as rescue
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context

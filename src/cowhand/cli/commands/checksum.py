@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Print or verify."""
-    from cowhand.copy.checksum import DEFAULT_ALGORITHM, check_algorithm
+    from cowhand.copy.ops.checksum import DEFAULT_ALGORITHM, check_algorithm
 
     if bool(args.image) == (args.check is not None):
         raise arguments.Usage("either images or --check FILE", hint="cowhand checksum IMAGE ... | --check FILE")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 
 def _hash(name: str, algorithm: str, args: argparse.Namespace, context: Context) -> Any:
-    from cowhand.copy.checksum import checksum
+    from cowhand.copy.ops.checksum import checksum
 
     return checksum(
         name,
@@ -132,7 +132,7 @@ def parse(text: str, algorithm: str | None) -> list[Line]:
 
 
 def _verify(args: argparse.Namespace, context: Context) -> int:
-    from cowhand.copy.checksum import check_algorithm
+    from cowhand.copy.ops.checksum import check_algorithm
 
     documents: list[dict[str, Any]] = []
     different = failed = 0

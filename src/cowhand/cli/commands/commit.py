@@ -10,11 +10,11 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from cowhand.chain.info import ImageInfo, chain_info
 from cowhand.chain.tree import identify
 from cowhand.cli import arguments
 from cowhand.core.errors import ImageNotFound, InvalidArgument
 from cowhand.core.units import format_size
+from cowhand.image.info import ImageInfo, chain_info
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context

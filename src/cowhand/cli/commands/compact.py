@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Compact."""
-    from cowhand.jobs.compact import compact
+    from cowhand.image.compact import compact
 
     progress = None if args.dry_run else context.progress(f"compacting {args.image}")
     done = compact(args.image, format=args.format, dry_run=args.dry_run, progress=progress, cancel=context.cancel)

@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Compare."""
-    from cowhand.copy.compare import compare
+    from cowhand.copy.ops.compare import compare
 
     found = compare(
         args.first,

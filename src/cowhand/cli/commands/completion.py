@@ -22,10 +22,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Print the script."""
-    from cowhand.cli import completion, declared
+    from cowhand.cli import completion, reference
     from cowhand.drivers import REGISTRY
 
     formats = [entry.name for entry in REGISTRY if entry.kind == "format"]
-    for line in completion.script(args.shell, declared.commands(), formats).splitlines():
+    for line in completion.script(args.shell, reference.commands(), formats).splitlines():
         context.out.line(line)
     return 0

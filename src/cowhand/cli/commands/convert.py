@@ -17,9 +17,9 @@ from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
-    from cowhand.block.policy import Policy
+    from cowhand.block.opening.policy import Policy
     from cowhand.cli.running import Context
-    from cowhand.copy.convert import ConvertResult
+    from cowhand.copy.ops.convert import ConvertResult
 
 EXAMPLES = """\
   cowhand convert -O qcow2 disk.raw disk.qcow2                import a raw disk
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     policy = _refuse_unsafe(args) if args.untrusted else None
     if args.dry_run:
         return _plan(args, context, there)
-    from cowhand.copy.convert import convert
+    from cowhand.copy.ops.convert import convert
 
     label = f"{os.path.basename(args.source[0])} → {os.path.basename(args.target)}"
     result = convert(
@@ -195,10 +195,10 @@ def _options(args: argparse.Namespace) -> dict[str, str]:
 
 def _refuse_unsafe(args: argparse.Namespace) -> Policy:
     """Raise PolicyRefused when a source is not safe; return the policy under which the others are opened, as the format judged."""
-    from cowhand.block.create import local_path
-    from cowhand.block.policy import UNTRUSTED
-    from cowhand.chain.untrusted import judge
+    from cowhand.block.opening.policy import UNTRUSTED
     from cowhand.core.errors import PolicyRefused
+    from cowhand.image.create import local_path
+    from cowhand.image.untrusted import judge
 
     if args.backing:
         raise InvalidArgument("an untrusted source is not put over a backing file")
@@ -231,8 +231,8 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
     """Say what a copy does not carry over: that is easily forgotten."""
     if args.format == "raw":
         return  # keeps nothing beside the disk
-    from cowhand.chain.info import image_info
     from cowhand.cli.commands.info import encryption_words
+    from cowhand.image.info import image_info
 
     for name in args.source:
         try:
@@ -252,11 +252,11 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
 
 
 def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -> None:
-    from cowhand.copy.compare import compare
+    from cowhand.copy.ops.compare import compare
 
     if result.unreadable:
         raise InvalidArgument("a copy of what cannot be read cannot be verified; the copy was made")
-    from cowhand.copy.opening import open_source
+    from cowhand.image.open import open_source
 
     with ExitStack() as stack:
         source = open_source(args.source[0], stack, args.format, snapshot=args.snapshot, force_share=args.force_share)
@@ -281,8 +281,8 @@ def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -
 def _verify_snapshots(source: Disk, target: str, format: str, context: Context) -> None:
     """Compare every snapshot with its copy."""
     import cowhand
-    from cowhand.block.snapshots import list_snapshots, open_snapshot
-    from cowhand.copy.compare import compare
+    from cowhand.copy.ops.compare import compare
+    from cowhand.image.snapshots import list_snapshots, open_snapshot
 
     with cowhand.open(target, format=format) as copy:
         for info in list_snapshots(source):
@@ -349,9 +349,9 @@ def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
 
 def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]:
     """Return the bytes of data that would be read, and those that the new image would need."""
-    from cowhand.copy.measure import measure
-    from cowhand.copy.opening import open_source
+    from cowhand.copy.ops.measure import measure
     from cowhand.core.extents import by_content
+    from cowhand.image.open import open_source
 
     with ExitStack() as stack:
         disk = open_source(name, stack, args.format, snapshot=args.snapshot, force_share=args.force_share)
@@ -361,7 +361,7 @@ def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]
 
 
 def _space_warning(target: str, needed: int) -> list[str]:
-    from cowhand.copy.space import free_bytes
+    from cowhand.copy.ops.space import free_bytes
 
     free = free_bytes(target)
     if free is None or needed <= free:

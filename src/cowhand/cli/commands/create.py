@@ -13,8 +13,8 @@ from cowhand.cli import arguments
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
-    from cowhand.block.create import Creation
     from cowhand.cli.running import Context
+    from cowhand.image.create import Creation
 
 EXAMPLES = """\
   cowhand create -f qcow2 disk.qcow2 10G                       an empty disk
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
         return _explain(args.format or "qcow2", context)
     if args.image is None:
         raise arguments.Usage("the new image needs a name", hint="See: cowhand create --help")
-    from cowhand.block.create import prepare
     from cowhand.cli.guard import refuse_existing, refuse_harm
+    from cowhand.image.create import prepare
 
     creation = prepare(
         args.image,
@@ -117,9 +117,9 @@ def _plan(args: argparse.Namespace, context: Context, creation: Creation, there:
 
 
 def _explain(format: str, context: Context) -> int:
-    from cowhand.block.create import create_options_of
-    from cowhand.block.createoptions import FILE_OPTIONS, merge
+    from cowhand.block.node.create_options import FILE_OPTIONS, merge
     from cowhand.drivers import REGISTRY
+    from cowhand.image.create import create_options_of
 
     known = merge(create_options_of(REGISTRY.get(format)), FILE_OPTIONS).values()
     if context.out.json:

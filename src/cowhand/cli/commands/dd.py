@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         refuse_harm(context, target, "writing over it", force=args.force or args.dry_run)
     if args.dry_run:
         return _plan(args, context, given, format, there)
-    from cowhand.copy.dd import dd
+    from cowhand.copy.ops.dd import dd
 
     result = dd(
         source,

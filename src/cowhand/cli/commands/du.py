@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cowhand.chain.usage import ImageUsage, chain_usage, image_usage
 from cowhand.cli import arguments
 from cowhand.core.units import format_size
+from cowhand.image.usage import ImageUsage, chain_usage, image_usage
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context

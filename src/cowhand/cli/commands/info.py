@@ -10,12 +10,12 @@ import argparse
 import itertools
 from typing import TYPE_CHECKING
 
-from cowhand.chain.info import ImageInfo, chain_info, image_info
 from cowhand.cli import arguments
 from cowhand.core.units import format_size
+from cowhand.image.info import ImageInfo, chain_info, image_info
 
 if TYPE_CHECKING:
-    from cowhand.block.snapshots import SnapshotInfo
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.cli.running import Context
 
 EXAMPLES = """\

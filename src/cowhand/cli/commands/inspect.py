@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.create import local_path
 from cowhand.cli import arguments
 from cowhand.core.errors import NotSupported
 from cowhand.core.units import format_size
+from cowhand.image.create import local_path
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         raise NotSupported(f"'{args.image}' is no file of this machine", hint="Copy it here first.")
     if args.untrusted:
         return _judge(args, context, path)
-    from cowhand.chain.inspect import inspect
+    from cowhand.image.inspect import inspect
 
     found = inspect(path, args.format)
     if context.out.json:
@@ -65,7 +65,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _judge(args: argparse.Namespace, context: Context, path: str) -> int:
-    from cowhand.chain.untrusted import MAX_VIRTUAL_SIZE, judge
+    from cowhand.image.untrusted import MAX_VIRTUAL_SIZE, judge
 
     limit = MAX_VIRTUAL_SIZE if args.max_size is None else args.max_size
     verdict = judge(path, args.format, max_size=limit)._replace(path=args.image)

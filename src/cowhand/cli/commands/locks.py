@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.lockholders import LockHolder, lock_holders
+from cowhand.block.locking.holders import LockHolder, lock_holders
 from cowhand.cli import arguments
 from cowhand.core.errors import ImageInUse, InvalidArgument
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 
 def _paths(args: argparse.Namespace) -> list[str]:
-    from cowhand.block.create import local_path
+    from cowhand.image.create import local_path
 
     paths: list[str] = []
     for name in args.image:
@@ -53,7 +53,7 @@ def _paths(args: argparse.Namespace) -> list[str]:
         if not args.chain:
             paths.append(local_path(name) or name)
             continue
-        from cowhand.chain.info import chain_info
+        from cowhand.image.info import chain_info
 
         for info in chain_info(name, format=args.format, force_share=True):
             if not info.problem:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import cowhand
-from cowhand.block.status import skip_filters
+from cowhand.block.graph.block_status import skip_filters
 from cowhand.cli import arguments
 from cowhand.core.errors import OutOfRange
 from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, NO_HOST, OFFSET, ZERO, Extent, ExtentBatch, merged

@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Measure."""
-    from cowhand.copy.measure import measure
+    from cowhand.copy.ops.measure import measure
 
     if (args.image is None) == (args.size is None):
         raise arguments.Usage("give either an image or --size", hint="See: cowhand measure --help")

@@ -85,7 +85,7 @@ def _format(args: argparse.Namespace) -> str | None:
         given: str | None = args.base_format
         return given
     import cowhand
-    from cowhand.block.names import combine
+    from cowhand.block.opening.filenames import combine
 
     with cowhand.open(combine(args.image, args.base), backing=False, force_share=True) as disk:
         return disk.format
@@ -93,7 +93,7 @@ def _format(args: argparse.Namespace) -> str | None:
 
 def _undo(args: argparse.Namespace) -> str:
     """Return what brings the old backing file back."""
-    from cowhand.chain.info import image_info
+    from cowhand.image.info import image_info
 
     old = image_info(args.image, format=args.format, force_share=True)
     words = ["cowhand", "rebase", *(["-u"] if args.unsafe else []), "-b", old.backing or ""]

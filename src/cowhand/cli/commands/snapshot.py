@@ -11,14 +11,14 @@ import shlex
 from typing import TYPE_CHECKING
 
 import cowhand
-from cowhand.chain.info import image_info, snapshot_document
 from cowhand.cli import arguments
 from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.units import format_size
+from cowhand.image.info import image_info, snapshot_document
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
-    from cowhand.block.snapshots import SnapshotInfo
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.cli.running import Context
 
 EXAMPLES = """\
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 
 def _known(disk: Disk) -> list[SnapshotInfo]:
-    from cowhand.block.snapshots import list_snapshots
+    from cowhand.image.snapshots import list_snapshots
 
     try:
         return list_snapshots(disk)
@@ -77,7 +77,7 @@ def _known(disk: Disk) -> list[SnapshotInfo]:
 
 
 def _create(disk: Disk, name: str) -> SnapshotInfo:
-    from cowhand.block.snapshots import create_snapshot
+    from cowhand.image.snapshots import create_snapshot
 
     if any(name in (one.name, one.id) for one in _known(disk)):
         raise InvalidArgument(
@@ -89,7 +89,7 @@ def _create(disk: Disk, name: str) -> SnapshotInfo:
 
 
 def _apply(disk: Disk, name: str) -> SnapshotInfo:
-    from cowhand.block.snapshots import apply_snapshot, choose
+    from cowhand.image.snapshots import apply_snapshot, choose
 
     chosen = choose(_known(disk), name, disk.filename)
     apply_snapshot(disk, chosen.id)
@@ -97,7 +97,7 @@ def _apply(disk: Disk, name: str) -> SnapshotInfo:
 
 
 def _delete(disk: Disk, name: str) -> SnapshotInfo:
-    from cowhand.block.snapshots import choose, delete_snapshot
+    from cowhand.image.snapshots import choose, delete_snapshot
 
     chosen = choose(_known(disk), name, disk.filename)
     delete_snapshot(disk, chosen.id)
@@ -118,9 +118,9 @@ def _list(args: argparse.Namespace, context: Context) -> int:
 
 
 def _plan(args: argparse.Namespace, context: Context) -> int:
-    from cowhand.block.snapshots import choose
     from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
+    from cowhand.image.snapshots import choose
 
     info = image_info(args.image, format=args.format)
     image = shlex.quote(args.image)

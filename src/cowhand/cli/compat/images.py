@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.options import CACHE_MODES
+from cowhand.block.node.options import CACHE_MODES
 from cowhand.cli.compat import program
 from cowhand.cli.compat.optionstrings import as_description, parse
 from cowhand.cli.compat.program import Failure
@@ -13,7 +13,7 @@ from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
-    from cowhand.block.node import BlockNode
+    from cowhand.block.node.node import BlockNode
 
 
 def cache_mode(text: str, what: str = "cache") -> str:
@@ -57,7 +57,7 @@ def described(name: str, image_opts: bool, *, has_format: bool = False) -> str |
 
 
 def _parse_json(name: str, has_format: bool) -> Mapping[str, Any]:
-    from cowhand.block.descriptions import parse_json_name
+    from cowhand.block.opening.json_names import parse_json_name
 
     given = parse_json_name(name)
     has_file = any(key == "file" or key.startswith("file.") for key in given)
@@ -81,8 +81,8 @@ def open_disk(
 ) -> Disk:
     """Open *what*, warning of a guessed raw image that is to be written. Raises CowhandError, Failure."""
     import cowhand
-    from cowhand.block.names import has_protocol
-    from cowhand.block.policy import AS_QEMU
+    from cowhand.block.opening.filenames import has_protocol
+    from cowhand.block.opening.policy import AS_QEMU
 
     if isinstance(what, Mapping):
         what = _without_filename(what)
@@ -118,7 +118,7 @@ def _hold_bitmaps(disk: Disk) -> None:
     directory = getattr(disk.root, "bitmap_directory", None)
     if not disk.root.is_filter and (directory is None or not (directory.entries or directory.outdated)):
         return  # most images: nothing is imported for them
-    from cowhand.block.bitmaps import hold_bitmaps
+    from cowhand.image.bitmaps import hold_bitmaps
 
     try:
         hold_bitmaps(disk)
@@ -153,7 +153,7 @@ def warn_of_raw(filename: str) -> None:
 
 def says_read_only(what: Mapping[str, Any]) -> bool | None:
     """Return what *what* says of itself, None for nothing. Raises InvalidArgument."""
-    from cowhand.block.options import is_on
+    from cowhand.block.node.options import is_on
 
     return is_on("read-only", what.get("read-only"))
 
@@ -198,8 +198,8 @@ def open_image(
             backing=backing,
         )
         if unshared and not force_share:
-            from cowhand.block import graph
-            from cowhand.block.node import CONSISTENT_READ, WRITE_UNCHANGED
+            from cowhand.block.graph import graph
+            from cowhand.block.node.node import CONSISTENT_READ, WRITE_UNCHANGED
 
             try:
                 graph.set_permissions(disk.edge, disk.edge.perm, CONSISTENT_READ | WRITE_UNCHANGED)

@@ -99,7 +99,7 @@ def _properties(kind: str) -> list[str]:
     """Return a line for each property that objects of *kind* have."""
     if kind == "secret":
         return [f"{name}=<{'QCryptoSecretFormat' if name == 'format' else 'string'}>" for name in TYPES[kind]]
-    from cowhand.block.throttling import KINDS
+    from cowhand.block.filters.throttle.limits import KINDS
 
     limits = ["x-iops-size", *(f"x-{name}{end}" for name in KINDS for end in ("", "-max", "-max-length"))]
     return ["limits=<ThrottleLimits>", *sorted(f"{name}=<int>" for name in limits)]
@@ -124,8 +124,8 @@ def _secret(given: dict[str, Any]) -> bytes:
 
 def _limits(given: dict[str, Any]) -> dict[str, Any]:
     """Return the limits of a throttle group by their plain names: they are given as "x-NAME", "limits.NAME" or in a group "limits"."""
-    from cowhand.block.options import flatten
-    from cowhand.block.throttling import KINDS, MAX_RATE
+    from cowhand.block.filters.throttle.limits import KINDS, MAX_RATE
+    from cowhand.block.node.options import flatten
 
     known = {"iops-size", *(kind + end for kind in KINDS for end in ("", "-max", "-max-length"))}
     out: dict[str, Any] = {}
@@ -145,11 +145,11 @@ def _limits(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _define_group(name: str, limits: dict[str, Any]) -> None:
-    from cowhand.block import throttlegroups
-    from cowhand.block.throttling import Limits
+    from cowhand.block.filters.throttle import groups
+    from cowhand.block.filters.throttle.limits import Limits
     from cowhand.core.errors import CowhandError
 
     try:
-        throttlegroups.define(name, Limits.parse(limits))
+        groups.define(name, Limits.parse(limits))
     except CowhandError as error:
         raise Failure(error.qemu()) from None

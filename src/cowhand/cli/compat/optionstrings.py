@@ -10,7 +10,7 @@ from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.sizes import size_option
 
 if TYPE_CHECKING:
-    from cowhand.block.createoptions import CreateOption
+    from cowhand.block.node.create_options import CreateOption
 
 #: Formats that nobody makes images of, QEMU neither; so whether there is a driver does not matter.
 _READ_ONLY = ("bochs", "cloop", "dmg")
@@ -116,9 +116,9 @@ def _convert(option: CreateOption, value: str) -> Any:
 
 def known_options(format: str, filename: str | None = None) -> dict[str, CreateOption]:
     """Return what *format* takes at creation, with what *filename*'s protocol takes where one is named. Raises CowhandError."""
-    from cowhand.block.create import create_options_of, format_of, protocol_of
-    from cowhand.block.createoptions import FILE_OPTIONS, merge
+    from cowhand.block.node.create_options import FILE_OPTIONS, merge
     from cowhand.drivers import REGISTRY
+    from cowhand.image.create import create_options_of, format_of, protocol_of
 
     if format in _READ_ONLY:
         raise Failure(f"Format driver '{format}' does not support image creation")

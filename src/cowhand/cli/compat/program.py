@@ -126,17 +126,17 @@ def start(argument: str, fallback: str) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is not None:  # a process may be started without them
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else _RAW)  # type: ignore[union-attr]
-    from cowhand.core import diagnostics, memory
+    from cowhand.core import diagnostics, malloc_tuning
 
     diagnostics.set_sink(_diagnostic)
-    memory.own_process()
+    malloc_tuning.own_process()
 
 
 def main(tool: Callable[[Sequence[str]], int], arguments: Sequence[str] | None, fallback: str) -> int:
     """Run *tool* as :func:`run` does; without *arguments* it has the process's, and the process for itself."""
     if arguments is not None:
         return run(tool, arguments, fallback)
-    from cowhand.cli.leaving import leave
+    from cowhand.cli.process_exit import leave
 
     return leave(run(tool, sys.argv, fallback))
 

@@ -6,17 +6,17 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.createoptions import CreateOption
-from cowhand.block.emptying import make_empty
-from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.counts import Counts
-from cowhand.block.formats.qcow2.header import Header
+from cowhand.block.format_io.blank_file import make_empty
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.ondisk.header import Header
+from cowhand.block.formats.qcow2.ondisk.refcount_entries import Counts
+from cowhand.block.node.create_options import CreateOption
 from cowhand.core.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.amend.key_slots import EncryptionPlan
     from cowhand.block.formats.qcow2.driver import Qcow2Node
-    from cowhand.block.formats.qcow2.encrypting import EncryptionPlan
-    from cowhand.block.node import BlockNode, Child
+    from cowhand.block.node.node import BlockNode, Child
 
 #: In the order in which QEMU prints them.
 CREATE_OPTIONS = (
@@ -60,9 +60,9 @@ def _check_values(options: Mapping[str, Any]) -> None:
     """Refuse words that mean nothing: QEMU finds those first, whatever else is wrong."""
     _one_of("version", options.get("compat", "1.1"), tuple(_VERSIONS), "compat is 0.10 (v2) or 1.1 (v3).")
     if _encrypts(options):
-        from cowhand.block.formats.qcow2 import encrypting
+        from cowhand.block.formats.qcow2.amend import key_slots
 
-        encrypting.check_values(options)
+        key_slots.check_values(options)
     hint = "preallocation is off, metadata, falloc or full."
     _one_of("preallocation", _preallocation(options), _PREALLOCATIONS, hint)
     hint = "compression_type is zlib or zstd."
@@ -124,7 +124,7 @@ def _plan_header(size: int, options: Mapping[str, Any]) -> Header:
         _needs_version_3(header, "Different refcount widths than 16 bits require", "compatibility level 1.1 or above")
     header.refcount_order = bits.bit_length() - 1
     if options.get("data_file") or options.get("data_file_raw") or options.get("keep_data_file"):
-        from cowhand.block.formats.qcow2.datafile import plan
+        from cowhand.block.formats.qcow2.cluster.data_file import plan
 
         plan(header, options)
     header.compression_type = _COMPRESSIONS[options.get("compression_type", "zlib")]
@@ -148,19 +148,19 @@ def plan(size: int, options: Mapping[str, Any]) -> tuple[Header, EncryptionPlan 
     header = _plan_header(size, options)
     encryption = None
     if _encrypts(options):
-        from cowhand.block.formats.qcow2 import encrypting
+        from cowhand.block.formats.qcow2.amend import key_slots
 
-        encryption = encrypting.plan(options)
+        encryption = key_slots.plan(options)
     return header, encryption, _preallocation(options)
 
 
 def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
     """Make the open, writable protocol node *file* a qcow2 image of *size* bytes; *options* are CREATE_OPTIONS by name, converted."""
     header, encryption, preallocation = plan(size, options)
-    from cowhand.block import graph
     from cowhand.block.formats.qcow2.driver import Qcow2Node
-    from cowhand.block.formats.qcow2.options import Qcow2Options
-    from cowhand.block.node import Role
+    from cowhand.block.formats.qcow2.metadata.options import Qcow2Options
+    from cowhand.block.graph import graph
+    from cowhand.block.node.node import Role
 
     node = Qcow2Node(Qcow2Options(read_only=False))
     # The edge comes first: it takes the locks.
@@ -176,9 +176,9 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
         _write_empty(node.file, header)
         _grow(node, size, header, preallocation)
         if encryption is not None:
-            from cowhand.block.formats.qcow2 import encrypting
+            from cowhand.block.formats.qcow2.amend import key_slots
 
-            encrypting.make(node, encryption)
+            key_slots.make(node, encryption)
     finally:
         try:
             node.close()
@@ -204,8 +204,8 @@ def _write_empty(file: Child, header: Header) -> None:
 
 
 def _grow(node: Qcow2Node, size: int, header: Header, preallocation: str) -> None:
-    from cowhand.block.formats.qcow2.loading import load
-    from cowhand.block.formats.qcow2.resize import resize
+    from cowhand.block.formats.qcow2.open import load
+    from cowhand.block.formats.qcow2.resize.grow import resize
 
     load(node)
     node.check_writable()

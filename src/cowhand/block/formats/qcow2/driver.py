@@ -6,17 +6,18 @@ import threading
 from collections.abc import Callable, Iterable, Mapping as Mapping_, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.createoptions import CreateOption
-from cowhand.block.format import FormatNode
-from cowhand.block.formats.qcow2 import layout as L, loading, overlap
+from cowhand.block.format_io.format_node import FormatNode
+from cowhand.block.format_io.reservations import Kind, Reservation, Unprepared
+from cowhand.block.formats.qcow2 import open as loading, overlap
+from cowhand.block.formats.qcow2.cluster.mapping import Mapping
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create, plan
-from cowhand.block.formats.qcow2.mapping import Mapping
-from cowhand.block.formats.qcow2.metadata import MetadataNode
-from cowhand.block.formats.qcow2.options import Qcow2Options
-from cowhand.block.formats.qcow2.refcounts import Refcounts
-from cowhand.block.node import BlockNode, Child, Reopening, Request
-from cowhand.block.options import NodeOptions
-from cowhand.block.reserving import Kind, Reservation, Unprepared
+from cowhand.block.formats.qcow2.metadata.options import Qcow2Options
+from cowhand.block.formats.qcow2.metadata.writer import MetadataNode
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.refcount.refcounts import Refcounts
+from cowhand.block.node.create_options import CreateOption
+from cowhand.block.node.node import BlockNode, Child, Reopening, Request
+from cowhand.block.node.options import NodeOptions
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import (
@@ -27,15 +28,13 @@ from cowhand.core.errors import (
 from cowhand.core.extents import ENCODED, OFFSET
 
 if TYPE_CHECKING:
-    from cowhand.block.check import CheckResult
-    from cowhand.block.findings import Say
-    from cowhand.block.formats.qcow2.bitmaps import Directory
-    from cowhand.block.formats.qcow2.compression import Codec
-    from cowhand.block.formats.qcow2.encryption import Encryption
-    from cowhand.block.formats.qcow2.snapshots import Snapshot
-    from cowhand.block.opening import Opening
-    from cowhand.block.snapshots import SnapshotInfo
-    from cowhand.block.unitwrites import UnitWrites
+    from cowhand.block.format_io.batch_rows import UnitWrites
+    from cowhand.block.formats.qcow2.bitmap.directory import Directory
+    from cowhand.block.formats.qcow2.cluster.compression import Codec
+    from cowhand.block.formats.qcow2.cluster.encryption import Encryption
+    from cowhand.block.formats.qcow2.snapshot.table import Snapshot
+    from cowhand.block.node.records import CheckResult, Say, SnapshotInfo
+    from cowhand.block.opening.opening import Opening
     from cowhand.core.extents import ExtentBatch
 
 
@@ -128,7 +127,7 @@ class Qcow2Node(MetadataNode):
     def metadata_preallocated(self) -> bool:
         """Whether data clusters may be holes of the file (preallocated metadata): found out when it is first asked."""
         if self._preallocated is None:
-            from cowhand.block.formats.qcow2.preallocated import detect
+            from cowhand.block.formats.qcow2.cluster.preallocated import detect
 
             self._preallocated = detect(self)
         return self._preallocated
@@ -153,7 +152,7 @@ class Qcow2Node(MetadataNode):
     def codec(self) -> Codec:
         """The image's compression, made when it is first needed."""
         if self._codec is None:
-            from cowhand.block.formats.qcow2.compression import codec
+            from cowhand.block.formats.qcow2.cluster.compression import codec
 
             with self._codec_lock:
                 self._codec = codec(self.header.compression_type)
@@ -165,12 +164,12 @@ class Qcow2Node(MetadataNode):
 
     def set_compression_level(self, level: int | None) -> None:
         """Choose density over speed for what is compressed from now on (zlib 1 to 9, zstd 1 to 22); None is the default."""
-        from cowhand.block.formats.qcow2.compression import codec
+        from cowhand.block.formats.qcow2.cluster.compression import codec
 
         self._codec = codec(self.header.compression_type, level)
 
     def format_specific(self) -> dict[str, Any]:
-        from cowhand.block.formats.qcow2.description import describe
+        from cowhand.block.formats.qcow2.info import describe
 
         return describe(self)
 
@@ -179,7 +178,7 @@ class Qcow2Node(MetadataNode):
 
         The file is not looked at, and what is open stays open. Raises InvalidArgument when the header has no room.
         """
-        from cowhand.block.formats.qcow2.backing import change_backing
+        from cowhand.block.formats.qcow2.amend.backing import change_backing
 
         with self.operation:
             change_backing(self, name, format)
@@ -187,15 +186,15 @@ class Qcow2Node(MetadataNode):
     @classmethod
     def amend_options(cls) -> tuple[CreateOption, ...]:
         """Return what :meth:`amend` understands."""
-        from cowhand.block.formats.qcow2.amend import AMEND_OPTIONS
+        from cowhand.block.formats.qcow2.amend.amend import AMEND_OPTIONS
 
         return AMEND_OPTIONS
 
     def amend(
         self, options: Mapping_[str, Any], progress: Callable[[int, int], None] | None = None, *, force: bool = False
     ) -> None:
-        """Change the image in place; see :func:`cowhand.block.formats.qcow2.amend.amend`."""
-        from cowhand.block.formats.qcow2.amend import amend
+        """Change the image in place; see :func:`cowhand.block.formats.qcow2.amend.amend.amend`."""
+        from cowhand.block.formats.qcow2.amend.amend import amend
 
         with self.operation:
             amend(self, options, progress, force=force)
@@ -228,7 +227,7 @@ class Qcow2Node(MetadataNode):
 
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
         if self.encryption is not None:
-            from cowhand.block.formats.qcow2.encryption import without_places
+            from cowhand.block.formats.qcow2.cluster.encryption import without_places
 
             return without_places(self.mapping.batch(offset, length))
         return self.mapping.batch(offset, length)
@@ -280,7 +279,7 @@ class Qcow2Node(MetadataNode):
         self.clear_unknown_marks()
         self.rebuild_metadata_map()
         if self.bitmap_directory.present or self.bitmap_directory.outdated:
-            from cowhand.block.formats.qcow2.bitmapstore import begin
+            from cowhand.block.formats.qcow2.bitmap.store import begin
 
             begin(self)
 
@@ -312,7 +311,7 @@ class Qcow2Node(MetadataNode):
             raise unknown
 
     def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        from cowhand.block.formats.qcow2.resize import grow_l1
+        from cowhand.block.formats.qcow2.resize.grow import grow_l1
 
         position = self.vmstate_offset + offset
         length = sum(len(buffer) for buffer in buffers)
@@ -321,16 +320,16 @@ class Qcow2Node(MetadataNode):
         self.write(position, buffers)
 
     def reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
-        from cowhand.block.formats.qcow2 import allocation
+        from cowhand.block.formats.qcow2.cluster import allocation
 
         self._make_room()
         return allocation.reserve(self, offset, length, kind, nbytes)
 
     def reserve_writes(self, writes: UnitWrites) -> None:
-        from cowhand.block.formats.qcow2 import firstwrites
+        from cowhand.block.formats.qcow2.cluster import batch_allocation
 
         self._make_room()
-        firstwrites.reserve(self, writes)
+        batch_allocation.reserve(self, writes)
 
     def link_writes(self, writes: UnitWrites) -> None:
         writes.state.link(self, writes)
@@ -341,9 +340,9 @@ class Qcow2Node(MetadataNode):
     def spare(self, reservation: Reservation, begin: int, end: int) -> bool:
         if not self.extended:
             return False
-        from cowhand.block.formats.qcow2 import subclusterspace
+        from cowhand.block.formats.qcow2.cluster import extended_allocation
 
-        return subclusterspace.spare(self, reservation, begin, end)
+        return extended_allocation.spare(self, reservation, begin, end)
 
     def _make_room(self) -> None:
         """Keep caches and quarantine within their limits; what needs a flush for that is done without the lock, and then begun again."""
@@ -360,7 +359,7 @@ class Qcow2Node(MetadataNode):
         if not self.external:
             super().change(offset, length, kind)
             return
-        from cowhand.block.formats.qcow2.datafile import change
+        from cowhand.block.formats.qcow2.cluster.data_file import change
 
         change(self, offset, length, kind)
 
@@ -425,19 +424,19 @@ class Qcow2Node(MetadataNode):
                 begin = None
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        from cowhand.block.formats.qcow2.resize import resize
+        from cowhand.block.formats.qcow2.resize.grow import resize
 
         with self.operation:
             resize(self, size, preallocation=preallocation, shrink=shrink)
 
     def make_empty(self) -> bool:
-        from cowhand.block.formats.qcow2.emptying import make_empty
+        from cowhand.block.formats.qcow2.resize.make_empty import make_empty
 
         return make_empty(self)
 
     def close(self) -> None:
         try:
-            from cowhand.block.formats.qcow2.closing import write_what_is_left
+            from cowhand.block.formats.qcow2.close import write_what_is_left
 
             write_what_is_left(self)
         finally:
@@ -458,9 +457,9 @@ class Qcow2Node(MetadataNode):
     # -- bitmaps, snapshots and checks
 
     def bitmap_keeper(self) -> Any:
-        from cowhand.block.formats.qcow2 import bitmapstore
+        from cowhand.block.formats.qcow2.bitmap import store
 
-        return bitmapstore
+        return store
 
     def list_snapshots(self) -> list[SnapshotInfo]:
         return [snapshot.info() for snapshot in self.snapshots]
@@ -475,34 +474,34 @@ class Qcow2Node(MetadataNode):
         icount: int | None,
         ident: str | None,
     ) -> SnapshotInfo:
-        from cowhand.block.formats.qcow2.snapshotting import create
+        from cowhand.block.formats.qcow2.snapshot.operations import create
 
         return create(
             self, name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount, ident=ident
         ).info()
 
     def apply_snapshot(self, ident: str, name: str) -> None:
-        from cowhand.block.formats.qcow2.snapshotting import apply
+        from cowhand.block.formats.qcow2.snapshot.operations import apply
 
         apply(self, ident, name)
 
     def delete_snapshot(self, ident: str, name: str) -> None:
-        from cowhand.block.formats.qcow2.snapshotting import delete
+        from cowhand.block.formats.qcow2.snapshot.operations import delete
 
         delete(self, ident, name)
 
     def open_snapshot(self, ident: str, name: str) -> BlockNode:
-        from cowhand.block.formats.qcow2.snapshotview import SnapshotView
+        from cowhand.block.formats.qcow2.snapshot_view import SnapshotView
 
         return SnapshotView.of(self, ident, name)
 
     def owners(self, clusters: Iterable[int]) -> dict[int, list[str]]:
-        """Return {host cluster: what refers to it, in words}; see :mod:`cowhand.block.formats.qcow2.owners`."""
-        from cowhand.block.formats.qcow2.owners import owners
+        """Return {host cluster: what refers to it, in words}; see :mod:`cowhand.block.formats.qcow2.check.owners`."""
+        from cowhand.block.formats.qcow2.check.owners import owners
 
         return owners(self, clusters)
 
     def check(self, repair: str | None, say: Say) -> CheckResult:
-        from cowhand.block.formats.qcow2.check import check
+        from cowhand.block.formats.qcow2.check.check import check
 
         return check(self, repair, say)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cowhand.block.formats.qcow2 import layout
+from cowhand.block.formats.qcow2.ondisk import layout
 from cowhand.core.errors import InvalidArgument
 
 _DEFAULT_CLUSTER = 65536
@@ -47,7 +47,7 @@ def measure(
 def _encryption_header(options: Mapping[str, Any], cluster: int) -> int:
     if options.get("encrypt.format") != "luks":
         return 0
-    from cowhand.block.formats.qcow2.encrypting import header_length
+    from cowhand.block.formats.qcow2.amend.key_slots import header_length
 
     return _round_up(header_length(options), cluster)
 

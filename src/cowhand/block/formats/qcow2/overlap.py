@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from cowhand.block.formats.qcow2 import layout as L
+from cowhand.block.formats.qcow2.ondisk import layout as L
 from cowhand.core.errors import CowhandError, UnsupportedFeature
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def regions(node: Qcow2Node) -> Iterator[Region]:
     if node.snapshots:
         yield from _snapshots(node)
     if header.crypt_method:
-        from cowhand.block.formats.qcow2.encryption import header_region
+        from cowhand.block.formats.qcow2.cluster.encryption import header_region
 
         yield Region(ENCRYPTION_HEADER, span(node, *header_region(header)))
     directory = node.bitmap_directory
@@ -318,7 +318,7 @@ def _shared(table: bytearray, bits: int) -> tuple[dict[int, int], int | None]:
 
 def _snapshots(node: Qcow2Node) -> Iterator[Region]:
     """Yield the L1 tables of snapshots and what these name."""
-    from cowhand.block.formats.qcow2.snapshots import check_l1, read_l1
+    from cowhand.block.formats.qcow2.snapshot.table import check_l1, read_l1
 
     total = 0
     # Many entries of a hostile table can name one L1 table.
@@ -349,7 +349,7 @@ def _inactive_asked(node: Qcow2Node) -> bool | None:
 
 def unknown(node: Qcow2Node) -> CowhandError | None:
     """Return why what snapshots refer to cannot be known, where its protection was asked for."""
-    from cowhand.block.formats.qcow2.snapshots import check_l1
+    from cowhand.block.formats.qcow2.snapshot.table import check_l1
 
     if _inactive_asked(node):
         for snapshot in node.snapshots:

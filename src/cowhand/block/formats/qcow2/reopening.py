@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cowhand.block.formats.qcow2 import layout as L
-from cowhand.block.formats.qcow2.closing import write_what_is_left
-from cowhand.block.formats.qcow2.loading import refuse_unsupported
-from cowhand.block.formats.qcow2.options import Qcow2Options, check_options
-from cowhand.block.node import Reopening
+from cowhand.block.formats.qcow2.close import write_what_is_left
+from cowhand.block.formats.qcow2.metadata.options import Qcow2Options, check_options
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.open import refuse_unsupported
+from cowhand.block.node.node import Reopening
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -42,6 +42,6 @@ class Qcow2Reopening(Reopening):
             return
         refuse_unsupported(node.header, node.filename, writable=True)
         if node.header.incompatible & L.INCOMPAT_DIRTY:
-            from cowhand.block.formats.qcow2.repair import repair_dirty
+            from cowhand.block.formats.qcow2.check.repair import repair_dirty
 
             repair_dirty(node)

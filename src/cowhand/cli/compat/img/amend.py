@@ -13,7 +13,7 @@ from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
-    from cowhand.block.createoptions import CreateOption
+    from cowhand.block.node.create_options import CreateOption
 
 
 def run(words: Sequence[str]) -> int:

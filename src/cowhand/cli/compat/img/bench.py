@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from cowhand.block.options import CACHE_MODES
+from cowhand.block.node.options import CACHE_MODES
 from cowhand.cli.compat.arguments import one_image
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
@@ -17,7 +17,7 @@ from cowhand.core.errors import CowhandError, OutOfRange
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
-    from cowhand.block.node import Request
+    from cowhand.block.node.node import Request
 
 _INT_MAX = (1 << 31) - 1
 _UINT_MAX = (1 << 32) - 1
@@ -148,7 +148,7 @@ def _measure(disk: Disk, line: _Line) -> float:
 
 def _batches(disk: Disk, line: _Line) -> Iterator[list[Request]]:
     """Yield what is sent at once. A flush ends a batch, so that it waits for what came before; without draining it goes with others."""
-    from cowhand.block.node import FLUSH, READ, WRITE_REQUEST
+    from cowhand.block.node.node import FLUSH, READ, WRITE_REQUEST
 
     kind = WRITE_REQUEST if "w" in line.flags else READ
     views = _buffers(line)

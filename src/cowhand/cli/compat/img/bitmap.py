@@ -82,7 +82,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _do(key: str, value: str, disk: Disk, source: Disk, name: str, granularity: int) -> None:
-    from cowhand.block import bitmaps
+    from cowhand.image import bitmaps
 
     match key:
         case "add":

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.options import CACHE_MODES
+from cowhand.block.node.options import CACHE_MODES
 from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image, output_format
 from cowhand.cli.compat.images import cache_mode, describe, open_image, warn_of_raw
@@ -15,8 +15,7 @@ from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.core.errors import CowhandError, NotSupported
 
 if TYPE_CHECKING:
-    from cowhand.block.check import CheckResult
-    from cowhand.block.findings import Finding
+    from cowhand.block.node.records import CheckResult, Finding
 
 _UNSUPPORTED = 63
 
@@ -78,7 +77,7 @@ def _check(
     *,
     image_opts: bool,
 ) -> CheckResult:
-    from cowhand.block.check import check
+    from cowhand.image.check import check
 
     if image_opts and format is not None:
         raise Failure("--image-opts and --format are mutually exclusive")

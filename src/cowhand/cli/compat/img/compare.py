@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> int:
                 image_opts = True
     if len(command.positional) != 2:
         raise UsageFailure("Expecting two image file names")
-    from cowhand.copy.compare import compare
+    from cowhand.copy.ops.compare import compare
 
     with ProgressLine(shown and not quiet, step=2.0, at_once=False) as line:
         try:

@@ -171,7 +171,7 @@ def _existing(line: _Line) -> Disk:
 
 def _creation_options(line: _Line) -> dict[str, Any]:
     """Return the new image's options; what they lack or contradict is refused before anything is made."""
-    from cowhand.copy.convert import can_compress
+    from cowhand.copy.ops.convert import can_compress
     from cowhand.drivers import REGISTRY
 
     format = "raw" if line.target_format is None else line.target_format
@@ -205,7 +205,7 @@ def _convert(
     snapshot: str | None,
     shown: ProgressLine,
 ) -> None:
-    from cowhand.copy.convert import convert
+    from cowhand.copy.ops.convert import convert
 
     flags = line.flags
     backing = options.pop("backing_file", line.backing)

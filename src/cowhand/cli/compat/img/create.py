@@ -45,9 +45,9 @@ def run(words: Sequence[str]) -> int:
     size = size_argument("image size", positional[1]) if len(positional) > 1 else None
     if len(positional) > 2:
         raise UsageFailure(f"Unexpected argument: {positional[2]}")
-    from cowhand.block.create import format_of, prepare
-    from cowhand.block.policy import AS_QEMU
+    from cowhand.block.opening.policy import AS_QEMU
     from cowhand.drivers import REGISTRY
+    from cowhand.image.create import format_of, prepare
 
     with failing_as(f"{filename}: "):
         format_of(format, REGISTRY)
@@ -77,7 +77,7 @@ def run(words: Sequence[str]) -> int:
 
 def _remove_stub(filename: str) -> None:
     """Remove the empty file that was to become an image and did not. QEMU removes what has content, too; here that is left as it was."""
-    from cowhand.block.create import local_path
+    from cowhand.image.create import local_path
 
     path = local_path(filename)
     try:

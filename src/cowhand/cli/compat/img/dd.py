@@ -67,9 +67,9 @@ def run(words: Sequence[str]) -> int:
     operands = _Operands(command.positional)
     operands.bound()
     target = operands.names["of"]
-    from cowhand.block.create import protocol_of
-    from cowhand.copy.dd import dd
+    from cowhand.copy.ops.dd import dd
     from cowhand.drivers import REGISTRY
+    from cowhand.image.create import protocol_of
 
     source = open_image(
         operands.names["if"], format=format, image_opts=image_opts, force_share=force_share, unshared=True

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from cowhand.block.names import bottom
-from cowhand.block.status import layered, skip_filters
+from cowhand.block.graph.block_status import layered, skip_filters
+from cowhand.block.opening.filenames import bottom
 from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image, output_format
 from cowhand.cli.compat.images import open_image

@@ -17,7 +17,7 @@ from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import size_argument
 
 if TYPE_CHECKING:
-    from cowhand.copy.measure import Measurement
+    from cowhand.copy.ops.measure import Measurement
 
 
 def run(words: Sequence[str]) -> int:
@@ -86,7 +86,7 @@ def _run(words: Sequence[str]) -> int:
             from cowhand.crypto import secrets
 
             secrets.candidates(options.get("key-secret"), "key-secret")  # asked for, though not needed
-        from cowhand.copy.measure import measure
+        from cowhand.copy.ops.measure import measure
 
         _show(measure(disk, target_format, size=size, options=options, snapshot=snapshot), json=json)
     return 0

@@ -78,7 +78,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _rebase(line: _Line, disk: Disk, shown: ProgressLine) -> None:
-    from cowhand.block.status import skip_filters
+    from cowhand.block.graph.block_status import skip_filters
     from cowhand.drivers import REGISTRY
     from cowhand.jobs.rebase import copy_changes
 

@@ -12,7 +12,7 @@ from cowhand.cli.compat.jsontext import ordered
 from cowhand.cli.compat.sizes import human
 
 if TYPE_CHECKING:
-    from cowhand.block.node import BlockNode
+    from cowhand.block.node.node import BlockNode
 
 #: The value of a snapshot's instruction count where none was recorded.
 _NO_ICOUNT = (1 << 64) - 1
@@ -95,7 +95,7 @@ def _backing(node: BlockNode) -> dict[str, Any]:
     name = getattr(header, "backing_name", None)
     if not name:
         return {}
-    from cowhand.block.names import combine, location
+    from cowhand.block.opening.filenames import combine, location
     from cowhand.core.errors import CowhandError
 
     out = {"backing-filename": name}

@@ -71,7 +71,7 @@ def _has_snapshots(disk: Disk) -> bool:
 
 
 def _create(disk: Disk, name: str) -> None:
-    from cowhand.block.snapshots import create_snapshot
+    from cowhand.image.snapshots import create_snapshot
 
     number = errno.EOPNOTSUPP
     try:
@@ -85,7 +85,7 @@ def _create(disk: Disk, name: str) -> None:
 
 
 def _apply(disk: Disk, name: str) -> None:
-    from cowhand.block.snapshots import apply_snapshot
+    from cowhand.image.snapshots import apply_snapshot
 
     reason = "Block driver does not support snapshots"
     try:
@@ -104,7 +104,7 @@ def _apply(disk: Disk, name: str) -> None:
 
 
 def _delete(disk: Disk, name: str) -> None:
-    from cowhand.block.snapshots import delete_snapshot
+    from cowhand.image.snapshots import delete_snapshot
 
     for record in getattr(disk.root, "snapshots", ()):
         if record.name == name:

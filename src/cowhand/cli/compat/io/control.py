@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.options import CACHE_MODES
+from cowhand.block.node.options import CACHE_MODES
 from cowhand.cli.compat import optionstrings
 from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.opening import How
@@ -20,7 +20,7 @@ from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
-    from cowhand.block.filters.blkdebug import BlkDebugNode
+    from cowhand.block.filters.blkdebug.node import BlkDebugNode
     from cowhand.cli.compat.io.session import Session
 
 _PREALLOCATION = ("off", "metadata", "falloc", "full")
@@ -82,7 +82,7 @@ def reopen(session: Session, words: Sequence[str]) -> bool:
 
 
 def _reopen(session: Session, writable: bool | None, cache: str | None, options: dict[str, Any]) -> None:
-    from cowhand.block.reopen import reopen as reopen_disk
+    from cowhand.block.graph.reopen import reopen as reopen_disk
 
     node = session.image
     disk = the_disk(session)

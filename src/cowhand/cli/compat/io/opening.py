@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cowhand.block.names import FileName
-from cowhand.block.options import CACHE_MODES
+from cowhand.block.node.options import CACHE_MODES
+from cowhand.block.opening.filenames import FileName
 from cowhand.cli.compat.images import describe, open_disk, refuse_unsharing, says_read_only
 from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
@@ -87,9 +87,9 @@ def open_as(name: str | None, how: How) -> Disk:
 
 def _copying(disk: Disk) -> Disk:
     """Put a filter over *disk*'s root that copies what is read from below."""
-    from cowhand.block import graph
     from cowhand.block.filters.copy_on_read import CopyOnReadNode, CopyOnReadOptions
-    from cowhand.block.node import Role
+    from cowhand.block.graph import graph
+    from cowhand.block.node.node import Role
 
     root = disk.root
     if disk.read_only:
@@ -136,7 +136,7 @@ def _open(what: str | Mapping[str, Any], how: How) -> Disk:
         )
     with open_disk(what, format=how.format, options=options) as base:
         size, driver = base.size, base.format
-    from cowhand.block.create import create
+    from cowhand.image.create import create
 
     below: dict[str, Any] = dict(what) if isinstance(what, Mapping) else {"filename": FileName(what)}
     below.setdefault("driver", driver)

@@ -230,8 +230,8 @@ def _write_data(disk: Disk, offset: int, data: bytes, flags: set[str], *, fua: b
 
 
 def _write_compressed(disk: Disk, offset: int, data: bytes) -> None:
-    from cowhand.block.compressed import can_compress, write_compressed
-    from cowhand.block.format import FormatNode
+    from cowhand.block.format_io.compressed_writes import can_compress, write_compressed
+    from cowhand.block.format_io.format_node import FormatNode
 
     node = disk.root
     if offset + len(data) > whole_sectors(disk.size):

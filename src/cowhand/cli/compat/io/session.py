@@ -17,8 +17,8 @@ from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
-    from cowhand.block.filters.blkdebug import BlkDebugNode
-    from cowhand.block.node import BlockNode
+    from cowhand.block.filters.blkdebug.node import BlkDebugNode
+    from cowhand.block.node.node import BlockNode
 
 
 class Session:

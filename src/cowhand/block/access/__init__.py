@@ -1,0 +1,1 @@
+"""Between a user and a node: alignment, hooks, zero detection, locks of byte ranges."""

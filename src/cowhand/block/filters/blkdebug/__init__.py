@@ -1,0 +1,1 @@
+"""Errors and suspended requests by rules, as QEMU's blkdebug."""

@@ -1,0 +1,1 @@
+"""Limits on requests and bytes per second, alone or in groups."""

@@ -1,0 +1,1 @@
+"""Generic I/O over the mapping of a format: reading, allocating writes, batches."""

@@ -1,0 +1,251 @@
+"""Many requests at once on a format: what can be done in place goes straight to the descriptor, neighbours together.
+
+Writes that need space take it together as well: one pass that reserves, the bytes (:mod:`cowhand.block.format_io.batch_data`), one pass that links, all of them
+one reservation in columns (:mod:`cowhand.block.format_io.batch_rows`). What is difficult (one that straddles two units, a unit that somebody owns) goes singly.
+
+Loops over plain tuples and lists with as few calls as possible: a request of 4 KiB in place costs 2 µs, three quarters of it for the system call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cowhand.block.format_io import readahead
+from cowhand.block.format_io.batch_data import put
+from cowhand.block.format_io.batch_rows import SINGLY, UnitWrites
+from cowhand.block.node.node import READ, WRITE_REQUEST, Request, one_by_one
+from cowhand.core.errors import CowhandError
+from cowhand.core.extents import DATA
+
+if TYPE_CHECKING:
+    from cowhand.block.format_io.format_node import FormatNode
+
+#: Neighbours that are done by one system call, at most.
+_MAX_TOGETHER = 64
+#: in an answer of ``places``
+NEEDS_SPACE = -2
+_preadv = getattr(os, "preadv", None)
+_pwritev = getattr(os, "pwritev", None)
+
+
+def submit(node: FormatNode, batch: Sequence[Request]) -> None:
+    """Do *batch* on *node*; the first error is raised after the rest has ended."""
+    if node.event_sink is not None or _preadv is None or _pwritev is None:
+        one_by_one(node, batch)
+        return
+    failure: Exception | None = None
+    index, count = 0, len(batch)
+    gathered = _Gathered(node, count)
+    if count > 1 and (places := node.places(batch)) is not None:
+        failure = gathered.allocate(_one_after_another(node, batch, places, gathered))
+        if failure is not None:
+            raise failure
+        return
+    look = node.map
+    read_mask, read_flags = node.DIRECT_READ
+    write_mask, write_flags = node.DIRECT_WRITE
+    while index < count:
+        kind, offset, what = batch[index]
+        done = 0
+        try:
+            if kind <= WRITE_REQUEST:
+                length = len(what)
+                found, flags, child, host = look(offset, length)
+                if (
+                    flags & read_mask == read_flags
+                    if kind == READ
+                    else flags & write_mask == write_flags and node.may_write_directly
+                ):
+                    lane = child.lane  # type: ignore[union-attr]  # who says where bytes lie says in which file
+                    if gathered.writes.numbers and gathered.writes.touches(offset, offset + length):
+                        pass  # somebody else gave the unit its place since, and this must not overtake what waits for one
+                    elif lane is not None and found == length and lane.lane_fd >= 0 and length:
+                        if index + 1 < count and batch[index + 1][1] == offset + length:
+                            done = _together(node, batch, index, child, host, gathered.writes)
+                        # Short at the end of the file, interrupted, or failed: the long way meets the same, and deals with it.
+                        elif kind == READ:
+                            done = _preadv(lane.lane_fd, (what,), host) == length
+                        else:
+                            done = _pwritev(lane.lane_fd, (what,), host) == length
+                            node.changed = True
+        except OSError:
+            done = 0
+        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+            failure = failure or error
+            done = 1
+        if not done:
+            failure = gathered.take_or_do(batch[index], failure)
+        index += done or 1
+    failure = gathered.allocate(failure)
+    if failure is not None:
+        raise failure
+
+
+def _one_after_another(
+    node: FormatNode, batch: Sequence[Request], places: tuple[int, list[int]], gathered: _Gathered
+) -> Exception | None:
+    """Do *batch*, all reads or all writes of which no two adjoin, at their *places*; return the first error."""
+    failure: Exception | None = None
+    descriptor, hosts = places
+    writing = batch[0][0] != READ
+    move: Any = _pwritev if writing else _preadv
+    flags = 0 if writing else readahead.NOWAIT
+    wanted, unit, writes = gathered.wanted, gathered.unit, gathered.writes
+    try:
+        for request, host in zip(batch, hosts, strict=True):
+            if host >= 0 and not (writes.numbers and writes.touches(request[1], request[1] + len(request[2]))):
+                what = request[2]
+                try:
+                    if move(descriptor, (what,), host, flags) == len(what):
+                        continue
+                    if flags:
+                        raise BlockingIOError
+                except OSError as error:
+                    # The long way meets the same, and deals with it.
+                    if flags:
+                        flags = 0  # it waits, or the file system does not know of reading without
+                        if isinstance(error, BlockingIOError):
+                            cold = [(at, len(each[2])) for each, at in zip(batch, hosts, strict=True) if at >= 0]
+                            readahead.announce(descriptor, cold[: readahead.MOST])
+                except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+                    failure = failure or error
+                    continue
+            elif host == NEEDS_SPACE and wanted:
+                _, offset, what = request
+                number = offset // unit
+                if number not in writes.numbers:
+                    writes.add(number, offset, what)
+                    continue
+                if writes.join(number, offset, what):
+                    continue
+            failure = gathered.take_or_do(request, failure, empty=host == NEEDS_SPACE)
+            writes = gathered.writes
+    finally:
+        # After the writes: a flush that begins before they have ended does not count for them.
+        if writing:
+            node.changed = True
+    return failure
+
+
+class _Gathered:
+    """The writes of a batch that need space, until all are done together."""
+
+    def __init__(self, node: FormatNode, count: int) -> None:
+        self.node = node
+        self.unit = node.allocation_unit
+        self.wanted = not node.detects_zeroes and count > 1
+        self.writes = UnitWrites(self.unit, node.copy_unit)
+
+    def take_or_do(self, request: Request, failure: Exception | None, *, empty: bool = False) -> Exception | None:
+        """Keep *request* for later if it is such a write (*empty*: it looked so), or do it now; return *failure*, or else the first error."""
+        kind, offset, what = request
+        try:
+            if self.wanted and kind == WRITE_REQUEST and (empty or _needs_unit(self.node, offset, len(what))):
+                number = offset // self.unit
+                if number not in self.writes.numbers:
+                    self.writes.add(number, offset, what)
+                    return failure
+                if self.writes.join(number, offset, what):
+                    return failure
+                failure = self.allocate(failure)
+                # The unit has a place now; a part of it may still need one.
+                if _needs_unit(self.node, offset, len(what)):
+                    self.writes.add(number, offset, what)
+                    return failure
+            if self.writes.offsets and _meets(self.writes, kind, offset, what):
+                # One that comes later in the batch finds what it would have found if they had been done one by one.
+                failure = self.allocate(failure)
+            one_by_one(self.node, (request,))
+        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+            failure = failure or error
+        return failure
+
+    def allocate(self, failure: Exception | None) -> Exception | None:
+        """Do the writes that were kept; return *failure*, or else the first error."""
+        writes = self.writes
+        if writes.offsets:
+            self.writes = UnitWrites(self.unit, writes.part)
+            failure = _allocate(self.node, writes, failure)
+        return failure
+
+
+def _meets(writes: UnitWrites, kind: int, offset: int, what: Any) -> bool:
+    """Tell whether a request may touch what is about to be written."""
+    return kind > WRITE_REQUEST or writes.touches(offset, offset + len(what))
+
+
+def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
+    """Tell whether a write lies in one unit that holds nothing yet in all of that place."""
+    if not 0 < length <= node.allocation_unit - offset % node.allocation_unit:
+        return False
+    found, flags, _, _ = node.map(offset, length)
+    # A part that holds data is written at once by those who come later in the batch: they must not overtake it.
+    return found == length and not flags & DATA
+
+
+def _claim(node: FormatNode, writes: UnitWrites) -> bool:
+    try:
+        node.check_writable()
+        return node.claim_writes(writes)
+    except CowhandError:
+        return False  # each by itself meets the same, and tells of it
+
+
+def _allocate(node: FormatNode, writes: UnitWrites, failure: Exception | None) -> Exception | None:
+    """Do *writes*: reserve, put the bytes, link; then one by one what could not be done so. Return *failure*, or else the first error."""
+    singly: Iterable[int] = range(len(writes.offsets))
+    if _claim(node, writes):
+        failures: dict[int, Exception] = {}
+        try:
+            put(node, writes, failures)
+        except BaseException as error:
+            node.give_up_writes(writes, error)
+            raise
+        singly = [row for row, host in enumerate(writes.hosts) if host == SINGLY] if SINGLY in writes.hosts else []
+        for row, met in failures.items():
+            if len(writes.requests(row)) == 1 or not isinstance(met, CowhandError):
+                failure = failure or met
+            else:
+                singly.append(row)  # whose fault it is is found out, and the others get what is theirs
+        try:
+            node.finish_writes(writes, failures)
+        except CowhandError as poisoned:
+            failure = failure or poisoned
+    for row in singly:
+        for offset, what in writes.requests(row):
+            try:
+                node.write(offset, (what,))
+            except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
+                failure = failure or error
+    return failure
+
+
+def _together(
+    node: FormatNode, batch: Sequence[Request], index: int, child: Any, host: int, waiting: UnitWrites
+) -> int:
+    """Do the request at *index*, which lies at *host* of *child*, and those behind it that adjoin it on disk and medium, with one system call.
+
+    Returns how many were done, 0 if it has to be the long way. Raises OSError.
+    """
+    kind, offset, what = batch[index]
+    mask, wanted = node.DIRECT_READ if kind == READ else node.DIRECT_WRITE
+    buffers = [what]
+    total = len(what)
+    for next_kind, next_offset, buffer in batch[index + 1 : index + _MAX_TOGETHER]:
+        if next_kind != kind or next_offset != offset + total:
+            break
+        size = len(buffer)
+        found, flags, next_child, next_host = node.map(next_offset, size)
+        if found != size or flags & mask != wanted or next_child is not child or next_host != host + total:
+            break
+        if waiting.numbers and waiting.touches(next_offset, next_offset + size):
+            break
+        buffers.append(buffer)
+        total += size
+    descriptor = child.lane.lane_fd
+    moved = _preadv(descriptor, buffers, host) if kind == READ else _pwritev(descriptor, buffers, host)  # type: ignore[misc]
+    if kind == WRITE_REQUEST:
+        node.changed = True
+    return len(buffers) if moved == total else 0

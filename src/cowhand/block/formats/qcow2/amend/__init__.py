@@ -1,0 +1,1 @@
+"""Changing the options of an existing image."""

@@ -1,0 +1,1 @@
+"""Persistent dirty bitmaps (QEMU: qcow2-bitmap.c)."""

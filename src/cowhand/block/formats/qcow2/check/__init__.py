@@ -1,0 +1,1 @@
+"""Consistency checks, repairs, and what clusters are used for."""

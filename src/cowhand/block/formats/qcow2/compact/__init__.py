@@ -1,0 +1,1 @@
+"""Moving clusters towards the start of the file."""

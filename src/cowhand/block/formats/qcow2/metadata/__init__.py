@@ -1,0 +1,1 @@
+"""Reading, writing and protecting the metadata of an image."""

@@ -1,0 +1,1 @@
+"""Internal snapshots (QEMU: qcow2-snapshot.c)."""

@@ -1,0 +1,1 @@
+"""Image locks, on the bytes that QEMU locks."""

@@ -1,0 +1,1 @@
+"""The interface of a node, its edges and options: no graph, no I/O."""

@@ -1,0 +1,1 @@
+"""From a file name or a description to nodes: drivers, probing, policy."""

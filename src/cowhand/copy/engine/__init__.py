@@ -1,0 +1,1 @@
+"""Moving bulk data: plan, workers, source, sink."""

@@ -1,0 +1,1 @@
+"""What is done with the engine: convert, dd, compare, measure, checksums."""

@@ -1,0 +1,294 @@
+"""Converting: the content of one or several disks into another image, new or existing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cowhand.block.disk import Disk
+from cowhand.copy.engine import plan
+from cowhand.copy.engine.source import SECTOR, SalvagingSource, Source
+from cowhand.copy.ops import convert_bitmaps as copying
+from cowhand.copy.ops.settings import DEFAULT_SPARSE, Request, Settings, check_request, parse_sparse
+from cowhand.copy.ops.target import Target, check_room, create_target, existing_target
+from cowhand.copy.ops.transfer import transfer
+from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
+from cowhand.core.progress import CancelToken, Progress
+from cowhand.core.units import parse_size
+from cowhand.image.open import Image, open_source
+
+if TYPE_CHECKING:
+    from cowhand.block.opening.policy import Policy as OpenPolicy
+    from cowhand.block.opening.registry import Registry
+    from cowhand.image.create import Creation
+
+
+class ConvertResult(NamedTuple):
+    """What a conversion did. Bytes: ``size`` of the target's disk; ``copied`` read as data; ``zeroes`` known to be zero without reading;
+    ``skipped`` left to the target's backing file. ``unreadable``: offsets of sectors that salvaging replaced by zeroes."""
+
+    filename: str
+    format: str
+    size: int
+    copied: int
+    zeroes: int
+    skipped: int
+    unreadable: tuple[int, ...] = ()
+
+
+def convert(
+    sources: Image | Sequence[Image],
+    target: str | os.PathLike[str] | Mapping[str, Any] | Disk,
+    target_format: str | None = None,
+    *,
+    source_format: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    skip_create: bool = False,
+    target_is_zero: bool = False,
+    overwrite: bool = False,
+    snapshot: str | None = None,
+    compressed: bool = False,
+    compression_level: int | None = None,
+    sparse_size: int | str = DEFAULT_SPARSE,
+    workers: int | None = None,
+    in_order: bool = True,
+    salvage: bool = False,
+    copy_range: bool = False,
+    reflink: bool = True,
+    rate_limit: int | str = 0,
+    bitmaps: bool = False,
+    skip_broken_bitmaps: bool = False,
+    snapshots: bool = False,
+    cache: str = "unsafe",
+    source_cache: str = "writeback",
+    force_share: bool = False,
+    policy: OpenPolicy | None = None,
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> ConvertResult:
+    """Copy the content of *sources*, one behind the other, into *target*.
+
+    A new target of *target_format* (default raw) is made with *options*; it appears under its name when it is complete, and never in place of
+    another file unless *overwrite* is set (that one is then written in place). With *skip_create* (-n) an existing image, or an open disk, is
+    written in place; *target_is_zero* promises that it reads as zeroes. *backing* and *backing_format* (-B, -F) leave to the backing file
+    what the source's own layer does not allocate. *snapshot* reads the (one) source at an internal snapshot.
+
+    *sparse_size* (-S): runs of zeroes of at least so many bytes are left out; 0 writes every byte. *compressed* stores compressed clusters,
+    with *compression_level* more densely than the fast default. *workers* threads (-m), *in_order* as -W's opposite: space is taken in the
+    order of the disk. *salvage* replaces unreadable sectors by zeroes. *reflink* shares blocks where the file system can, *copy_range* (-C)
+    uses copy_file_range(2) as well. *rate_limit* is in bytes a second. *cache* "unsafe" does not flush a target, as in qemu-img.
+    *snapshots* copies the internal snapshots of the (one) source too, with their ids, names, dates and VM states, into a new qcow2 image.
+    *bitmaps* copies the persistent bitmaps of the (one) source's active layer too, *skip_broken_bitmaps* but for those that cannot be used.
+
+    *progress* hears of bytes copied, *cancel* ends it with Cancelled, *warn* hears of what may go wrong. The sources are never changed; a
+    new target that fails is removed. Raises CowhandError; ``qemu()`` has qemu-img's words.
+    """
+    sparse = parse_sparse(sparse_size)
+    settings = Settings(
+        compressed=compressed,
+        compression_level=compression_level,
+        sparse_size=sparse,
+        workers=workers,
+        in_order=in_order,
+        salvage=salvage,
+        copy_range=copy_range,
+        reflink=reflink and sparse == DEFAULT_SPARSE,
+        rate_limit=parse_size(rate_limit),
+    )
+    request = Request(
+        inputs=sources if isinstance(sources, (list, tuple)) else (sources,),
+        target=target,
+        target_format=target_format,
+        options=options or {},
+        backing=backing,
+        backing_format=backing_format,
+        skip_create=skip_create or isinstance(target, Disk),
+        target_is_zero=target_is_zero,
+        overwrite=overwrite,
+        snapshot=snapshot,
+        snapshots=snapshots,
+        bitmaps=bitmaps,
+        skip_broken_bitmaps=skip_broken_bitmaps,
+        cache=cache,
+    )
+    check_request(request, settings)
+    with ExitStack() as stack:
+        disks = [
+            open_source(
+                what,
+                stack,
+                source_format,
+                cache=source_cache,
+                force_share=force_share,
+                unshared=True,
+                policy=policy,
+            )
+            for what in request.inputs
+        ]
+        active = disks[0]
+        if snapshot is not None:
+            disks = [open_source(active, stack, snapshot=snapshot)]
+        conversion = _Conversion(request, settings, disks, active, warn)
+        conversion.check_sources()
+        conversion.prepare(registry, policy)
+        with conversion.open_target(policy) as destination:
+            return conversion.copy(destination, progress, cancel)
+
+
+class _Conversion:
+    """One call of :func:`convert` whose sources are open; the public methods are its steps, in their order."""
+
+    def __init__(
+        self,
+        request: Request,
+        settings: Settings,
+        disks: Sequence[Disk],
+        active: Disk,
+        warn: Callable[[str], None] | None,
+    ) -> None:
+        self.request = request
+        self.settings = settings
+        self.disks = disks
+        self._active = active  # has the bitmaps, also where a snapshot is what is copied
+        self.size = sum(-(-disk.size // SECTOR) * SECTOR for disk in disks)
+        self._warn = warn or (lambda message: None)
+        self._creation: Creation | None = None
+        self._has_backing = request.backing is not None
+        self._source: Source
+        self._unreadable: list[int] = []
+
+    def check_sources(self) -> None:
+        """Refuse what the sources do not have, or what cannot go along."""
+        request = self.request
+        if request.skip_broken_bitmaps and not request.bitmaps:
+            raise InvalidArgument("Use of --skip-broken-bitmaps requires --bitmaps")
+        if request.bitmaps:
+            if len(self.disks) > 1:
+                raise InvalidArgument("Copying bitmaps only possible with single source")
+            copying.check_bitmaps(self._active, skip_broken=request.skip_broken_bitmaps)
+        if request.snapshots:
+            from cowhand.copy.ops.convert_snapshots import check_history
+
+            check_history(self.disks[0], request, self.settings)
+
+    def prepare(self, registry: Registry | None, policy: OpenPolicy | None) -> None:
+        """Decide on the new image, if there is to be one, and on what is read of the sources; nothing is written yet."""
+        if not self.request.skip_create:
+            self._creation = _creation(self.request, self.size, registry, policy)
+            self._has_backing = "backing_file" in self._creation.options
+            _check_creation(self.settings, self._creation, len(self.disks))
+        # What a source's own layer does not allocate is left to the target's backing file.
+        depth = 1 if self._has_backing else None
+        if self.settings.salvage:
+            self._source = SalvagingSource(self.disks, depth=depth, report=self._note, unknown=self._note_status)
+        else:
+            self._source = Source(self.disks, depth=depth)
+
+    def _note(self, offset: int, error: CowhandError) -> None:
+        self._unreadable.append(offset)
+        self._warn(f"error while reading offset {offset}: {error.qemu()}")
+
+    def _note_status(self, offset: int, error: CowhandError) -> None:
+        self._warn(f"error while reading block status at offset {offset}: {error.qemu()}")
+
+    def open_target(self, policy: OpenPolicy | None) -> Target:
+        """Return the target open for writing: the new image, under its temporary name, or the existing one."""
+        request, creation, cache = self.request, self._creation, self.request.cache
+        discard = self.settings.sparse_size > 0
+        if creation is None:
+            return existing_target(request.target, request.target_format, cache=cache, policy=policy, discard=discard)
+        from cowhand.copy.ops.space import check_space
+
+        check_space(self._source, creation, self.settings, overwrite=request.overwrite, warn=self._warn)
+        try:
+            return create_target(creation, overwrite=request.overwrite, cache=cache, policy=policy, discard=discard)
+        except CowhandError as error:
+            raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
+
+    def copy(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> ConvertResult:
+        """Fill *target*; return what that was."""
+        request = self.request
+        if request.bitmaps:
+            copying.check_target(target.disk)
+        check_room(target.disk, self._source.size)
+        move = self._copy_states if request.snapshots else self._copy_content
+        moved = move(target, progress, cancel)
+        if request.bitmaps:
+            skip_broken = request.skip_broken_bitmaps
+            copying.copy_bitmaps(self._active, target.disk, skip_broken=skip_broken, warn=self._warn)
+        name = self._creation.filename if self._creation is not None else target.disk.filename
+        return ConvertResult(
+            name, target.disk.format, self.size, moved.data, moved.zero, moved.skip, tuple(self._unreadable)
+        )
+
+    def _copy_content(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> plan.Totals:
+        return transfer(
+            self._source,
+            target,
+            self.settings,
+            has_backing=self._has_backing,
+            reads_zero=self.request.target_is_zero,
+            progress=progress,
+            cancel=cancel,
+        )
+
+    def _copy_states(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> plan.Totals:
+        """The same with every internal snapshot before it."""
+        from cowhand.copy.ops.convert_snapshots import copy_history
+
+        def first(state: Disk, part: Progress) -> plan.Totals:
+            return transfer(Source([state]), target, self.settings, progress=part, cancel=cancel)
+
+        moved, _ = copy_history(self.disks[0], target.disk, self.settings, first, progress=progress, cancel=cancel)
+        return moved
+
+
+def _creation(request: Request, size: int, registry: Registry | None, policy: OpenPolicy | None) -> Creation:
+    from cowhand.image.create import prepare
+
+    if isinstance(request.target, Mapping):
+        raise InvalidArgument(
+            "a description of the target needs one that exists", qemu="--target-image-opts requires use of -n flag"
+        )
+    options = {name: value for name, value in request.options.items() if name != "size"}
+    if options.get("backing_file") is not None and options.get("backing_fmt") is None:
+        if request.backing_format is None:
+            raise InvalidArgument("Use of backing file requires explicit backing format")
+    return prepare(
+        request.target,
+        request.target_format or "raw",
+        size,
+        options,
+        backing=request.backing,
+        backing_format=request.backing_format,
+        registry=registry,
+        policy=policy,
+    )
+
+
+def _check_creation(settings: Settings, creation: Creation, sources: int) -> None:
+    if "backing_file" in creation.options and sources > 1:
+        raise InvalidArgument(
+            "Having a backing file for the target makes no sense when concatenating multiple input images"
+        )
+    if settings.compressed:
+        if not can_compress(creation.format.load()):
+            raise NotSupported("Compression not supported for this file format")
+        if any(creation.options.get(name) for name in ("encryption", "encrypt.format")):
+            raise InvalidArgument("Compression and encryption not supported at the same time")
+        if creation.options.get("preallocation", "off") != "off":
+            raise InvalidArgument("Compression and preallocation not supported at the same time")
+
+
+def can_compress(cls: type) -> bool:
+    """Tell whether a format's class stores compressed units."""
+    return hasattr(cls, "codec")
+
+
+__all__ = ["DEFAULT_SPARSE", "ConvertResult", "can_compress", "convert"]

@@ -1,0 +1,1 @@
+"""One image, by name: open, create, check, repair, describe."""

@@ -1,0 +1,1 @@
+"""A change tried out over an image that stays as it is."""

@@ -1,0 +1,143 @@
+"""Internal snapshots: those that an image keeps inside itself. The same functions for every format that has them.
+
+All but :func:`list_snapshots` and :func:`open_snapshot` hold the requests of other users back while they work, and are stable when they return.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from cowhand.block.graph import graph
+from cowhand.core.errors import BitmapUnusable, ReadOnly, SnapshotNotFound
+
+if TYPE_CHECKING:
+    from cowhand.block.disk import Disk
+    from cowhand.block.node.node import BlockNode
+
+
+class SnapshotInfo(NamedTuple):
+    """A snapshot as users see it. Sizes are in bytes; ``date_sec`` counts from the epoch; ``icount`` is None where none was recorded."""
+
+    id: str
+    name: str
+    disk_size: int
+    vm_state_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    icount: int | None
+
+
+def _holder(disk: Disk) -> BlockNode:
+    """Return the node that keeps *disk*'s snapshots: the first below it that is no filter."""
+    node = disk.root
+    while node.is_filter and node.primary is not None:
+        node = node.primary.node
+    return node
+
+
+def _check_writable(disk: Disk) -> None:
+    disk.check_open()
+    if disk.read_only:
+        raise ReadOnly(
+            f"disk '{disk.name}' is open for reading only", path=disk.filename, hint="Open it with writable=True."
+        )
+
+
+def find_snapshot(disk: Disk, id_or_name: str) -> SnapshotInfo:
+    """Return the snapshot with that id, or else the first with that name. Raises SnapshotNotFound, NotSupported."""
+    return choose(list_snapshots(disk), id_or_name, disk.filename)
+
+
+def choose(snapshots: list[SnapshotInfo], id_or_name: str, path: str) -> SnapshotInfo:
+    """Return the one of *snapshots* that *id_or_name* means: ids before names, as QEMU looks them up. Raises SnapshotNotFound."""
+    for attribute in ("id", "name"):
+        for snapshot in snapshots:
+            if getattr(snapshot, attribute) == id_or_name:
+                return snapshot
+    known = ", ".join(f"{s.id} ({s.name})" for s in snapshots[:10])
+    raise SnapshotNotFound(
+        f"there is no snapshot '{id_or_name}'",
+        qemu="snapshot not found",
+        path=path,
+        hint=f"There are: {known}" if known else None,
+    )
+
+
+def list_snapshots(disk: Disk) -> list[SnapshotInfo]:
+    """Return the snapshots that *disk*'s image keeps, in the order of its table. Raises NotSupported."""
+    return _holder(disk).list_snapshots()
+
+
+def create_snapshot(
+    disk: Disk,
+    name: str,
+    *,
+    date: tuple[int, int] | None = None,
+    vm_state_size: int = 0,
+    vm_clock_nsec: int = 0,
+    icount: int | None = None,
+    ident: str | None = None,
+) -> SnapshotInfo:
+    """Keep the present content of *disk* as snapshot *name*, and return its record; names need not differ.
+
+    *ident* is its id, the next free number if it is not given; one that another snapshot has raises InvalidArgument.
+    *date* is (seconds, nanoseconds), now if it is not given. With *vm_state_size*, that many bytes of VM state, written before, go with the
+    snapshot and are no longer part of the active disk. Raises NotSupported, ReadOnly, InvalidFormat when a reference count would overflow,
+    NoSpace, IOFailed; then nothing has changed.
+    """
+    _check_writable(disk)
+    node = _holder(disk)
+    with graph.quiesce(node):
+        return node.create_snapshot(
+            name, date=date, vm_state_size=vm_state_size, vm_clock_nsec=vm_clock_nsec, icount=icount, ident=ident
+        )
+
+
+def apply_snapshot(disk: Disk, id_or_name: str) -> None:
+    """Make the content, and the size, of *disk* what they were when the snapshot was made; what was written since is lost.
+
+    The snapshot stays. Raises SnapshotNotFound, NotSupported, ReadOnly, InvalidFormat, NoSpace, IOFailed; then nothing has changed.
+    """
+    _check_writable(disk)
+    node = _holder(disk)
+    if node.dirty_bitmaps:
+        raise BitmapUnusable(
+            f"'{disk.filename}' has dirty bitmaps, which do not follow a snapshot",
+            qemu="Device has active dirty bitmaps", path=disk.filename, errno=16, hint="Remove the bitmaps first.",
+        )  # fmt: skip
+    wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
+    with graph.quiesce(node):
+        try:
+            node.apply_snapshot(wanted.id, wanted.name)
+        finally:
+            # What failed may have come as far as the new size.
+            for above in graph.disks_above((node,)):
+                above.root_changed()
+
+
+def delete_snapshot(disk: Disk, id_or_name: str) -> None:
+    """Forget a snapshot and free what only it held. Raises as :func:`apply_snapshot`, and ImageInUse while the snapshot is being read."""
+    _check_writable(disk)
+    node = _holder(disk)
+    wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
+    with graph.quiesce(node):
+        node.delete_snapshot(wanted.id, wanted.name)
+
+
+def open_snapshot(disk: Disk, id_or_name: str) -> Disk:
+    """Return a disk, for reading only, that shows *disk*'s content as the snapshot has it; *disk* itself may be in use meanwhile.
+
+    The snapshot cannot be deleted through *disk* until the returned disk is closed. Raises SnapshotNotFound, NotSupported, InvalidFormat.
+    """
+    from cowhand.block.disk import Disk
+
+    disk.check_open()
+    node = _holder(disk)
+    wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
+    view = node.open_snapshot(wanted.id, wanted.name)
+    try:
+        return Disk(view)
+    except BaseException:
+        graph.close_node(view)
+        raise
