@@ -10,15 +10,11 @@ may be called by many threads at once; all errors are CowhandErrors, and nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cowhand.__about__ import __version__
 
 if TYPE_CHECKING:
-    import os
-    from contextlib import AbstractContextManager
-
     from cowhand.bitmaps.named import DirtyBitmap
     from cowhand.block.disk import Disk
     from cowhand.block.node.records import CheckResult, Finding, SnapshotInfo
@@ -31,6 +27,7 @@ if TYPE_CHECKING:
     from cowhand.core.errors import CowhandError
     from cowhand.core.extents import ALLOCATED, COMPRESSED, DATA, ZERO, Extent, ExtentBatch, by_content
     from cowhand.core.progress import CancelToken, Progress
+    from cowhand.crypto.secrets import given as secrets
     from cowhand.image.bitmaps import (
         add_bitmap,
         clear_bitmap,
@@ -45,6 +42,7 @@ if TYPE_CHECKING:
     from cowhand.image.compact import compact
     from cowhand.image.create import create
     from cowhand.image.info import ImageInfo, chain_info, image_info
+    from cowhand.image.open import open_image as open  # noqa: A004 - the name that users meet
     from cowhand.image.snapshots import (
         apply_snapshot,
         create_snapshot,
@@ -64,13 +62,13 @@ _PLACES = {
     "cowhand.image.bitmaps": (
         "add_bitmap", "clear_bitmap", "dirty_extents", "enable_bitmap", "find_bitmap", "list_bitmaps", "merge_bitmap", "remove_bitmap",
     ),
-    "cowhand.image.check": ("CheckResult", "check"),
+    "cowhand.image.check": ("check",),
     "cowhand.image.create": ("create",),
     "cowhand.block.disk": ("Disk",),
-    "cowhand.block.node.records": ("Finding",),
+    "cowhand.block.node.records": ("CheckResult", "Finding", "SnapshotInfo"),
     "cowhand.block.opening.policy": ("Policy",),
     "cowhand.image.snapshots": (
-        "SnapshotInfo", "apply_snapshot", "create_snapshot", "delete_snapshot", "find_snapshot", "list_snapshots", "open_snapshot",
+        "apply_snapshot", "create_snapshot", "delete_snapshot", "find_snapshot", "list_snapshots", "open_snapshot",
     ),
     "cowhand.image.info": ("ImageInfo", "chain_info", "image_info"),
     "cowhand.image.untrusted": ("Verdict", "judge"),
@@ -88,6 +86,10 @@ _PLACES = {
 }  # fmt: skip
 
 
+#: Names that are shorter here than where they lie.
+_RENAMED = {"open": ("cowhand.image.open", "open_image"), "secrets": ("cowhand.crypto.secrets", "given")}
+
+
 if not TYPE_CHECKING:  # else every name would be there for the type checker
 
     def __getattr__(name: str) -> Any:
@@ -95,6 +97,9 @@ if not TYPE_CHECKING:  # else every name would be there for the type checker
 
         if name == "errors":
             value: Any = import_module("cowhand.core.errors")
+        elif name in _RENAMED:
+            module, original = _RENAMED[name]
+            value = getattr(import_module(module), original)
         else:
             place = next((module for module, names in _PLACES.items() if name in names), None)
             if place is None:
@@ -105,68 +110,6 @@ if not TYPE_CHECKING:  # else every name would be there for the type checker
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
-
-
-def open(
-    what: str | os.PathLike[str] | Mapping[str, Any],
-    *,
-    writable: bool = False,
-    format: str | None = None,
-    backing: bool = True,
-    cache: str = "writeback",
-    force_share: bool = False,
-    resizable: bool | None = None,
-    policy: Policy | None = None,
-    options: Mapping[str, Any] | None = None,
-    secrets: Mapping[str, bytes | str] | None = None,
-) -> Disk:
-    """Open an image, with what lies under it, and return a :class:`cowhand.block.disk.Disk`.
-
-    *what* is a path, a ``json:`` or ``PROTOCOL:`` name, or a description in QEMU's form ({"driver": "qcow2", "file": {...}}). *format* names the
-    format instead of guessing it from the first bytes; a guessed raw image is opened for writing only as a block-wise copy of itself would
-    be: its first sector may not become another format's header. Without *backing* the image is opened alone, and what its own layer does not store
-    reads as zeroes. *resizable* False lets others rely on the length. *cache* is one of none, writethrough, writeback, directsync, unsafe.
-    *force_share* takes no locks. *policy* says what the image itself may have opened. *options* are further ones of the image, by QEMU's names
-    ("discard", "lazy-refcounts", "file.locking"); docs/drivers has them. *secrets* are the passphrases that ``key-secret`` options name, by id; none
-    of them is part of a message or a name. Raises CowhandError; nothing stays open then.
-    """
-    from cowhand.block.disk import Disk
-    from cowhand.block.node.options import cache_switches
-    from cowhand.block.opening.opening import Opening
-    from cowhand.block.opening.policy import DEFAULT
-    from cowhand.drivers import REGISTRY
-
-    write_through, direct, no_flush = cache_switches(cache)
-    common: dict[str, Any] = {"read-only": not writable}
-    if direct:
-        common["cache.direct"] = True
-    if no_flush:
-        common["cache.no-flush"] = True
-    if force_share:
-        common["force-share"] = True
-    opening = Opening(REGISTRY, policy or DEFAULT, backing=backing)
-    if secrets:
-        from cowhand.crypto.secrets import given
-
-        with given(secrets):
-            root = opening.open(what, format=format, options={**common, **(options or {})})
-    else:
-        root = opening.open(what, format=format, options={**common, **(options or {})})
-    try:
-        return Disk(root, writable=writable, resizable=resizable, write_through=write_through)
-    except BaseException:
-        opening.abandon()
-        raise
-
-
-def secrets(passphrases: Mapping[str, bytes | str]) -> AbstractContextManager[None]:
-    """Hold *passphrases*, by the ids that ``key-secret`` options name, while a ``with`` block runs.
-
-    They are the process's, not the thread's: blocks that run at the same time need ids of their own.
-    """
-    from cowhand.crypto.secrets import given
-
-    return given(passphrases)
 
 
 __all__ = [

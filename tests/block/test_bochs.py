@@ -16,6 +16,7 @@ from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import AccessDenied, CowhandError, InvalidFormat
 from cowhand.core.extents import DATA, ZERO
 from cowhand.drivers import REGISTRY
+from cowhand.testing.mapped import MappedContract
 from tests.tools.qemu import assert_identical, require_qemu
 
 SECTOR = 512
@@ -46,6 +47,31 @@ def image(
     )
     head += struct.pack("<IQ", 0, size) if version == 0x20000 else struct.pack("<Q", size)
     return head.ljust(512, b"\0") + struct.pack(f"<{count}I", *catalog) + body, bytes(disk[:size])
+
+
+class TestContract(MappedContract):
+    driver = "bochs"
+
+    def make_image(self, folder: Path, content: bytes) -> Path:
+        path = folder / "disk.bochs"
+        path.write_bytes(stored(content, 65536))
+        return path
+
+
+def stored(content: bytes, extent: int) -> bytes:
+    """Return an image of *content* that stores every sector which is not all zeroes, the extents in reverse order."""
+    count, catalog, body = -(-len(content) // extent), [], b""
+    for index in reversed(range(count)):
+        part = content[index * extent : (index + 1) * extent].ljust(extent, b"\0")
+        bits = bytearray(512)
+        for sector in range(extent // SECTOR):
+            if any(part[sector * SECTOR : (sector + 1) * SECTOR]):
+                bits[sector // 8] |= 1 << sector % 8
+        catalog.append(count - 1 - index)
+        body += bits + part
+    fields = (b"Bochs Virtual HD Image", b"Redolog", b"Growing", 0x20000, 512, count, 512, extent, 0, len(content))
+    head = struct.pack("<32s16s16s5IIQ", *fields).ljust(512, b"\0")
+    return head + struct.pack(f"<{count}I", *reversed(catalog)) + body
 
 
 def opened(data: bytes, **options: object) -> Disk:
@@ -169,7 +195,7 @@ def test_long_runs_of_sectors_are_told_without_looking_at_each() -> None:
     head = struct.pack(
         "<32s16s16s5I", b"Bochs Virtual HD Image", b"Redolog", b"Growing", 0x20000, 512, count, sectors // 8, extent
     ) + struct.pack("<IQ", 0, count * extent)
-    data = head.ljust(512, b"\0") + bytes(4 * count) + bits  # all extents are one
+    data = head.ljust(512, b"\0") + bytes(4 * count) + bits + bytes(extent)  # all extents are one
     stored = (600 * 8 + 3 - 99 * 8 - 4, 1)
     began = time.process_time()
     with opened(data) as disk:

@@ -299,7 +299,7 @@ def test_the_lane_is_taken_and_numpy_is_not(tmp_path: Path) -> None:
 
     raw = sparse_file(tmp_path / "raw", content(random.Random(3), 2 * MIB, 30))
     code = (
-        "import sys; from cowhand.copy import sink; from cowhand.copy.ops.convert import convert; made = []; init = sink.LaneSink.__init__\n"
+        "import sys; from cowhand.copy.engine import sink; from cowhand.copy.ops.convert import convert; made = []; init = sink.LaneSink.__init__\n"
         "def noted(self, *args, **kwargs): made.append(self); init(self, *args, **kwargs)\n"
         "sink.LaneSink.__init__ = noted\n"
         f"convert({str(raw)!r}, {str(tmp_path / 'out')!r}, 'qcow2', source_format='raw', options={OPTIONS!r})\n"

@@ -86,7 +86,7 @@ def test_many_tables_in_order_are_checked_and_mapped_without_numpy(tmp_path: Pat
             f"result = check({str(path)!r})\n"
             "assert not result.corruptions and not result.leaks, result\n"
             "assert 'numpy' not in sys.modules\n"
-            "from cowhand.block.formats.qcow2 import mapping; mapping._MANY_TABLES = -1\n"
+            "from cowhand.block.formats.qcow2.cluster import mapping; mapping._MANY_TABLES = -1\n"
             f"with cowhand.open({str(path)!r}) as disk: assert sum(sum(batch.length) for batch in disk.extents()) == 2 << 30\n"
             f"assert {bool(options)} or 'numpy' not in sys.modules"
         )

@@ -1,7 +1,7 @@
 """The disk: the handle that users hold, and the gateway that every request passes once.
 
-The gateway checks range and permission, numbers the request (:mod:`cowhand.block.graph.request_order`), lets itself be shut (quiesce), counts, and makes writes
-stable where the cache mode demands it. Behind it nodes trust their arguments.
+The gateway checks range and permission, numbers the request (:mod:`cowhand.block.graph.request_order`), lets itself
+be shut (quiesce), counts, and makes writes stable where the cache mode demands it. Nodes trust their arguments.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.graph import graph
 from cowhand.block.graph.drain import Gate
 from cowhand.block.graph.request_order import next_number
+from cowhand.block.graph.users import UserEdge
 from cowhand.block.node.node import (
     ALL_PERMISSIONS,
     CONSISTENT_READ,
@@ -29,7 +30,6 @@ from cowhand.block.node.node import (
     ZERO_REQUEST,
     ZERO_UNMAP,
     BlockNode,
-    Edge,
     Request,
     Role,
     Zeroing,
@@ -43,20 +43,6 @@ if TYPE_CHECKING:
 
 _disk_numbers = itertools.count()
 _KIND_NAMES = ("read", "write", "write zeroes", "write zeroes (unmap)", "discard", "flush")
-
-
-class DiskEdge(Edge):
-    """A disk's use of its root node."""
-
-    __slots__ = ("disk",)
-
-    def __init__(self, disk: Disk) -> None:
-        super().__init__("root", Role.FILTERED)
-        self.disk = disk
-
-    @property
-    def owner(self) -> Disk:
-        return self.disk
 
 
 class Disk:
@@ -84,7 +70,7 @@ class Disk:
             0
         ] * 12  #: by request kind: count at [kind], bytes at [6 + kind]; read them with :meth:`counters`
         self.gate = Gate(self)
-        self.edge = DiskEdge(self)
+        self.edge = UserEdge(self)
         self._closed = False
         self._size = 0
         if writable and not root.writable:

@@ -32,7 +32,11 @@ def remove(ident: str) -> None:
 
 @contextmanager
 def given(secrets: Mapping[str, bytes | str] | None) -> Iterator[None]:
-    """Hold *secrets*, {id: data}, while the block runs; what had one of the ids before comes back."""
+    """Hold *secrets*, passphrases by the ids that ``key-secret`` options name, while a ``with`` block runs.
+
+    An earlier secret of the same id comes back afterwards. They are the process's, not the thread's: blocks that run
+    at the same time need ids of their own.
+    """
     before = {ident: _table.get(ident) for ident in secrets or {}}
     for ident, data in (secrets or {}).items():
         add(ident, data.encode() if isinstance(data, str) else data)

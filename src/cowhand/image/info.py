@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import cowhand
 from cowhand.block.disk import Disk
 from cowhand.block.graph.block_status import skip_filters
 from cowhand.block.opening.filenames import combine
@@ -14,6 +13,7 @@ from cowhand.block.opening.opening import Opening
 from cowhand.block.opening.policy import DEFAULT, Policy
 from cowhand.core.errors import CowhandError, ImageInUse, NotSupported, UnsupportedFeature
 from cowhand.drivers import REGISTRY
+from cowhand.image.open import open_image
 
 if TYPE_CHECKING:
     from cowhand.block.node.node import BlockNode
@@ -127,10 +127,10 @@ def image_info(
     """
     in_use = ""
     try:
-        disk = cowhand.open(path, format=format, backing=False, force_share=force_share, policy=policy, options=options)
+        disk = open_image(path, format=format, backing=False, force_share=force_share, policy=policy, options=options)
     except ImageInUse as error:
         in_use = error.message
-        disk = cowhand.open(path, format=format, backing=False, force_share=True, policy=policy, options=options)
+        disk = open_image(path, format=format, backing=False, force_share=True, policy=policy, options=options)
     with disk:
         return describe(disk.root, in_use=in_use)
 

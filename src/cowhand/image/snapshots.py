@@ -5,7 +5,7 @@ All but :func:`list_snapshots` and :func:`open_snapshot` hold the requests of ot
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cowhand.block.graph import graph
 from cowhand.core.errors import BitmapUnusable, ReadOnly, SnapshotNotFound
@@ -13,19 +13,7 @@ from cowhand.core.errors import BitmapUnusable, ReadOnly, SnapshotNotFound
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
     from cowhand.block.node.node import BlockNode
-
-
-class SnapshotInfo(NamedTuple):
-    """A snapshot as users see it. Sizes are in bytes; ``date_sec`` counts from the epoch; ``icount`` is None where none was recorded."""
-
-    id: str
-    name: str
-    disk_size: int
-    vm_state_size: int
-    date_sec: int
-    date_nsec: int
-    vm_clock_nsec: int
-    icount: int | None
+    from cowhand.block.node.records import SnapshotInfo
 
 
 def _holder(disk: Disk) -> BlockNode:

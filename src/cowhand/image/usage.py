@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import cowhand
 from cowhand.block.graph.block_status import skip_filters
 from cowhand.core.errors import CowhandError, ImageInUse
 from cowhand.core.extents import DATA
+from cowhand.image.open import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,10 +57,10 @@ def image_usage(
     """Return what the image at *path* uses its file for; nothing under it is opened. Raises CowhandError."""
     in_use = False
     try:
-        disk = cowhand.open(path, format=format, backing=False, force_share=force_share, policy=policy)
+        disk = open_image(path, format=format, backing=False, force_share=force_share, policy=policy)
     except ImageInUse:
         in_use = True
-        disk = cowhand.open(path, format=format, backing=False, force_share=True, policy=policy)
+        disk = open_image(path, format=format, backing=False, force_share=True, policy=policy)
     with disk:
         return _describe(disk, in_use or force_share)
 

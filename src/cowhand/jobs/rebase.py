@@ -70,7 +70,7 @@ def rebase(
     a part of the data in it.
     Raises CowhandError; *top* shows the same content then.
     """
-    import cowhand
+    from cowhand.image.open import open_image
 
     name = backing or None
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def rebase(
             disk = top
         else:
             disk = stack.enter_context(
-                cowhand.open(
+                open_image(
                     top,
                     writable=not look,
                     format=format,
@@ -151,13 +151,11 @@ def _open_below(
 ) -> Disk | None:
     if name is None:
         return None
-    import cowhand
+    from cowhand.image.open import open_image
 
     path = combine(location(disk.root), name)
     try:
-        return stack.enter_context(
-            cowhand.open(path, format=format, cache=cache, force_share=force_share, policy=policy)
-        )
+        return stack.enter_context(open_image(path, format=format, cache=cache, force_share=force_share, policy=policy))
     except CowhandError as error:
         raise error.within("the new backing file", qemu=f"Could not open new backing file '{name}'") from None
 

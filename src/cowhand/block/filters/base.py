@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cowhand.block.node.naming import json_name
 from cowhand.block.node.node import BlockNode, Child, Role
 from cowhand.block.node.options import NodeOptions
 from cowhand.core.errors import InvalidArgument, ReadOnly
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from cowhand.block.node.records import SnapshotInfo
     from cowhand.block.opening.opening import Opening
@@ -128,27 +129,3 @@ def open_child(opening: Opening, node: BlockNode, name: str, given: dict[str, An
     if description is None:
         raise InvalidArgument(f'A block device must be specified for "{name}"')
     return opening.child(node, name, description, role)
-
-
-def describe(node: BlockNode) -> dict[str, Any]:
-    """Return the description by which *node* could be opened again, with its children, but without backing files of their own word."""
-    if not node.children:
-        import json
-
-        name = node.filename
-        found: dict[str, Any] = json.loads(name[5:]) if name.startswith("json:") else {"filename": name}
-        return {"driver": node.driver, **found}
-    return {
-        **node.strong_options(),
-        "driver": node.driver,
-        **node.described_children(),
-    }
-
-
-def json_name(node: BlockNode, extra: Mapping[str, Any] | None = None) -> str:
-    """Return the ``json:`` name of *node*; *extra* are options that its class does not declare."""
-    import json
-
-    from cowhand.block.node.naming import ordered
-
-    return "json:" + json.dumps(ordered({**(extra or {}), **describe(node)}))

@@ -1,7 +1,9 @@
 """Many requests at once on a format: what can be done in place goes straight to the descriptor, neighbours together.
 
-Writes that need space take it together as well: one pass that reserves, the bytes (:mod:`cowhand.block.format_io.batch_data`), one pass that links, all of them
-one reservation in columns (:mod:`cowhand.block.format_io.batch_rows`). What is difficult (one that straddles two units, a unit that somebody owns) goes singly.
+Writes that need space take it together as well: one pass that reserves, the bytes
+(:mod:`cowhand.block.format_io.batch_data`), one pass that links, all of them one reservation in columns
+(:mod:`cowhand.block.format_io.batch_rows`). Difficult requests (that straddle two units, or a unit that another
+request owns) go singly.
 
 Loops over plain tuples and lists with as few calls as possible: a request of 4 KiB in place costs 2 µs, three quarters of it for the system call.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cowhand.block.format_io import readahead
 from cowhand.block.format_io.batch_data import put
@@ -21,6 +23,7 @@ from cowhand.core.extents import DATA
 
 if TYPE_CHECKING:
     from cowhand.block.format_io.format_node import FormatNode
+    from cowhand.block.format_io.mapped import MappedFormat
 
 #: Neighbours that are done by one system call, at most.
 _MAX_TOGETHER = 64
@@ -30,7 +33,7 @@ _preadv = getattr(os, "preadv", None)
 _pwritev = getattr(os, "pwritev", None)
 
 
-def submit(node: FormatNode, batch: Sequence[Request]) -> None:
+def submit(node: MappedFormat, batch: Sequence[Request]) -> None:
     """Do *batch* on *node*; the first error is raised after the rest has ended."""
     if node.event_sink is not None or _preadv is None or _pwritev is None:
         one_by_one(node, batch)
@@ -84,7 +87,7 @@ def submit(node: FormatNode, batch: Sequence[Request]) -> None:
 
 
 def _one_after_another(
-    node: FormatNode, batch: Sequence[Request], places: tuple[int, list[int]], gathered: _Gathered
+    node: MappedFormat, batch: Sequence[Request], places: tuple[int, list[int]], gathered: _Gathered
 ) -> Exception | None:
     """Do *batch*, all reads or all writes of which no two adjoin, at their *places*; return the first error."""
     failure: Exception | None = None
@@ -132,10 +135,10 @@ def _one_after_another(
 class _Gathered:
     """The writes of a batch that need space, until all are done together."""
 
-    def __init__(self, node: FormatNode, count: int) -> None:
+    def __init__(self, node: MappedFormat, count: int) -> None:
         self.node = node
         self.unit = node.allocation_unit
-        self.wanted = not node.detects_zeroes and count > 1
+        self.wanted = node.writable and not node.detects_zeroes and count > 1
         self.writes = UnitWrites(self.unit, node.copy_unit)
 
     def take_or_do(self, request: Request, failure: Exception | None, *, empty: bool = False) -> Exception | None:
@@ -167,7 +170,7 @@ class _Gathered:
         writes = self.writes
         if writes.offsets:
             self.writes = UnitWrites(self.unit, writes.part)
-            failure = _allocate(self.node, writes, failure)
+            failure = _allocate(cast("FormatNode", self.node), writes, failure)  # what is writable is one
         return failure
 
 
@@ -176,7 +179,7 @@ def _meets(writes: UnitWrites, kind: int, offset: int, what: Any) -> bool:
     return kind > WRITE_REQUEST or writes.touches(offset, offset + len(what))
 
 
-def _needs_unit(node: FormatNode, offset: int, length: int) -> bool:
+def _needs_unit(node: MappedFormat, offset: int, length: int) -> bool:
     """Tell whether a write lies in one unit that holds nothing yet in all of that place."""
     if not 0 < length <= node.allocation_unit - offset % node.allocation_unit:
         return False
@@ -223,7 +226,7 @@ def _allocate(node: FormatNode, writes: UnitWrites, failure: Exception | None) -
 
 
 def _together(
-    node: FormatNode, batch: Sequence[Request], index: int, child: Any, host: int, waiting: UnitWrites
+    node: MappedFormat, batch: Sequence[Request], index: int, child: Any, host: int, waiting: UnitWrites
 ) -> int:
     """Do the request at *index*, which lies at *host* of *child*, and those behind it that adjoin it on disk and medium, with one system call.
 

@@ -147,7 +147,7 @@ def _fill_group(node: FormatNode, writes: UnitWrites, group: list[int], failures
 
 def _filled(node: FormatNode, writes: UnitWrites, row: int, borrowed: list[memoryview]) -> list[Buffer]:
     """Return the bytes of all that *row* changes; what was taken for it is added to *borrowed*."""
-    from cowhand.block.format_io.format_node import FormatNode
+    from cowhand.block.format_io.mapped import MappedFormat
 
     begin, end = writes.span(row)
     offset = writes.offsets[row]
@@ -160,7 +160,7 @@ def _filled(node: FormatNode, writes: UnitWrites, row: int, borrowed: list[memor
     piece = take(end - begin)
     borrowed.append(piece)
     # All of it at once, and the guest's bytes put over it: one system call instead of two.
-    FormatNode.read_into(node, begin, piece)
+    MappedFormat.read_into(node, begin, piece)
     for at, buffer in writes.requests(row):
         piece[at - begin : at - begin + len(buffer)] = buffer
     return [piece]

@@ -1,48 +1,37 @@
-"""The format layer: read, write, copy-on-write, zero and discard over a mapping, written once for every format.
+"""The writing half of the format layer: write, copy-on-write, zero and discard over a mapping, written once for every format.
 
-A driver answers :meth:`FormatNode.map` and, when it writes, ``reserve``, ``link`` and ``abandon``; it never touches guest data.
+A driver answers :meth:`MappedFormat.map` (:mod:`cowhand.block.format_io.mapped`, the reading half) and ``reserve``,
+``link`` and ``abandon``; it never
+touches guest data.
 
 In-place writes take no lock. Everything else goes by reservations, see :mod:`cowhand.block.format_io.reservations`.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from cowhand.block.format_io.mapped import PLAIN_MASK, MappedFormat
 from cowhand.block.format_io.reservations import Kind, Reservation, ReservingNode
-from cowhand.block.node.node import Child, Request, Zeroing
+from cowhand.block.node.node import Child, Zeroing
 from cowhand.block.node.options import NodeOptions
-from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, fill_zero, give, is_zero, take
+from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, give, is_zero, take
 from cowhand.core.errors import NotSupported
-from cowhand.core.extents import (
-    COMPRESSED,
-    DATA,
-    ENCODED,
-    IN_PLACE,
-    OFFSET,
-    ZERO,
-    ExtentBatch,
-)
+from cowhand.core.extents import DATA, ENCODED, IN_PLACE, OFFSET, ZERO
 from cowhand.core.locks import RANK_SECTOR, ranked_lock
 
-#: flags of a run whose bytes can be read where they lie, and those that forbid it
-PLAIN_RUN = DATA | OFFSET
-PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
+#: flags of a run whose bytes can be overwritten where they lie, and those that forbid it
 IN_PLACE_RUN = DATA | OFFSET | IN_PLACE
 IN_PLACE_MASK = PLAIN_MASK | IN_PLACE
 #: the same for bytes that are stored in another form than their own: what is damaged has no OFFSET
 STORED_MASK = IN_PLACE_MASK & ~ENCODED
 
 
-class FormatNode(ReservingNode):
-    """A format. Drivers set ``allocation_unit`` and ``copy_unit`` (bytes) before any I/O."""
+class FormatNode(ReservingNode, MappedFormat):
+    """A format that can be written. Drivers set ``allocation_unit`` and ``copy_unit`` (bytes) before any I/O."""
 
-    #: (mask, flags) of a run that can be read, or written, where it lies
-    DIRECT_READ: ClassVar[tuple[int, int]] = (PLAIN_MASK, PLAIN_RUN)
     DIRECT_WRITE: ClassVar[tuple[int, int]] = (IN_PLACE_MASK, IN_PLACE_RUN)
-    copy_unit: int
     #: Guest bytes are stored in another form than their own (see :meth:`encode`).
     encodes: bool = False
 
@@ -57,18 +46,6 @@ class FormatNode(ReservingNode):
         self.detects_zeroes = self.options.detect_zeroes != "off"
 
     # -- what a driver answers
-
-    @abstractmethod
-    def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
-        """Return a run (see :class:`cowhand.block.node.node.Run`) that begins at *offset* and is at most *length* long. Takes no lock when cached."""
-
-    @abstractmethod
-    def map_batch(self, offset: int, length: int) -> ExtentBatch:
-        """See :meth:`BlockNode.map_batch`; rows' ``node`` is the node that ``host`` lies in."""
-
-    def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
-        """Fill *view* with the guest bytes at *offset*, which *run* says are compressed or encoded."""
-        raise NotSupported(f"driver '{self.driver}' cannot decode")
 
     def encode(self, host: int, offset: int, data: memoryview) -> Buffer:
         """Return what is to be stored at *host* for the guest's *data* at *offset*, where ``encodes`` says that this differs."""
@@ -91,133 +68,6 @@ class FormatNode(ReservingNode):
         from cowhand.block.format_io import encoded
 
         encoded.overwrite(self, child, host, offset, buffers)
-
-    # -- reading
-
-    def read_into(self, offset: int, buffer: Buffer) -> None:
-        view = memoryview(buffer)
-        length = len(view)
-        run = self.map(offset, length) if length else (0, 0, None, 0)
-        if run[0] == length and run[1] & PLAIN_MASK == PLAIN_RUN and run[2] is not None:
-            if self.event_sink is not None:
-                self.event_sink("read_aio")
-            run[2].read_into(run[3], buffer)
-            return
-        if run[2] is not None and length - run[0] > 0 and (lane := run[2].lane) is not None and lane.lane_fd >= 0:
-            self._announce(lane.lane_fd, run, offset, length)
-        position = 0
-        while position < length:
-            run = self.map(offset + position, length - position)
-            count = run[0]
-            self._read_run(run, offset + position, view[position : position + count])
-            position += count
-
-    def announce(self, offset: int, length: int) -> None:
-        """Have the kernel read ``[offset, offset + length)``, as far as this layer stores it plainly, where it has not got it already. A hint."""
-        run = self.map(offset, length)
-        lane = run[2].lane if run[2] is not None else None
-        if lane is not None and lane.lane_fd >= 0:
-            self._announce(lane.lane_fd, run, offset, length)
-
-    def _announce(self, descriptor: int, run: tuple[int, int, Child | None, int], offset: int, length: int) -> None:
-        """Have the kernel read all runs of a request, the first of which is *run*, at once where it has not got them already."""
-        from cowhand.block.format_io import readahead
-
-        if run[1] & PLAIN_MASK != PLAIN_RUN or not readahead.is_cold(descriptor, run[3]):
-            return
-        child, places, position = run[2], [(run[3], run[0])], run[0]
-        while position < length and len(places) < readahead.MOST:
-            run = self.map(offset + position, length - position)
-            if run[1] & PLAIN_MASK == PLAIN_RUN and run[2] is child:
-                places.append((run[3], run[0]))
-            position += run[0]
-        readahead.announce(descriptor, places)
-
-    def _read_run(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
-        flags = run[1]
-        if flags & ZERO:
-            fill_zero(view)
-        elif flags & DATA:
-            if flags & (COMPRESSED | ENCODED):
-                self.decode(run, offset, view)
-            else:
-                if self.event_sink is not None:
-                    self.event_sink("read_aio")
-                assert run[2] is not None
-                run[2].read_into(run[3], view)
-        else:
-            self.read_backing(offset, view)
-
-    def read_backing(self, offset: int, view: memoryview) -> None:
-        """Fill *view* with what shows through at *offset*: the backing file, and zeroes behind its end."""
-        # A stack instead of recursion: a chain may be longer than Python's.
-        pending: list[tuple[FormatNode, int, memoryview]] = [(self, offset, view)]
-        while pending:
-            node, start, part = pending.pop()
-            below = node.children.get("backing")
-            inside = 0
-            if below is not None:
-                # Not beyond this layer's end either: the VM state lies there, and what a shrunken layer hides of its base.
-                inside = max(0, min(len(part), below.node.size - start, node.size - start))
-            if inside < len(part):
-                fill_zero(part[inside:])
-            if not inside or below is None:
-                continue
-            if node.event_sink is not None:
-                node.event_sink("read_backing_aio")
-            if isinstance(below.lane, FormatNode) and type(below.lane).read_into is FormatNode.read_into:
-                pending.extend(below.lane.read_own(start, part[:inside]))
-            else:
-                below.read_into(start, part[:inside])
-
-    def read_own(self, offset: int, view: memoryview) -> list[tuple[FormatNode, int, memoryview]]:
-        """Fill of *view* what this layer decides; return, as (this node, offset, piece), what shows through from below."""
-        missing: list[tuple[FormatNode, int, memoryview]] = []
-        position, length = 0, len(view)
-        while position < length:
-            run = self.map(offset + position, length - position)
-            piece = view[position : position + run[0]]
-            if run[1] & (DATA | ZERO):
-                self._read_run(run, offset + position, piece)
-            else:
-                missing.append((self, offset + position, piece))
-            position += run[0]
-        return missing
-
-    def reads_zero(self, offset: int, length: int) -> bool:
-        """Tell whether ``[offset, offset + length)`` is known, without reading data, to read as zeroes."""
-        end = offset + length
-        while offset < end:
-            count, flags, _, _ = self.map(offset, end - offset)
-            if not flags & ZERO:
-                if flags & DATA:
-                    return False
-                below = self.children.get("backing")
-                if below is not None and offset < below.node.size and not self._backing_zero(below, offset, count):
-                    return False
-            offset += count
-        return True
-
-    def _backing_zero(self, below: Child, offset: int, length: int) -> bool:
-        from cowhand.block.graph.block_status import layered
-
-        end = min(offset + length, below.node.size)
-        while offset < end:
-            batch = layered(below.node, offset, end - offset)
-            if not all(flags & ZERO for flags in batch.flags):
-                return False
-            offset = batch.end
-        return True
-
-    def places(self, batch: Sequence[Request]) -> tuple[int, list[int]] | None:
-        """Return a descriptor and where in it each request of *batch* lies, -1 for one that goes the long way; or None.
-
-        -2 stands for a write inside one unit that holds nothing yet in all of that place, as far as can be seen without the lock.
-
-        None where the batch is not all reads or all writes, where two requests that follow one another adjoin in the file (they are better
-        done together), or where nothing can be told of many at once. What is told holds as long as the caller's lease.
-        """
-        return None
 
     # -- writing
 
@@ -329,7 +179,7 @@ class FormatNode(ReservingNode):
         borrowed.append(buffer)
         if self.event_sink is not None:
             self.event_sink("cow_read")
-        FormatNode.read_into(self, offset, buffer)
+        MappedFormat.read_into(self, offset, buffer)
         return [buffer]
 
     def known_zero(self, offset: int, length: int) -> bool:
@@ -474,13 +324,6 @@ class FormatNode(ReservingNode):
             self.give_up(reservation, error)
             raise
         self.finish(reservation)
-
-    # -- many requests at once
-
-    def submit(self, batch: Sequence[Request]) -> None:
-        from cowhand.block.format_io.batch import submit
-
-        submit(self, batch)
 
 
 def _slice(views: Sequence[memoryview], skip: int, length: int) -> list[memoryview]:

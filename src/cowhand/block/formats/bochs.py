@@ -7,151 +7,106 @@ written: a bitmap of its sectors, then the sectors. All numbers are little-endia
 from __future__ import annotations
 
 import struct
-from array import array
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.format_io.readonly import ReadOnlyFormat
-from cowhand.block.node.node import Child
-from cowhand.core.buffers import Buffer, fill_zero
-from cowhand.core.errors import InvalidFormat
-from cowhand.core.extents import ALLOCATED, DATA, MAX_ROWS, OFFSET, ZERO, ExtentBatch
+from cowhand.block.format_io.mapped import ReadOnlyFormat
+from cowhand.core.extents import ALLOCATED, DATA, NO_HOST, OFFSET, ZERO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from cowhand.block.node.node import Child
+    from cowhand.block.opening.opening import Opening
 
-SECTOR = 512
-HEADER_SIZE = 512
+SECTOR = HEADER_SIZE = 512
 MAGIC, TYPE, SUBTYPE = b"Bochs Virtual HD Image", b"Redolog", b"Growing"
 #: magic, type, subtype, version, header bytes, catalog words, bitmap bytes, extent bytes
 _COMMON = struct.Struct("<32s16s16s5I")
-_VERSION_1, _VERSION_2 = 0x10000, 0x20000
 #: Where the disk's bytes are counted: version 2 has a reserved word before them.
-_DISK_AT = {_VERSION_1: 84, _VERSION_2: 88}
-_NO_EXTENT = 0xFFFFFFFF
+_DISK_AT = {0x10000: 84, 0x20000: 88}
+_NO_EXTENT = b"\xff\xff\xff\xff"
 MAX_CATALOG = 0x100000  #: words; QEMU
 MAX_EXTENT = 0x800000  #: bytes; QEMU
 #: Bitmaps of extents in memory; each has at most MAX_EXTENT / SECTOR bits.
 _KEPT_BITMAPS = 256
+#: Extents that one run looks at for whether they were ever written.
+_LOOK_AHEAD = 4096
 
 
 class BochsNode(ReadOnlyFormat):
     """A growing image of Bochs. What it does not store reads as zeroes: the format has no backing files."""
 
     driver: ClassVar[str] = "bochs"
-    file: Child
 
-    def start(self) -> None:
-        lower = self.file.node
+    def start(self, opening: Opening, given: dict[str, Any]) -> None:
         header = bytearray(HEADER_SIZE)
         self.file.read_into(0, header)
         magic, kind, subtype, version, size, words, bitmap, extent = _COMMON.unpack_from(header)
         known = [(magic, MAGIC), (kind, TYPE), (subtype, SUBTYPE)]
         if any(found.rstrip(b"\0") != expected for found, expected in known) or version not in _DISK_AT:
-            raise self.wrong(
-                f"this is no growing image of Bochs of version {_VERSION_1:#x} or {_VERSION_2:#x}: {version:#x}",
-                qemu="Image not in Bochs format",
-            )
+            raise self.wrong("no growing image of version 0x10000 or 0x20000", qemu="Image not in Bochs format")
         if words > MAX_CATALOG:
-            raise self.wrong(
-                f"a catalog of {words} words, more than {MAX_CATALOG}", 72, f"Catalog size {words} is too large"
-            )
+            raise self.wrong(f"a catalog of {words} words", 72, f"Catalog size {words} is too large")
         if extent < SECTOR:
             raise self.wrong(f"extents of {extent} bytes", 80, "Extent size must be at least 512")
         if extent & (extent - 1):
             raise self.wrong(f"extents of {extent} bytes", 80, f"Extent size {extent} is not a power of two")
         if extent > MAX_EXTENT:
             raise self.wrong(f"extents of {extent} bytes", 80, f"Extent size {extent} is too large")
-        disk: int = struct.unpack_from("<Q", header, _DISK_AT[version])[0] // SECTOR * SECTOR
-        if words < -(-disk // extent):
-            text = f"a catalog of {words} words for {disk} bytes in extents of {extent}"
+        self._size: int = struct.unpack_from("<Q", header, _DISK_AT[version])[0] // SECTOR * SECTOR
+        if words < -(-self._size // extent):
+            text = f"a catalog of {words} words for {self._size} bytes in extents of {extent}"
             raise self.wrong(text, 72, "Catalog size is too small for this disk size")
         self._extent, self._sectors = extent, extent // SECTOR
         if bitmap * 8 < self._sectors:
             raise self.wrong(f"bitmaps of {bitmap} bytes for {self._sectors} sectors", 76)
-        self._disk = disk
         #: Bytes from an extent's bitmap to its first sector.
         self._bitmap_bytes = -(-bitmap // SECTOR) * SECTOR
         self._stored_from = size + words * 4
-        if self._stored_from > lower.size:
+        if self._stored_from > self.file.node.size:
             raise self.wrong(f"the catalog ends at {self._stored_from:#x}, behind the end of the file", size)
-        self._catalog = array("I", [0]) * words
-        self.file.read_into(size, memoryview(self._catalog).cast("B"))
-        if memoryview(b"\1\0").cast("H")[0] != 1:
-            self._catalog.byteswap()
+        catalog = bytearray(words * 4)
+        self.file.read_into(size, catalog)
+        self._catalog = bytes(catalog)
         self._bitmaps: dict[int, bytes] = {}
 
     @property
     def size(self) -> int:
-        return self._disk
+        return self._size
 
-    def _place(self, index: int) -> int | None:
-        """Return where in the file extent *index*, its bitmap first, begins; None where it was never written."""
-        number = self._catalog[index]
-        if number == _NO_EXTENT:
-            return None
-        at: int = self._stored_from + number * (self._bitmap_bytes + self._extent)
-        if at + self._bitmap_bytes > self.file.node.size:
-            raise self.wrong(f"extent {index} of the disk lies at {at:#x}, behind the end of the file", at)
-        return at
+    def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
+        index, inside = divmod(offset, self._extent)
+        ahead = self._catalog[index * 4 : (index + _LOOK_AHEAD) * 4]
+        unwritten = (len(ahead) - len(ahead.lstrip(b"\xff"))) // 4
+        if unwritten:
+            return min(length, unwritten * self._extent - inside), ZERO | ALLOCATED, None, NO_HOST
+        place = self._stored_from + int.from_bytes(ahead[:4], "little") * (self._bitmap_bytes + self._extent)
+        end = self.file.node.size
+        if place + self._bitmap_bytes > end:
+            raise self.wrong(f"extent {index} of the disk lies at {place:#x}, behind the end of the file", place)
+        sector = inside // SECTOR
+        until, stored = self._alike(index, place, sector)
+        count = min(length, (until - sector) * SECTOR - inside % SECTOR)
+        if not stored:
+            return count, ZERO | ALLOCATED, None, NO_HOST
+        host = place + self._bitmap_bytes + inside
+        if host + count > end:
+            raise self.wrong(f"the sectors at {host:#x} lie behind the end of the file", host)
+        return count, DATA | ALLOCATED | OFFSET, self.file, host
 
-    def _bitmap(self, index: int, at: int) -> bytes:
-        known = self._bitmaps.get(index)
-        if known is None:
+    def _alike(self, index: int, place: int, sector: int) -> tuple[int, bool]:
+        """Return up to where the sectors of extent *index* from *sector* on are all stored, or all not, and which of both."""
+        bits = self._bitmaps.get(index)
+        if bits is None:
             data = bytearray(-(-self._sectors // 8))
-            self.file.read_into(at, data)
-            known = bytes(data)
+            self.file.read_into(place, data)
             if len(self._bitmaps) >= _KEPT_BITMAPS:
                 self._bitmaps.clear()
-            self._bitmaps[index] = known
-        return known
-
-    def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int | None]]:
-        """Yield (offset, length, place in the file or None) of what is stored and what is not, in order, down to sectors."""
-        end = offset + length
-        while offset < end:
-            index, inside = divmod(offset, self._extent)
-            stop = min(end, (index + 1) * self._extent)
-            at = self._place(index)
-            if at is None:
-                yield offset, stop - offset, None
-                offset = stop
-                continue
-            bits = self._bitmap(index, at)
-            first, last = inside // SECTOR, -(-(stop - index * self._extent) // SECTOR)
-            here = bits[first >> 3] >> (first & 7) & 1
-            sector = first + 1
-            while sector < last and bits[sector >> 3] >> (sector & 7) & 1 == here:
-                if sector & 7 == 0:  # bytes of one kind at once: few bytes of a file can make a disk of terabytes
-                    rest = bits[sector >> 3 : last >> 3]
-                    sector += 8 * (len(rest) - len(rest.lstrip(b"\xff" if here else b"\0"))) or 1
-                else:
-                    sector += 1
-            until = min(stop, index * self._extent + sector * SECTOR)
-            yield offset, until - offset, at + self._bitmap_bytes + inside if here else None
-            offset = until
-
-    def read_into(self, offset: int, buffer: Buffer) -> None:
-        view = memoryview(buffer)
-        for begin, length, place in self._runs(offset, len(view)):
-            part = view[begin - offset : begin - offset + length]
-            if place is None:
-                fill_zero(part)
-            elif place + length > self.file.node.size:
-                raise self.wrong(f"the sectors at {place:#x} lie behind the end of the file", place)
+            bits = self._bitmaps[index] = bytes(data)
+        stored = bits[sector >> 3] >> (sector & 7) & 1
+        sector += 1
+        while sector < self._sectors and bits[sector >> 3] >> (sector & 7) & 1 == stored:
+            if sector & 7 == 0:  # bytes of one kind at once: few bytes of a file can make a disk of terabytes
+                rest = bits[sector >> 3 : self._sectors >> 3]
+                sector += 8 * (len(rest) - len(rest.lstrip(b"\xff" if stored else b"\0"))) or 1
             else:
-                self.file.read_into(place, part)
-
-    def map_batch(self, offset: int, length: int) -> ExtentBatch:
-        batch = ExtentBatch()
-        for begin, count, place in self._runs(offset, length):
-            if place is None:
-                batch.add(begin, count, ZERO | ALLOCATED)
-            else:
-                batch.add(begin, count, DATA | ALLOCATED | OFFSET, place, self.file.node)
-            if len(batch) >= MAX_ROWS:
-                break
-        return batch
-
-    def wrong(self, text: str, offset: int = 0, qemu: str | None = None) -> InvalidFormat:
-        """Return the error for a header or catalog that cannot be."""
-        return InvalidFormat(f"bochs: {text}", qemu=qemu or text, path=self.file.node.filename, offset=offset)
+                sector += 1
+        return sector, bool(stored)

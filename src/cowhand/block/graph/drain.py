@@ -9,13 +9,13 @@ from cowhand.core import clock
 from cowhand.core.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
-    from cowhand.block.disk import Disk
+    from cowhand.block.graph.users import GraphUser
 
 
 class Gate:
     """Lets requests in, or holds them back while one thread holds it shut. One for each disk."""
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: GraphUser) -> None:
         self._disk = disk
         self._condition = threading.Condition()
         self._holder: int | None = None

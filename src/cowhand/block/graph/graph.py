@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from cowhand.block.access.aligned import AlignedAccess
 from cowhand.block.access.hooked import HookedAccess
+from cowhand.block.graph.users import GraphUser, UserEdge
 from cowhand.block.node.node import ALL_PERMISSIONS, PERMISSION_NAMES, BlockNode, Child, Edge, Hook, Role, walk
 from cowhand.core.errors import InvalidArgument, PermissionConflict
 from cowhand.core.locks import RANK_GRAPH, ranked_lock
 
 if TYPE_CHECKING:
     from cowhand.block.access.zero_detection import DetectingAccess
-    from cowhand.block.disk import Disk
 
 _lock = ranked_lock(RANK_GRAPH, "graph")
 
@@ -218,11 +218,9 @@ def rebind_parents(node: BlockNode) -> None:
         bind(edge)
 
 
-def disks_above(nodes: Iterable[BlockNode]) -> list[Disk]:
+def disks_above(nodes: Iterable[BlockNode]) -> list[GraphUser]:
     """Return the disks from which requests can reach any of *nodes*."""
-    from cowhand.block.graph.users import DiskEdge
-
-    found: dict[int, Disk] = {}
+    found: dict[int, GraphUser] = {}
     seen: set[int] = set()
     stack = list(nodes)
     while stack:
@@ -231,8 +229,8 @@ def disks_above(nodes: Iterable[BlockNode]) -> list[Disk]:
             continue
         seen.add(id(node))
         for edge in list(node.parents):
-            if isinstance(edge, DiskEdge):
-                found[id(edge.disk)] = edge.disk
+            if isinstance(edge, UserEdge):
+                found[id(edge.user)] = edge.user
             elif isinstance(edge, Child):
                 stack.append(edge.parent)
     # Always in the same order: two threads that quiesce the same disks do not wait for one another.
@@ -245,7 +243,7 @@ def quiesce(*nodes: BlockNode, deadline: float = QUIESCE_DEADLINE) -> Iterator[N
 
     Requests of the calling thread pass. Raises DeadlineExceeded naming the requests that stay; then everything runs on as before.
     """
-    held: list[Disk] = []
+    held: list[GraphUser] = []
     disks = disks_above(nodes)
     hurried = [node for node in walk(disk.root for disk in disks) if node.delays]
     try:
@@ -262,7 +260,7 @@ def quiesce(*nodes: BlockNode, deadline: float = QUIESCE_DEADLINE) -> Iterator[N
             disk.gate.open()
 
 
-def replace_root(disk: Disk, node: BlockNode) -> BlockNode:
+def replace_root(disk: GraphUser, node: BlockNode) -> BlockNode:
     """Make *node* what *disk* reads and writes, live; the old root is flushed, released and returned (closed if nobody else uses it).
 
     Requests that began before have ended in the old root; those that come after see only the new one.
@@ -279,7 +277,7 @@ def replace_root(disk: Disk, node: BlockNode) -> BlockNode:
                 return old
 
 
-def _swap_root(disk: Disk, old: BlockNode, node: BlockNode) -> None:
+def _swap_root(disk: GraphUser, old: BlockNode, node: BlockNode) -> None:
     edge = disk.edge
     if not disk.read_only:
         old.settle()

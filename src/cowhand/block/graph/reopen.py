@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cowhand.block.disk import Disk
 from cowhand.block.graph import graph
-from cowhand.block.graph.users import DiskEdge
+from cowhand.block.graph.users import GraphUser, UserEdge
 from cowhand.block.node.node import CONSISTENT_READ, RESIZE, WRITE, BlockNode, Child, Edge, Reopening, Role, walk
 from cowhand.block.node.options import NodeOptions, check_zero_detection, declared, flatten, parse
 from cowhand.core.errors import InvalidArgument, ReadOnly
@@ -25,7 +24,7 @@ _REFERENCES = ("file", "backing", "image", "raw", "test", "data-file", "log")
 
 
 def reopen(
-    disk: Disk,
+    disk: GraphUser,
     options: Mapping[str, Any] | None = None,
     *,
     writable: bool | None = None,
@@ -50,7 +49,7 @@ def reopen(
 
 
 def _reopen_still(
-    disk: Disk, root: BlockNode, top: BlockNode, options: Mapping[str, Any], writable: bool | None
+    disk: GraphUser, root: BlockNode, top: BlockNode, options: Mapping[str, Any], writable: bool | None
 ) -> None:
     before = disk.edge.perm, disk.edge.shared, disk.read_only
     asked = "read-only" in options
@@ -71,7 +70,7 @@ def _reopen_still(
         other.root_changed()
 
 
-def _set_access(disk: Disk, writable: bool) -> None:
+def _set_access(disk: GraphUser, writable: bool) -> None:
     perm = CONSISTENT_READ | (WRITE if writable else 0) | (RESIZE if writable and disk.resizable else 0)
     if perm != disk.edge.perm:
         graph.set_permissions(disk.edge, perm, disk.edge.shared)
@@ -200,7 +199,7 @@ def _check_users(wanted: dict[int, tuple[BlockNode, NodeOptions, bool]]) -> None
             parent = edge.parent
             _, _, writes = wanted.get(id(parent), (parent, parent.options, parent.writable))
             return writes and edge.role is not Role.BACKING
-        return isinstance(edge, DiskEdge) and bool(edge.perm & (WRITE | RESIZE))
+        return isinstance(edge, UserEdge) and bool(edge.perm & (WRITE | RESIZE))
 
     for node, _, writes in wanted.values():
         if not writes and any(will_write(edge) for edge in node.parents):

@@ -348,9 +348,9 @@ class BlockNode(ABC):
 
     def check(self, repair: str | None, say: Say) -> CheckResult:
         """Check this layer's metadata and *repair* "leaks" or "all"; *say* gets everything that is found."""
-        from cowhand.image.check import unsupported
-
-        raise unsupported(self.driver)
+        raise NotSupported(
+            f"images of format '{self.driver}' cannot be checked", qemu="This image format does not support checks"
+        )
 
     # -- life
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from cowhand.block.opening import json_names
+from cowhand.block.node import naming
 
 _ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*\\u)([0-9a-f]{4})")
 
@@ -18,7 +18,7 @@ _UNDECODABLE = re.compile("[\udc80-\udcff]")
 
 def ordered(value: Any) -> Any:
     """Return *value* in QEMU's order, and with what is no text replaced."""
-    return _decodable(json_names.ordered(value))
+    return _decodable(naming.ordered(value))
 
 
 def _decodable(value: Any) -> Any:

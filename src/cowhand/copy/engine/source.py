@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from cowhand.block.format_io.format_node import FormatNode
+from cowhand.block.format_io.mapped import MappedFormat
 from cowhand.block.node.node import READ
 from cowhand.copy.engine import plan
 from cowhand.copy.engine.plan import Policy, Run
@@ -110,7 +110,7 @@ class Source:
         part, at = self.locate(offset)
         node = part.disk.root
         length = min(length, part.begin + part.length - at)
-        if length > 0 and isinstance(node, FormatNode):
+        if length > 0 and isinstance(node, MappedFormat):
             with suppress(CowhandError), part.disk.lease():
                 node.announce(at, length)
 

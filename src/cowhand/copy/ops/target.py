@@ -118,10 +118,10 @@ def _open(
     discard: bool,
     secrets: Mapping[str, Any] | None = None,
 ) -> Disk:
-    import cowhand
+    from cowhand.image.open import open_image
 
     options = {"discard": "unmap"} if discard and not isinstance(what, Mapping) else {}
-    return cowhand.open(
+    return open_image(
         what, writable=True, format=format, cache=cache, policy=policy, options={**options, **(secrets or {})}
     )
 

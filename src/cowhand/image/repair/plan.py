@@ -45,10 +45,10 @@ class RepairPlan(NamedTuple):
 
 def plan_repair(path: str, repair: str, *, format: str | None = None, on_finding: Say | None = None) -> RepairPlan:
     """Try out what *repair* ("leaks", "all") would do to the image at *path*; nothing is written. Raises what a check raises."""
-    import cowhand
+    from cowhand.image.open import open_image
 
     driver = "host_device" if not os.path.isfile(path) and os.path.exists(path) else "file"
-    with cowhand.open({"driver": driver, "filename": path}) as disk:
+    with open_image({"driver": driver, "filename": path}) as disk:
         rehearsal = RehearsalNode(disk.root)
         with Disk(rehearsal):
             result = rehearse(rehearsal, repair, format, on_finding)
@@ -61,12 +61,12 @@ def plan_repair(path: str, repair: str, *, format: str | None = None, on_finding
 
 def explain(path: str, findings: Iterable[Finding], *, format: str | None = None) -> dict[int, list[str]]:
     """Return {host cluster: what refers to it} for every cluster that the *findings* of a check speak of, rising. Raises what opening raises."""
-    import cowhand
+    from cowhand.image.open import open_image
 
     driver = "host_device" if not os.path.isfile(path) and os.path.exists(path) else "file"
     asked = sorted({finding.cluster for finding in findings if finding.cluster is not None})
     with (
-        cowhand.open({"driver": driver, "filename": path}, force_share=True) as disk,
+        open_image({"driver": driver, "filename": path}, force_share=True) as disk,
         _opened(disk.root, format, writable=False) as image,
     ):
         owners: dict[int, list[str]] = _owning(image.root).owners(asked)

@@ -11,6 +11,7 @@ from cowhand.block.format_io.reservations import Kind, Reservation, Unprepared
 from cowhand.block.formats.qcow2 import open as loading, overlap
 from cowhand.block.formats.qcow2.cluster.mapping import Mapping
 from cowhand.block.formats.qcow2.create import CREATE_OPTIONS, create, plan
+from cowhand.block.formats.qcow2.metadata import cluster_sets
 from cowhand.block.formats.qcow2.metadata.options import Qcow2Options
 from cowhand.block.formats.qcow2.metadata.writer import MetadataNode
 from cowhand.block.formats.qcow2.ondisk import layout as L
@@ -294,7 +295,7 @@ class Qcow2Node(MetadataNode):
             raise
         self.metadata = fresh
         self.unprotected = overlap.unknown(self) is not None
-        self.metadata_clusters = overlap.EVERY if self.unprotected else fresh.clusters
+        self.metadata_clusters = cluster_sets.EVERY if self.unprotected else fresh.clusters
 
     def check_overlap(self, offset: int, length: int) -> None:
         """Raise ImageCorrupt, and mark the image so, when a write to host ``[offset, offset + length)`` would hit metadata."""
@@ -445,7 +446,7 @@ class Qcow2Node(MetadataNode):
     def _drop_tables(self) -> None:
         """Give memory back: nodes and edges name one another, so the collector may come late, and tables are large."""
         self.snapshots = []
-        self.metadata = overlap.MetadataMap()
+        self.metadata = cluster_sets.MetadataMap()
         self.metadata_clusters = self.metadata.clusters
         if hasattr(self, "mapping"):
             self.mapping.cache.clear()

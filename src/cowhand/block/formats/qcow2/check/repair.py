@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block.formats.qcow2 import overlap
 from cowhand.block.formats.qcow2.check.references import Counters, Stopped
+from cowhand.block.formats.qcow2.metadata import cluster_sets
 from cowhand.block.formats.qcow2.ondisk import findings as F, layout as L
 from cowhand.block.formats.qcow2.refcount.counted import encoded
 from cowhand.block.node.records import NOTE, UNREADABLE, Finding
@@ -42,7 +43,7 @@ def _conflict(exam: Examination, host: int, length: int, own: str) -> CowhandErr
     """Return an error when ``[host, host + length)``, about to be written as *own* kind of table, is some other metadata as well."""
     node = exam.node
     if exam.regions is None:
-        exam.regions = [region for region in overlap.regions(node) if region.name != overlap.INACTIVE_L2]
+        exam.regions = [region for region in overlap.regions(node) if region.name != cluster_sets.INACTIVE_L2]
     for cluster in range(host // node.cluster_size, (host + length - 1) // node.cluster_size + 1):
         for region in exam.regions:
             if region.name != own and cluster in region.clusters:
@@ -69,7 +70,7 @@ class Uncounted:
         self._tally = walk.tally
         self._end = walk.clusters
         ranges: list[range] = []
-        others = overlap.MetadataMap()
+        others = cluster_sets.MetadataMap()
         others.include(_other_regions(overlap.regions(exam.node), ranges, self._end))
         self._single = others.clusters
         self._begins: list[int] = []
@@ -98,7 +99,7 @@ class Uncounted:
         if self._begins:
             at = numpy.searchsorted(numpy.array(self._begins, "i8"), clusters, "right") - 1
             inside = (at >= 0) & (clusters < numpy.array(self._ends, "i8")[at])
-        ordered = self._single.ordered if isinstance(self._single, overlap.ManyClusters) else None
+        ordered = self._single.ordered if isinstance(self._single, cluster_sets.ManyClusters) else None
         if ordered is not None:
             known = numpy.frombuffer(ordered, "u8").astype("i8", copy=False)
             at = numpy.minimum(numpy.searchsorted(known, clusters), len(known) - 1)
@@ -112,12 +113,14 @@ class Uncounted:
         return max(cluster + 1, min(self._behind_range(cluster), self._end))
 
 
-def _other_regions(regions: Iterable[overlap.Region], ranges: list[range], end: int) -> Iterator[overlap.Region]:
+def _other_regions(
+    regions: Iterable[cluster_sets.Region], ranges: list[range], end: int
+) -> Iterator[cluster_sets.Region]:
     """Yield *regions* with their clusters below *end*, but for those that are ranges: those are appended to *ranges*."""
     for region in regions:
         if isinstance(region.clusters, range):
             ranges.append(region.clusters)
-        elif isinstance(region.clusters, overlap.ManyClusters):
+        elif isinstance(region.clusters, cluster_sets.ManyClusters):
             yield region._replace(clusters=region.clusters.below(end))
         else:
             yield region
@@ -129,7 +132,7 @@ def _other_regions(regions: Iterable[overlap.Region], ranges: list[range], end: 
 def zero_entry(exam: Examination, host: int, index: int, active: bool) -> bool:
     """Make entry *index* of the L2 table at *host* read as zeroes without a cluster; its cluster could not be used and held no data."""
     node = exam.node
-    kind = overlap.ACTIVE_L2 if active else overlap.INACTIVE_L2
+    kind = cluster_sets.ACTIVE_L2 if active else cluster_sets.INACTIVE_L2
     if node.header.incompatible & L.INCOMPAT_EXTENDED_L2:
         at = host + index * 16
         bitmap = L.U64.unpack(exam.walk.read(at + 8, 8, F.L2_UNREADABLE))[0]
@@ -153,7 +156,7 @@ def zero_entry(exam: Examination, host: int, index: int, active: bool) -> bool:
 def flag_l1(exam: Examination, begin: int, entries: bytes | bytearray) -> None:
     """Write *entries* of the L1 table, from its byte *begin* on: some have another COPIED bit."""
     node = exam.node
-    error = _conflict(exam, node.header.l1_offset + begin, len(entries), overlap.ACTIVE_L1)
+    error = _conflict(exam, node.header.l1_offset + begin, len(entries), cluster_sets.ACTIVE_L1)
     if error is not None:
         raise _failed(exam, None, error)
     try:
@@ -165,7 +168,7 @@ def flag_l1(exam: Examination, begin: int, entries: bytes | bytearray) -> None:
 
 def flag_l2(exam: Examination, host: int, data: bytes, changed: list[tuple[int, int]]) -> None:
     """Write the L2 table *data* at *host* with the entries *changed*: (offset inside the table, entry)."""
-    error = _conflict(exam, host, len(data), overlap.ACTIVE_L2)
+    error = _conflict(exam, host, len(data), cluster_sets.ACTIVE_L2)
     if error is not None:
         raise _failed(exam, "ERROR: Could not write L2 table; metadata overlap check failed: Input/output error", error)
     new = bytearray(data)

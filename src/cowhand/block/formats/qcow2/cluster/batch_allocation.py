@@ -1,7 +1,8 @@
 """The first writes of a batch in a qcow2 image (QEMU ``docs/interop/qcow2``, "Cluster mapping"): reserved in one pass, and linked in one.
 
 A write goes into its cluster's own place, where subclusters of it hold nothing yet, or else into a new cluster; all new ones adjoin, in the
-order of the writes. With a data file each lies at its own offset. What else there may be is left to :mod:`cowhand.block.formats.qcow2.cluster.allocation`.
+order of the writes. With a data file each lies at its own offset. All other cases are left to
+:mod:`cowhand.block.formats.qcow2.cluster.allocation`.
 
 The functions are called with the node's lock held.
 """

@@ -12,10 +12,11 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from operator import sub
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from cowhand.block.format_io.table_cache import Table, TableCache
 from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.ondisk.l2_entries import PACKED, PLACED, ZEROES, Meanings
 from cowhand.block.node.node import READ, WRITE_REQUEST
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import (
@@ -35,7 +36,7 @@ from cowhand.core.extents import (
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
     from cowhand.block.formats.qcow2.ondisk.l2_ordered import OrderedTables
-    from cowhand.block.node.node import BlockNode, Child, Request
+    from cowhand.block.node.node import Child, Request
 
 #: Bytes of L2 tables kept in memory, as QEMU's default: at 64 KiB clusters this covers 256 GiB.
 CACHE_LIMIT = 32 << 20
@@ -51,10 +52,6 @@ COMPRESSED_CLUSTER = DATA | ALLOCATED | COMPRESSED
 DAMAGED = DATA | ENCODED | ALLOCATED
 ZERO_PLAIN = ZERO | ALLOCATED
 ZERO_HOST = ZERO | ALLOCATED | OFFSET
-
-#: What the entries of a run are: bits of a kind, PACKED (compressed) alone; and what that means: flags of an extent, and the node of its bytes.
-ZEROES, PLACED, PACKED = L.ENTRY_ZERO, 2, 4
-Meanings: TypeAlias = "dict[int, tuple[int, BlockNode | None]]"
 
 _unpack = L.U64.unpack_from
 _HOST = L.L2_OFFSET_MASK

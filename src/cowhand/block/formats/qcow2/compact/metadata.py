@@ -14,6 +14,7 @@ from cowhand.block.formats.qcow2 import overlap
 from cowhand.block.formats.qcow2.bitmap import data as bitmapdata
 from cowhand.block.formats.qcow2.bitmap.directory import StoredBitmap
 from cowhand.block.formats.qcow2.bitmap.header_switch import switch_directory
+from cowhand.block.formats.qcow2.metadata import cluster_sets
 from cowhand.block.formats.qcow2.ondisk import layout as L
 from cowhand.block.formats.qcow2.snapshot.operations import store_table
 from cowhand.block.formats.qcow2.snapshot.table import Snapshot, read_l1
@@ -64,7 +65,7 @@ def occupied(node: Qcow2Node) -> Iterator[Clusters]:
     No check finds it wrong that a damaged image's table names one of them, as long as the count says so.
     """
     for region in overlap.regions(node):
-        if region.name not in (overlap.ACTIVE_L2, overlap.INACTIVE_L2):
+        if region.name not in (cluster_sets.ACTIVE_L2, cluster_sets.INACTIVE_L2):
             yield region.clusters
     for entry in node.bitmap_directory:
         if entry.at >= 0:

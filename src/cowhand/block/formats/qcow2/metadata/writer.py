@@ -9,18 +9,21 @@ import copy
 from abc import abstractmethod
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cowhand.block.format_io.format_node import FormatNode
-from cowhand.block.formats.qcow2 import overlap
+from cowhand.block.formats.qcow2.metadata.cluster_sets import MetadataMap
 from cowhand.block.formats.qcow2.metadata.options import Qcow2Options
 from cowhand.block.formats.qcow2.metadata.writeback import WriteBack
 from cowhand.block.formats.qcow2.ondisk import header as headers, layout as L
-from cowhand.block.formats.qcow2.refcount.allocator import Allocator
 from cowhand.block.node.node import Child
 from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, ImageCorrupt, Poisoned
 from cowhand.core.locks import RANK_OPERATION, ranked_lock
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.refcount.allocator import Allocator
 
 
 class MetadataNode(FormatNode):
@@ -35,7 +38,7 @@ class MetadataNode(FormatNode):
 
     def __init__(self, options: Qcow2Options) -> None:
         super().__init__(options)
-        self.metadata = overlap.MetadataMap()
+        self.metadata = MetadataMap()
         self.metadata_clusters: Container[int] = self.metadata.clusters
         self.unprotected = False  #: protection was asked for that cannot be given: nothing is written
         self.exclusive_held = False

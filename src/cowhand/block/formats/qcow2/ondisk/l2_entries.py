@@ -5,6 +5,17 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+from cowhand.block.formats.qcow2.ondisk import layout as L
+
+if TYPE_CHECKING:
+    from cowhand.block.node.node import BlockNode
+
+
+#: What the entries of a run are: bits of a kind, PACKED (compressed) alone; and what that means: flags of an extent, and the node of its bytes.
+ZEROES, PLACED, PACKED = L.ENTRY_ZERO, 2, 4
+Meanings: TypeAlias = "dict[int, tuple[int, BlockNode | None]]"
 
 _LITTLE = sys.byteorder == "little"
 #: Entries from which numpy, which takes 100 ms to import, finds runs faster.

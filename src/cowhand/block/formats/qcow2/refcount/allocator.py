@@ -64,8 +64,8 @@ class Allocator:
     def take(self, count: int, what: str | None = None) -> int:
         """Return the first of *count* adjoining clusters, counted; *what* they are for, where the first cluster of all is refused by a name.
 
-        Raises :class:`cowhand.block.format_io.reservations.Unprepared` when a refcount block must be made first (with the write-back lock), NoSpace, and
-        ImageCorrupt when what counts as free is metadata.
+        Raises :class:`cowhand.block.format_io.reservations.Unprepared` when a refcount block must be made first (with
+        the write-back lock), NoSpace, and ImageCorrupt when what counts as free is metadata.
         """
         refcounts = self.refcounts
         self.node.fire("cluster_alloc")

@@ -9,10 +9,10 @@ import pytest
 
 _PROGRAM = """
 import atexit, sys, threading, time
-from cowhand.cli import leaving
+from cowhand.cli import process_exit
 {prepare}
 sys.stdout.write("said")
-sys.exit(leaving.leave({status}))
+sys.exit(process_exit.leave({status}))
 """
 
 
