@@ -21,6 +21,21 @@ def _probe_bochs(data: bytes, filename: str) -> int:
     return 100 if all(data[at : at + len(m)] == m for at, m in marks) and data[64:68] in versions else 0
 
 
+def _probe_vdi(data: bytes, filename: str) -> int:
+    return 100 if data[64:68] == b"\x7f\x10\xda\xbe" else 0
+
+
+def _probe_vmdk(data: bytes, filename: str) -> int:
+    if data[:4] in (b"KDMV", b"COWD"):
+        return 100
+    # A descriptor: comments and empty lines, then its version.
+    for line in data.splitlines():
+        line = line.strip()
+        if line and not line.startswith(b"#"):
+            return 100 if line in (b"version=1", b"version=2", b"version=3") else 0
+    return 0
+
+
 REGISTRY = Registry()
 for _entry in (
     DriverEntry("file", "protocol", "cowhand.block.protocols.file.node", "FileNode", prefixes=("file",)),
@@ -49,6 +64,8 @@ for _entry in (
     DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
     DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
+    DriverEntry("vmdk", "format", "cowhand.block.formats.vmdk.driver", "VmdkNode", _probe_vmdk),
+    DriverEntry("vdi", "format", "cowhand.block.formats.vdi", "VdiNode", _probe_vdi),
     DriverEntry(
         "blkdebug",
         "filter",

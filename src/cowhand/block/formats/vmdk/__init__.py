@@ -1,0 +1,1 @@
+"""VMware's virtual disks."""

@@ -1,0 +1,124 @@
+"""VMware's disks: sub-formats that qemu-img makes are read, written where that can be, and made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import cowhand
+from cowhand.block.disk import Disk
+from cowhand.block.opening.opening import Opening
+from cowhand.block.opening.policy import DEFAULT, UNTRUSTED
+from cowhand.core.errors import InvalidFormat, NotSupported, PolicyRefused
+from cowhand.drivers import REGISTRY
+from tests.formats.contracts import KIB, MIB, QemuReads, QemuWrites, make, round_trip
+from tests.tools.qemu import qemu_img, qemu_io, require_qemu
+
+pytestmark = [require_qemu, pytest.mark.interop]
+
+
+class TestReadingSparse(QemuReads):
+    driver = "vmdk"
+    size = 40 * MIB + 64 * KIB
+
+    def metadata(self, image: Path) -> list[tuple[int, int]]:
+        return [(0, 128 * KIB), (0, 512)]
+
+
+class TestReadingStream(QemuReads):
+    driver = "vmdk"
+    options = "subformat=streamOptimized"
+
+    def metadata(self, image: Path) -> list[tuple[int, int]]:
+        return [(0, 512), (0, image.stat().st_size)]
+
+
+class TestReadingFlat(QemuReads):
+    driver = "vmdk"
+    options = "subformat=monolithicFlat"
+
+
+class TestReadingPieces(QemuReads):
+    driver = "vmdk"
+    options = "subformat=twoGbMaxExtentSparse"
+
+
+class TestWritingSparse(QemuWrites):
+    driver = "vmdk"
+
+
+class TestWritingSparseWithZeroes(QemuWrites):
+    driver = "vmdk"
+    options = "subformat=monolithicSparse,zeroed_grain=on"
+
+
+class TestWritingFlat(QemuWrites):
+    driver = "vmdk"
+    options = "subformat=twoGbMaxExtentFlat"
+
+
+@pytest.mark.parametrize("options", ["", "zeroed_grain=on"])
+@pytest.mark.parametrize("size", [512, 3 * MIB + 512, 70 * MIB])
+def test_round_trips(tmp_path: Path, size: int, options: str) -> None:
+    round_trip(tmp_path, size, "vmdk", options)
+
+
+@pytest.mark.parametrize("kind", ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized", "monolithicFlat"])
+def test_several_extents(tmp_path: Path, kind: str) -> None:
+    image, back = tmp_path / "big.vmdk", tmp_path / "back.raw"
+    raw = tmp_path / "raw"
+    with raw.open("wb") as file:
+        file.truncate(5 << 30)
+        for offset in (0, (2 << 30) - (2 << 20), (5 << 30) - 4096):
+            file.seek(offset)
+            file.write(b"piece" * 800)
+    qemu_img("convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={kind}", raw, image)
+    cowhand.convert(image, back, "raw")
+    assert cowhand.compare(raw, back).identical
+
+
+def test_extents_obey_the_policy(tmp_path: Path) -> None:
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    image = make(folder, b"secret" * 10240 + bytes(4096), "vmdk", "subformat=monolithicFlat")
+    with pytest.raises(PolicyRefused):
+        Opening(REGISTRY, UNTRUSTED).open(str(image))
+    inside = DEFAULT.within(str(folder))
+    with Disk(Opening(REGISTRY, inside).open(str(image), options={"read-only": True})) as disk:
+        assert disk.read(0, 6) == b"secret"
+    (folder / "disk-flat.vmdk").rename(tmp_path / "outside")
+    for name in ("../outside", str(tmp_path / "outside"), "link"):
+        if name == "link":
+            (folder / "link").symlink_to(tmp_path / "outside")
+        text = image.read_text().replace("disk-flat.vmdk", name)
+        image.with_name("hostile.vmdk").write_text(text)
+        with pytest.raises(PolicyRefused):
+            Opening(REGISTRY, inside).open(str(folder / "hostile.vmdk"), options={"read-only": True})
+
+
+def overlay_of(folder: Path, content: bytes) -> Path:
+    make(folder, content, "vmdk")
+    qemu_img("create", "-f", "vmdk", "-b", folder / "disk.vmdk", "-F", "vmdk", folder / "top.vmdk")
+    return folder / "top.vmdk"
+
+
+def test_a_parent_shows_through_and_is_told_when_it_was_changed(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    top = overlay_of(tmp_path, content)
+    qemu_io(top, "write -P 7 65536 512", format="vmdk")
+    with cowhand.open(top, writable=True) as disk:
+        assert disk.read(0, 65536) == content[:65536]
+        assert disk.read(65536, 512) == b"\x07" * 512
+        assert disk.read(66048, 4096) == content[66048:70144]
+        disk.write(200_000, b"new")
+        assert disk.read(199_000, 2000) == content[199_000:200_000] + b"new" + content[200_003:201_000]
+    qemu_io(tmp_path / "disk.vmdk", "write -P 1 0 512", format="vmdk")
+    with pytest.raises(InvalidFormat, match="was changed since"):
+        cowhand.open(top)
+
+
+def test_a_stream_is_not_written_in_place(tmp_path: Path) -> None:
+    image = make(tmp_path, bytes(65536), "vmdk", "subformat=streamOptimized")
+    with pytest.raises(NotSupported, match="cannot be changed"):
+        cowhand.open(image, writable=True)
