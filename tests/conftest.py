@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import stat
 import threading
 import time
 import zlib
@@ -23,6 +24,13 @@ locks.enforce()
 # Processes that tests start keep their compiled bytecode, whatever the caller's surroundings say: to compile the sources takes longer than most
 # commands run.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_neighbours(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let the folders of tests be no neighbours: where everyone may write and nobody may delete what is another's, as in /tmp, none are."""
+    base = tmp_path_factory.getbasetemp()
+    base.chmod(base.stat().st_mode | stat.S_ISVTX)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ set -euo pipefail
 packages=(
     qemu-utils qemu-block-extra         # the partner of the interop tests
     qemu-system-x86 qemu-system-common  # block jobs beside our tools, for conformance
-    nbdkit libnbd-bin fio               # peers and load
+    nbdkit libnbd-bin python3-libnbd    # NBD peers
+    fio                                 # load
     e2fsprogs btrfs-progs xfsprogs      # file systems to work on, reflinks
     zsh fish groff                      # readers of completion scripts and man pages
     cryptsetup-bin                      # LUKS headers that another program reads and makes

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cowhand.block.opening.policy import Policy
     from cowhand.copy.ops.checksum import Checksum, checksum
     from cowhand.copy.ops.compare import CompareResult, compare
-    from cowhand.copy.ops.convert import ConvertResult, convert
+    from cowhand.copy.ops.convert import ConvertResult
     from cowhand.copy.ops.measure import Measurement, measure
     from cowhand.core import errors
     from cowhand.core.errors import CowhandError
@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     )
     from cowhand.image.check import check
     from cowhand.image.compact import compact
-    from cowhand.image.create import create
     from cowhand.image.info import ImageInfo, chain_info, image_info
-    from cowhand.image.open import open_image as open  # noqa: A004 - the name that users meet
     from cowhand.image.snapshots import (
         apply_snapshot,
         create_snapshot,
@@ -53,8 +51,12 @@ if TYPE_CHECKING:
     )
     from cowhand.image.untrusted import Verdict, judge
     from cowhand.image.usage import ImageUsage, image_usage
-    from cowhand.jobs.commit import CommitResult, commit
-    from cowhand.jobs.rebase import RebaseResult, rebase
+    from cowhand.jobs.commit import CommitResult
+    from cowhand.jobs.rebase import RebaseResult
+    from cowhand.plans.dependents import Dependents, find_dependents
+    from cowhand.plans.guard import DependentsGuard
+    from cowhand.plans.opening import open_image as open  # noqa: A004 - the name that users meet
+    from cowhand.plans.verbs import commit, convert, create, dd, rebase
 
 #: Where the names lie that are imported when they are first used: starting a tool costs what it needs.
 _PLACES = {
@@ -63,7 +65,6 @@ _PLACES = {
         "add_bitmap", "clear_bitmap", "dirty_extents", "enable_bitmap", "find_bitmap", "list_bitmaps", "merge_bitmap", "remove_bitmap",
     ),
     "cowhand.image.check": ("check",),
-    "cowhand.image.create": ("create",),
     "cowhand.block.disk": ("Disk",),
     "cowhand.block.node.records": ("CheckResult", "Finding", "SnapshotInfo"),
     "cowhand.block.opening.policy": ("Policy",),
@@ -75,19 +76,22 @@ _PLACES = {
     "cowhand.image.usage": ("ImageUsage", "image_usage"),
     "cowhand.copy.ops.checksum": ("Checksum", "checksum"),
     "cowhand.copy.ops.compare": ("CompareResult", "compare"),
-    "cowhand.copy.ops.convert": ("ConvertResult", "convert"),
+    "cowhand.copy.ops.convert": ("ConvertResult",),
     "cowhand.copy.ops.measure": ("Measurement", "measure"),
     "cowhand.core.errors": ("CowhandError",),
     "cowhand.core.extents": ("ALLOCATED", "COMPRESSED", "DATA", "ZERO", "Extent", "ExtentBatch", "by_content"),
     "cowhand.core.progress": ("CancelToken", "Progress"),
-    "cowhand.jobs.commit": ("CommitResult", "commit"),
+    "cowhand.jobs.commit": ("CommitResult",),
     "cowhand.image.compact": ("compact",),
-    "cowhand.jobs.rebase": ("RebaseResult", "rebase"),
+    "cowhand.jobs.rebase": ("RebaseResult",),
+    "cowhand.plans.dependents": ("Dependents", "find_dependents"),
+    "cowhand.plans.guard": ("DependentsGuard",),
+    "cowhand.plans.verbs": ("commit", "convert", "create", "dd", "rebase"),
 }  # fmt: skip
 
 
 #: Names that are shorter here than where they lie.
-_RENAMED = {"open": ("cowhand.image.open", "open_image"), "secrets": ("cowhand.crypto.secrets", "given")}
+_RENAMED = {"open": ("cowhand.plans.opening", "open_image"), "secrets": ("cowhand.crypto.secrets", "given")}
 
 
 if not TYPE_CHECKING:  # else every name would be there for the type checker
@@ -119,9 +123,9 @@ __all__ = [
     # images
     "create", "image_info", "chain_info", "ImageInfo", "image_usage", "ImageUsage", "check", "CheckResult", "Finding", "judge", "Verdict",
     # copies
-    "convert", "ConvertResult", "compare", "CompareResult", "measure", "Measurement", "checksum", "Checksum",
+    "convert", "ConvertResult", "dd", "compare", "CompareResult", "measure", "Measurement", "checksum", "Checksum",
     # chains
-    "commit", "CommitResult", "rebase", "RebaseResult", "compact",
+    "commit", "CommitResult", "rebase", "RebaseResult", "compact", "find_dependents", "Dependents", "DependentsGuard",
     # snapshots
     "list_snapshots", "find_snapshot", "create_snapshot", "apply_snapshot", "delete_snapshot", "open_snapshot", "SnapshotInfo",
     # dirty bitmaps

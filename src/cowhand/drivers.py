@@ -36,6 +36,10 @@ def _probe_vmdk(data: bytes, filename: str) -> int:
     return 0
 
 
+def _probe_vpc(data: bytes, filename: str) -> int:
+    return 100 if data[:8] == b"conectix" else 0
+
+
 REGISTRY = Registry()
 for _entry in (
     DriverEntry("file", "protocol", "cowhand.block.protocols.file.node", "FileNode", prefixes=("file",)),
@@ -61,10 +65,18 @@ for _entry in (
         "nbd", "protocol", "cowhand.block.protocols.nbd.node", "NbdNode", prefixes=("nbd", "nbd+tcp", "nbd+unix")
     ),
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
-    DriverEntry("qcow2", "format", "cowhand.block.formats.qcow2.driver", "Qcow2Node", _probe_qcow2),
+    DriverEntry(
+        "qcow2",
+        "format",
+        "cowhand.block.formats.qcow2.driver",
+        "Qcow2Node",
+        _probe_qcow2,
+        links="cowhand.block.links.qcow2",
+    ),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
     DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
     DriverEntry("vmdk", "format", "cowhand.block.formats.vmdk.driver", "VmdkNode", _probe_vmdk),
+    DriverEntry("vpc", "format", "cowhand.block.formats.vpc", "VpcNode", _probe_vpc),
     DriverEntry("vdi", "format", "cowhand.block.formats.vdi", "VdiNode", _probe_vdi),
     DriverEntry(
         "blkdebug",

@@ -301,6 +301,7 @@ class TestSubmit:
         content = file.snapshot_bytes()
         table = int.from_bytes(content[40:48], "big")
         first = int.from_bytes(content[table : table + 8], "big") & (1 << 56) - 512
+        file = MemoryNode(content=content)
         file.write(first + 6, (b"\x02\x00",))  # no cluster begins at 512 bytes
         with Disk(qcow2_node(file, writable=False)) as disk:
             buffer = bytearray(b"x" * 4096)

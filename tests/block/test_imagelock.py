@@ -186,7 +186,7 @@ def test_a_refused_change_leaves_everything_as_it_was(node: FileNode, image: Pat
 
 HOLD = """
 import sys
-from cowhand.block.protocols.file import FileNode, FileOptions
+from cowhand.block.protocols.file.node import FileNode, FileOptions
 node = FileNode.open(None, FileOptions(filename=sys.argv[1]), {})
 node.update_permissions(int(sys.argv[2]), int(sys.argv[3]))
 sys.stdin.read()

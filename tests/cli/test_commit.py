@@ -42,8 +42,11 @@ def test_the_base_gets_the_changes_and_the_overlay_is_emptied(chain: Path) -> No
 
 
 def test_down_to_a_named_base(chain: Path) -> None:
-    before = content(chain / "top")
-    assert "top is empty" not in cowhand("commit", "-b", "base", "top", cwd=chain).stdout
+    before, middle = content(chain / "top"), content(chain / "middle")
+    refused = cowhand("commit", "-b", "base", "top", cwd=chain, status=9).stderr
+    assert "would change what middle shows" in refused
+    assert content(chain / "middle") == middle
+    assert "top is empty" not in cowhand("commit", "--force", "-b", "base", "top", cwd=chain).stdout
     assert content(chain / "base") == before
 
 
@@ -70,11 +73,11 @@ def test_overlays_of_the_top_do_not_count(chain: Path) -> None:
     assert content(upper) == before
 
 
-def test_other_folders_can_be_looked_in(chain: Path) -> None:
-    elsewhere = chain / "elsewhere"
-    elsewhere.mkdir()
+def test_other_folders_can_be_looked_in(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
     image(elsewhere / "sibling", backing=chain / "middle")
-    assert "sibling" in cowhand("commit", "--look-in", "elsewhere", "top", cwd=chain, status=9).stderr
+    assert "sibling" in cowhand("commit", "--look-in", elsewhere, "top", cwd=chain, status=9).stderr
+    assert "sibling" in cowhand("commit", "top", cwd=chain, status=9, COWHAND_POOLS=f"/absent:{elsewhere}").stderr
     cowhand("commit", "top", cwd=chain)
 
 

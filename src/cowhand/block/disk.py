@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.graph import graph
 from cowhand.block.graph.drain import Gate
 from cowhand.block.graph.request_order import next_number
-from cowhand.block.graph.users import UserEdge
+from cowhand.block.graph.users import DiskListener, UserEdge
 from cowhand.block.node.node import (
     ALL_PERMISSIONS,
     CONSISTENT_READ,
@@ -30,6 +30,7 @@ from cowhand.block.node.node import (
     ZERO_REQUEST,
     ZERO_UNMAP,
     BlockNode,
+    Failures,
     Request,
     Role,
     Zeroing,
@@ -39,6 +40,9 @@ from cowhand.core.errors import Closed, InvalidArgument, NotSupported, OutOfRang
 from cowhand.core.units import MAX_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cowhand.block.node.guard import Guard
     from cowhand.core.extents import ExtentBatch
 
 _disk_numbers = itertools.count()
@@ -69,10 +73,14 @@ class Disk:
         self.statistics = [
             0
         ] * 12  #: by request kind: count at [kind], bytes at [6 + kind]; read them with :meth:`counters`
+        #: Makes the guard of an operation that changes what others show (cutting off, going back to a snapshot); None: nothing looks for them.
+        self.guard: Callable[[], Guard] | None = None
         self.gate = Gate(self)
         self.edge = UserEdge(self)
+        self.listeners: tuple[DiskListener, ...] = ()
         self._closed = False
         self._size = 0
+        self._root: BlockNode | None = None
         if writable and not root.writable:
             raise ReadOnly(f"'{root.filename}' was opened for reading only", path=root.filename)
         perm = CONSISTENT_READ
@@ -108,8 +116,30 @@ class Disk:
         return self.edge.node.filename
 
     def root_changed(self) -> None:
-        """Learn a new root or a new size of it (called inside a quiesce, or before anybody uses the disk)."""
-        self._size = self.edge.node.size
+        """Learn a new root or a new size of it, and tell the listeners (inside a quiesce, or before anybody uses the disk)."""
+        before, old = self._size, self._root
+        self._root = self.edge.node
+        self._size = self._root.size
+        for listener in self.listeners:
+            if self._root is not old:
+                listener.replaced(self, self._root)
+            if self._size != before:
+                listener.resized(self, self._size)
+
+    def listen(self, listener: DiskListener) -> None:
+        """Tell *listener* from now on when the disk is resized, gets another root, fails, or is closed."""
+        self.listeners = (*self.listeners, listener)
+
+    def stop_listening(self, listener: DiskListener) -> None:
+        """End :meth:`listen`."""
+        self.listeners = tuple(known for known in self.listeners if known is not listener)
+
+    def share(self, shared: int) -> None:
+        """Let other users of the root do what *shared* allows (permissions of :mod:`cowhand.block.node.node`), and nothing else.
+
+        Raises PermissionConflict where one does more already; nothing has changed then.
+        """
+        graph.set_permissions(self.edge, self.edge.perm, shared)
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Return {"read": {"requests": n, "bytes": n}, ...} since the disk was opened; approximate while requests run."""
@@ -271,7 +301,9 @@ class Disk:
         try:
             if end > self._size:
                 raise self._refuse_range(*next((o, e - o) for o, e in _spans(batch) if e > self._size))
-            self.edge.submit(self._possible(batch) if changes else batch)
+            failures = self.edge.submit(self._possible(batch)[0] if changes else batch)
+            if failures:
+                raise failures[min(failures)]
             if writes and self.write_through:
                 self.edge.flush()
         finally:
@@ -281,21 +313,85 @@ class Disk:
             statistics[kind] += counts[kind]
             statistics[6 + kind] += total[kind]
 
-    def _possible(self, batch: Sequence[Request]) -> Sequence[Request]:
-        """Return *batch* without what the root cannot do: discards left out, zeroes written as bytes, as the single calls have it."""
+    def submit_each(self, batch: Sequence[Request], *, stable: Collection[int] = ()) -> Failures:
+        """Do many requests as :meth:`submit` does, and return {index of a request: its error} of those that failed.
+
+        The requests whose indices are in *stable* (writes, zeroes, discards) are stable on return, by one flush for all of them. What one
+        request does wrong (a range outside of the disk, a change of a disk that is open for reading) is its own error. Raises Closed.
+        """
+        failures: Failures = {}
+        changes = False
+        first = batch[0] if batch else (FLUSH, 0, 0)
+        number = self._enter(first[0], first[1], 0)
+        try:
+            size = self._size
+            lengths: list[int] = []
+            for index, (kind, offset, what) in enumerate(batch):
+                length = what if kind >= ZERO_REQUEST else len(what)
+                lengths.append(length)
+                if offset < 0 or length < 0 or offset + length > size:
+                    failures[index] = self._refuse_range(offset, length)
+                elif WRITE_REQUEST <= kind < FLUSH:
+                    changes = True
+                    if self.read_only:
+                        failures[index] = self._refuse_writing()
+            todo, origins = self._rest(batch, failures) if failures else (batch, None)
+            if changes:
+                todo, origins = self._possible(todo, origins)
+            try:
+                failed = self.edge.submit(todo) if todo else None
+            except Exception as error:  # noqa: BLE001 - each of them is told
+                failed = dict.fromkeys(range(len(todo)), error)
+            for index, failure in (failed or {}).items():
+                failures.setdefault(origins[index] if origins is not None else index, failure)
+            if changes and (stable or self.write_through):
+                self._make_stable(batch, failures, range(len(batch)) if self.write_through else stable)
+        finally:
+            self._leave(number)
+        statistics = self.statistics
+        for index, (kind, _, _) in enumerate(batch):
+            if index not in failures:
+                statistics[kind] += 1
+                statistics[6 + kind] += lengths[index]
+        return failures
+
+    def _rest(self, batch: Sequence[Request], failures: Failures) -> tuple[Sequence[Request], list[int] | None]:
+        """Return the requests of *batch* that have not failed, and their indices."""
+        origins = [index for index in range(len(batch)) if index not in failures]
+        return [batch[index] for index in origins], origins
+
+    def _make_stable(self, batch: Sequence[Request], failures: Failures, wanted: Collection[int]) -> None:
+        """Flush for those changes of *batch* that are *wanted* stable; a flush that fails is the error of each of them."""
+        done = [index for index in wanted if WRITE_REQUEST <= batch[index][0] < FLUSH and index not in failures]
+        if not done:
+            return
+        try:
+            self.edge.flush()
+        except Exception as error:  # noqa: BLE001 - each of them is told
+            failures.update(dict.fromkeys(done, error))
+
+    def _possible(
+        self, batch: Sequence[Request], origins: list[int] | None = None
+    ) -> tuple[Sequence[Request], list[int] | None]:
+        """Return *batch* without what the root cannot do: discards left out, zeroes written as bytes, as the single calls have it.
+
+        *origins* are the requests' indices where they are not 0, 1, 2, ...; they are returned with the batch.
+        """
         capabilities = self.edge.node.capabilities
         if capabilities.discard and capabilities.zeroes is not Zeroing.NONE:
-            return batch
+            return batch, origins
         out: list[Request] = []
-        for kind, offset, what in batch:
+        places: list[int] = []
+        for index, (kind, offset, what) in enumerate(batch):
             if kind == DISCARD and not capabilities.discard:
                 continue
             if kind in (ZERO_REQUEST, ZERO_UNMAP) and capabilities.zeroes is Zeroing.NONE:
                 ends = range(offset, offset + what, ZEROES_SIZE)
                 out.extend((WRITE_REQUEST, at, ZEROES[: min(ZEROES_SIZE, offset + what - at)]) for at in ends)
-                continue
-            out.append((kind, offset, what))
-        return out
+            else:
+                out.append((kind, offset, what))
+            places.extend([origins[index] if origins is not None else index] * (len(out) - len(places)))
+        return out, places
 
     def read_vmstate(self, offset: int, length: int) -> bytes:
         """Return *length* bytes of the VM state at *offset*; it lies outside of ``size``. Raises NotSupported where there is none, OutOfRange."""
@@ -373,16 +469,23 @@ class Disk:
                     yield node
                     return
 
-    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False, force: bool = False) -> None:
         """Make the disk *size* bytes long; new bytes read as zeroes, also over a longer backing file. Cutting data off needs *shrink*.
 
-        *preallocation* of what is new: off, metadata, falloc, full. Raises InvalidArgument, NotSupported, ReadOnly, NoSpace, IOFailed.
+        *preallocation* of what is new: off, metadata, falloc, full. To cut off what other images show is refused (OverlaysExist,
+        SearchIncomplete) for a disk that ``cowhand.open`` gave, unless *force* is set. Raises InvalidArgument, NotSupported, ReadOnly, NoSpace,
+        IOFailed.
         """
         if self.read_only:
             raise self._refuse_writing()
         if size < 0:
             raise InvalidArgument(f"a disk cannot have {size} bytes", path=self.filename)
         self.check_open()
+        if size < self._size and shrink and self.guard is not None:
+            from cowhand.block.node.guard import change_of
+
+            change = change_of(self.edge.node, f"cutting off the end of '{self.filename}'")
+            self.guard().refuse(change, force=force)
         with self.still(below=True) as node:
             self.check_open()
             if size < self._size and not shrink:
@@ -430,6 +533,8 @@ class Disk:
             else:
                 if failure is not None and node.closed and getattr(node, "changed", True) is False:
                     failure = None  # the format wrote back all of it in the end
+            for listener in self.listeners:
+                listener.closed(self)
         if failure is not None:
             raise failure
 

@@ -1,73 +1,218 @@
-"""Who depends on whom: the images in some folders, and which of them stand on which.
+"""Who reads through whom: the images in some folders and on block devices, and which of them stand on which.
 
-A base image does not know its overlays; only their headers name it. So folders are searched: of each file the header alone is read, without
-locks, and nothing that it names is opened. A file that cannot be read is reported, since it may be an overlay all the same.
+A base image does not know its overlays; only their headers name it. So places are searched: of each file the header alone is read, without
+locks, and nothing that it names is opened. What cannot be looked at is reported, since it may be an overlay all the same.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+import stat
+from collections.abc import Iterable
+from itertools import islice
+from typing import ClassVar, NamedTuple
 
-from cowhand.block.opening.filenames import combine, has_protocol
-from cowhand.block.opening.registry import PROBE_SIZE
+from cowhand.block.links.reading import local_targets, read_links
+from cowhand.chain.known_pools import known_pools
+from cowhand.chain.places import Device, Place
 from cowhand.core.errors import CowhandError
+from cowhand.core.identity import Identity, identify, lies_on
 
-#: Bytes of a file that its header and the name of its base are looked for in, at first.
-_HEADER_SIZE = 1 << 16
-#: A header's first cluster is no longer than this in any format.
-_HEADER_LIMIT = 1 << 21
-#: How deep descriptions in ``json:`` names may be nested before they are given up.
-_JSON_DEPTH = 50
-
-Identity = tuple[int, int]
-
-
-class OverlaysExist(CowhandError):
-    """Other images stand on this one, and what was asked would change what they read."""
-
-    code = "has-overlays"
-    exit_code = 9
+#: Entries of folders that one search looks at, in sum. Beyond that it is not complete, and says so.
+MAX_ENTRIES = 200_000
+#: Folders below one another that are entered.
+_MAX_DEPTH = 64
+#: File systems of the kernel: nothing in them is an image.
+_KERNEL = ("/proc", "/sys", "/dev")
+#: What opening a device without a medium, or one that goes away just now, ends with: it holds no image.
+_NO_MEDIUM = (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
+#: A link to a folder is followed, and so many folders further down.
+_LINK_DEPTH = 1
+#: The specifications allow no shorter header, and no descriptor is as short.
+_MIN_SIZE = 64
 
 
 class Reference(NamedTuple):
-    """An image that stands on another one. ``backing`` is the name in its header, ``target`` the local file meant, or None."""
+    """An image that reads through another file. ``backing`` is the name in its header, ``targets`` are the local files that it may mean.
+
+    ``role``: "backing file", "data file", "extent".
+    """
 
     path: str
     format: str
     backing: str
     backing_format: str | None
-    target: str | None
+    targets: tuple[str, ...]
+    role: str = "backing file"
 
 
 class Tree:
-    """The images in *folders* (not in folders inside them). Reads headers once, when it is made; not thread-safe.
+    """The images in the places that were looked into. Each place is looked into once, however often it is asked for; not thread-safe.
 
-    ``unreadable`` lists (path, reason) of images that may stand on others, and that could not be asked.
+    ``unreadable`` lists (path, reason) of what may be an image that reads through others and could not be asked; ``looked`` the places, in words.
     """
 
     _SKIPPED_ENDS: ClassVar[tuple[str, ...]] = (".cowhand-new",)
 
-    def __init__(self, folders: Iterable[str | os.PathLike[str]]) -> None:
+    def __init__(self, folders: Iterable[str | os.PathLike[str]] = (), *, limit: int = MAX_ENTRIES) -> None:
         self.references: list[Reference] = []
         self.unreadable: list[tuple[str, str]] = []
-        self._by_target: dict[Identity, list[Reference]] = {}
-        seen: set[str] = set()
-        for folder in folders:
-            real = os.path.realpath(folder)
-            if real not in seen:
-                seen.add(real)
-                self._scan(os.fspath(folder))
+        self.looked: list[str] = []
+        self.entries = 0  #: entries of folders that were looked at
+        self._limit = limit
+        self._full = False
+        self._targets: dict[str, frozenset[Identity]] = {}
+        self._by_own: dict[Identity, list[Reference]] = {}  # by what a target is
+        self._by_lower: dict[Identity, list[Reference]] = {}  # by what a target's bytes are kept in
+        self._seen: dict[Identity, int] = {}  # folders, and how deep below them was looked
+        self._asked: set[str] = set()  # devices
+        self._left_out: tuple[str, ...] | None = None
+        self.look(Place(os.fspath(folder), 0) for folder in folders)
+
+    # -- looking
+
+    def look(self, places: Iterable[Place], devices: Iterable[Device] = ()) -> None:
+        """Look into what of *places* and *devices* was not looked into before."""
+        for place in places:
+            words = place.folder if place.depth == 0 else f"{place.folder} and below"
+            if place.depth:
+                words += f" ({place.depth} deep)"
+            if self._folder(place) and words not in self.looked:
+                self.looked.append(words)
+        for device in devices:
+            if device.path not in self._asked:
+                self._asked.add(device.path)
+                self._file(device.path, must=device.must)
+
+    def _folder(self, place: Place) -> bool:
+        """Look into a place; tell whether it is there."""
+        identity = identify(place.folder)
+        if identity is None:
+            return False
+        stack = [(place.folder, _MAX_DEPTH if place.depth is None else place.depth)]
+        while stack and not self._full:
+            folder, depth = stack.pop()
+            stack += reversed(self._enter(folder, depth))
+        return True
+
+    def _enter(self, folder: str, depth: int) -> list[tuple[str, int]]:
+        """Look at the files of *folder* unless that was done; return the folders in it that are to be entered, with their depths."""
+        identity = identify(folder)
+        if identity is None:
+            return []
+        before = self._seen.get(identity, -1)
+        if before >= depth:
+            return []
+        self._seen[identity] = depth
+        if before < 0 and self._is_left_out(folder):
+            self._seen[identity] = _MAX_DEPTH
+            return []
+        below: list[tuple[str, int]] = []
+        try:
+            with os.scandir(folder) as entries:
+                most = self._limit - self.entries + 1 if before < 0 else None
+                found = sorted(islice(entries, most), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self._miss(folder, os.strerror(error.errno or 0))
+            return []
+        if before < 0:
+            self.entries += len(found)
+            if self.entries > self._limit:
+                self._full = True
+                self._miss(folder, f"more than {self._limit} files and folders were to be looked at")
+                return []
+        for entry in found:
+            path = entry.name if folder == os.curdir else os.path.join(folder, entry.name)
+            if self._is_folder(entry):
+                if depth:
+                    below.append((path, min(depth - 1, _LINK_DEPTH) if entry.is_symlink() else depth - 1))
+            elif before < 0:
+                self._entry(entry, path)
+        return below
+
+    def _is_folder(self, entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:
+            return False
+
+    def _is_left_out(self, folder: str) -> bool:
+        if self._left_out is None:
+            self._left_out = (*_KERNEL, *known_pools().left_out)
+        real = os.path.realpath(folder)
+        return any(real == name or real.startswith(f"{name}/") for name in self._left_out) and not real.startswith(
+            "/dev/shm"
+        )
+
+    def _entry(self, entry: os.DirEntry[str], path: str) -> None:
+        if path.endswith(self._SKIPPED_ENDS):
+            return
+        try:
+            status = entry.stat()
+        except OSError as error:
+            if error.errno not in _NO_MEDIUM:  # else a link to nothing, or gone meanwhile
+                self._miss(path, os.strerror(error.errno or 0))
+            return
+        if (stat.S_ISREG(status.st_mode) and status.st_size >= _MIN_SIZE) or stat.S_ISBLK(status.st_mode):
+            self._file(path)
+
+    def _file(self, path: str, *, must: bool = True) -> None:
+        from cowhand.drivers import REGISTRY
+
+        try:
+            found = read_links(path, REGISTRY)
+        except CowhandError as error:
+            self._miss(path, error.message)
+            return
+        except OSError as error:
+            if error.errno not in _NO_MEDIUM and (must or not isinstance(error, PermissionError)):
+                self._miss(path, os.strerror(error.errno or 0))
+            return
+        for link in found.links:
+            targets = tuple(local_targets(path, link))
+            reference = Reference(path, found.format, link.name, link.format, targets, link.role)
+            self.references.append(reference)
+            for target in targets:
+                self._index(target, reference)
+
+    def _index(self, target: str, reference: Reference) -> None:
+        lower = self._targets.get(target)
+        if lower is None:
+            lower = self._targets[target] = lies_on(target)
+        own = identify(target)
+        if own is not None:
+            self._by_own.setdefault(own, []).append(reference)
+            for identity in lower - {own}:
+                self._by_lower.setdefault(identity, []).append(reference)
+
+    def _miss(self, path: str, reason: str) -> None:
+        self.unreadable.append((path, reason))
+
+    # -- asking
 
     def overlays(self, path: str | os.PathLike[str]) -> list[Reference]:
-        """Return the images that stand directly on *path*, in the order of their names."""
-        identity = identify(path)
-        return list(self._by_target.get(identity, ())) if identity is not None else []
+        """Return the images that read directly through *path*, but for itself, each file once, in the order in which they were found.
+
+        A device and what it lies on (a loop device's file, a partition's disk) count as one.
+        """
+        own = identify(path)
+        if own is None:
+            return []
+        found = list(self._by_lower.get(own, ()))
+        for under in lies_on(path):
+            found += self._by_own.get(under, ())
+        files: dict[Identity, Reference] = {}
+        for one in found:
+            identity = identify(one.path)
+            if identity is not None and identity != own:
+                files.setdefault(identity, one)
+        return list(files.values())
 
     def descendants(self, path: str | os.PathLike[str]) -> list[Reference]:
-        """Return all images that stand on *path*, directly or on others that do; nearer ones first, each once."""
+        """Return all images that read through *path*, directly or through others that do; nearer ones first, each file once."""
         found: list[Reference] = []
         seen: set[Identity | None] = {identify(path)}
         queue = self.overlays(path)
@@ -80,135 +225,3 @@ class Tree:
             found.append(reference)
             queue.extend(self.overlays(reference.path))
         return found
-
-    def _scan(self, folder: str) -> None:
-        for path in _files(folder):
-            if path.endswith(self._SKIPPED_ENDS):
-                continue
-            try:
-                reference = read_reference(path)
-            except CowhandError as error:
-                self.unreadable.append((path, error.message))
-                continue
-            except OSError as error:
-                self.unreadable.append((path, os.strerror(error.errno or 0)))
-                continue
-            if reference is None:
-                continue
-            self.references.append(reference)
-            identity = identify(reference.target) if reference.target is not None else None
-            if identity is not None:
-                self._by_target.setdefault(identity, []).append(reference)
-
-
-def identify(path: str | os.PathLike[str]) -> Identity | None:
-    """Return what tells the file from all others, whatever its name; None when it is not there."""
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return stat.st_dev, stat.st_ino
-
-
-def folder_of(path: str | os.PathLike[str]) -> str:
-    """Return the folder that the file *path* lies in, links of the file itself followed; written as *path* is."""
-    name = os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
-    return os.path.dirname(name) or os.curdir
-
-
-def _files(folder: str) -> Iterator[str]:
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_file())
-    except OSError:
-        return
-    for name in names:
-        yield name if folder == os.curdir else os.path.join(folder, name)
-
-
-def read_reference(path: str) -> Reference | None:
-    """Return what the image *path* stands on, from its header alone; None when it stands on nothing, or is no image of a kind that can.
-
-    Raises CowhandError for a broken header, OSError when the file cannot be read.
-    """
-    # Not blocking: the file may have become a pipe since it was looked at.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    try:
-        head = os.pread(descriptor, PROBE_SIZE, 0)
-        from cowhand.drivers import REGISTRY
-
-        if REGISTRY.probe(head, path).name != "qcow2":
-            return None
-        return _qcow2(path, descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _qcow2(path: str, descriptor: int) -> Reference | None:
-    from cowhand.block.formats.qcow2.ondisk.header import parse
-
-    head = os.pread(descriptor, _HEADER_SIZE, 0)
-    try:
-        header = parse(head, path)
-    except CowhandError:
-        if len(head) < _HEADER_SIZE:
-            raise
-        header = parse(os.pread(descriptor, _HEADER_LIMIT, 0), path)
-    if not header.backing_name:
-        return None
-    return Reference(path, "qcow2", header.backing_name, header.backing_format, local_target(path, header.backing_name))
-
-
-def local_target(owner: str, name: str) -> str | None:
-    """Return the local file that *name*, written in the image *owner*, means; None when it lies elsewhere."""
-    if name.startswith("json:"):
-        try:
-            described = _filename(json.loads(name[5:]), _JSON_DEPTH)
-        except (ValueError, RecursionError):
-            return None
-        if described is None:
-            return None
-        name = described
-    try:
-        found = combine(owner, name)
-    except CowhandError:
-        return None
-    if found.startswith("file:"):
-        return found[5:]
-    return None if has_protocol(found) else found
-
-
-def _filename(description: Any, depth: int) -> str | None:
-    """Return the file name at the bottom of a description in QEMU's form."""
-    while isinstance(description, dict) and depth:
-        depth -= 1
-        for key in ("filename", "file.filename", "file.file.filename"):
-            if isinstance(description.get(key), str):
-                return str(description[key])
-        description = description.get("file")
-    return None
-
-
-def refuse_if_needed(
-    path: str | os.PathLike[str],
-    doing: str,
-    *,
-    folders: Sequence[str] = (),
-    apart: Iterable[str] = (),
-) -> list[str]:
-    """Raise OverlaysExist when images in the folder of *path*, or in *folders*, stand on it; those in *apart* do not count.
-
-    *doing* says what would harm them ("committing into it"). Returns the images in these folders that could not be asked.
-    """
-    tree = Tree([folder_of(path), *folders])
-    known = {identify(name) for name in apart}
-    others = [reference.path for reference in tree.overlays(path) if identify(reference.path) not in known]
-    if not others:
-        return [name for name, _ in tree.unreadable]
-    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-    raise OverlaysExist(
-        f"other images stand on '{os.fspath(path)}', and {doing} would change what they read: {shown}",
-        path=os.fspath(path),
-        hint="Convert them into images of their own first (cowhand convert), or insist with --force if they may be lost.",
-        overlays=others,
-    )

@@ -140,6 +140,14 @@ class PermissionConflict(CowhandError):
     default_errno = _errno.EPERM
 
 
+class NodeBusy(CowhandError):
+    """A job or an export relies on a node, and refuses the operation meanwhile."""
+
+    code = "node-busy"
+    exit_code = 5
+    default_errno = _errno.EBUSY
+
+
 class InvalidFormat(CowhandError):
     """The bytes are not what the format's specification allows."""
 
@@ -218,6 +226,26 @@ class DeadlineExceeded(CowhandError, TimeoutError):
     default_errno = _errno.ETIMEDOUT
 
 
+class OverlaysExist(CowhandError):
+    """Other images, or internal snapshots, read through this one, and what was asked would change what they show."""
+
+    code = "has-overlays"
+    exit_code = 9
+
+
+class SearchIncomplete(CowhandError):
+    """It could not be found out whether other images read through this one, or what it reads through."""
+
+    code = "search-incomplete"
+    exit_code = 9
+
+
+class ChainLoop(InvalidArgument):
+    """An image would read through itself."""
+
+    code = "chain-loop"
+
+
 class SnapshotNotFound(CowhandError, LookupError):
     """The image has no snapshot of that id or name."""
 
@@ -249,13 +277,16 @@ _BY_ERRNO: dict[int, type[CowhandError]] = {
 }
 
 
-def from_os_error(error: OSError, path: str | None = None, *, doing: str | None = None) -> CowhandError:
+def from_os_error(error: OSError | OverflowError, path: str | None = None, *, doing: str | None = None) -> CowhandError:
     """Turn an ``OSError`` of the system into the matching :class:`CowhandError`; errno and message are kept.
 
-    *doing* ("reading", "opening") begins the message for people.
+    *doing* ("reading", "opening") begins the message for people. An ``OverflowError`` is an offset that the system cannot express.
     """
     if isinstance(error, CowhandError):
         return error
+    if isinstance(error, OverflowError):
+        text = f"{doing} failed: no file is that long" if doing else "no file is that long"
+        return IOFailed(text, qemu=os.strerror(_errno.EIO), path=path)
     number = error.errno or _errno.EIO
     kind = _BY_ERRNO.get(number, IOFailed)
     reason = os.strerror(number)

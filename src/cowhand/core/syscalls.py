@@ -39,6 +39,9 @@ _FS_IOC_FSSETXATTR = _WRITE | (28 << 16) | 0x5820
 _NOCOW_FLAG = 0x00800000
 _XFLAG_EXTSIZE = 0x00000800
 
+#: The highest offset that the system knows (off_t). What C takes for a number it cuts to this width without a word.
+LAST_OFFSET = (1 << 63) - 1
+
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY})
 
 _fallocate: Any = None
@@ -85,6 +88,12 @@ def end_of(fd: int) -> int:
     return os.lseek(fd, 0, os.SEEK_END) if POSITIONED else os.fstat(fd).st_size
 
 
+def refuse_far(offset: int, length: int) -> None:
+    """Raise ``OSError(EFBIG)`` where ``[offset, offset + length)`` lies where no file reaches: it would be cut to another place."""
+    if offset < 0 or length < 0 or offset + length > LAST_OFFSET:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
 def is_unsupported(error: OSError) -> bool:
     """Tell whether *error* means that the system, file system or device does not have the operation (and not that it failed)."""
     return error.errno in _UNSUPPORTED
@@ -112,6 +121,7 @@ def _call_fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     global _fallocate
     if length == 0:
         return  # the system call takes that for an error
+    refuse_far(offset, length)
     if _fallocate is None:
         if not LINUX:
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -140,6 +150,7 @@ def zero_range(fd: int, offset: int, length: int) -> None:
 def start_writing_out(fd: int, offset: int, length: int) -> None:
     """Have the kernel begin to write the range's changed pages to the medium; returns before they are there, and promises nothing."""
     global _sync_file_range
+    refuse_far(offset, length)
     if _sync_file_range is None:
         if not LINUX:
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -177,11 +188,13 @@ def device_is_read_only(fd: int) -> bool:
 
 def discard_device(fd: int, offset: int, length: int) -> None:
     """Tell a block device that the range, whole sectors, is no longer needed; what it reads as then is the device's business."""
+    refuse_far(offset, length)
     _ioctl(fd, _BLKDISCARD, struct.pack("=QQ", offset, length))
 
 
 def zero_device(fd: int, offset: int, length: int) -> None:
     """Make a range of whole sectors of a block device read as zeroes; the kernel writes them where the device has no better way."""
+    refuse_far(offset, length)
     _ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, length))
 
 
@@ -190,6 +203,8 @@ def clone_range(source: int, source_offset: int, length: int, target: int, targe
 
     Raises OSError: ENOTSUP or EXDEV where blocks cannot be shared, EINVAL where the range is not aligned.
     """
+    refuse_far(source_offset, length)
+    refuse_far(target_offset, length)
     _ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, source_offset, length, target_offset))
 
 
@@ -197,6 +212,8 @@ def copy_range(source: int, source_offset: int, length: int, target: int, target
     """Copy up to *length* bytes inside the kernel and return how many; 0 at the end of *source*. The descriptors' positions do not move."""
     if not hasattr(os, "copy_file_range"):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    refuse_far(source_offset, length)
+    refuse_far(target_offset, length)
     return os.copy_file_range(source, target, length, source_offset, target_offset)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block.disk import Disk
 from cowhand.block.graph import graph
+from cowhand.block.graph.changes import insert_filter
 from cowhand.block.opening.opening import Opening
 from cowhand.core.errors import NotSupported
 from cowhand.core.malloc_tuning import expect_arrays
@@ -60,5 +61,5 @@ def _rehearse(root: Any) -> None:
 
     below = root.file.node
     edge = root.file
-    graph.insert_above(below, [edge], TrialNode(below))
+    insert_filter(TrialNode(below), below, [edge])
     root.writable = True

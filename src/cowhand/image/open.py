@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cowhand.block.disk import Disk
-from cowhand.block.graph import graph
 from cowhand.block.node.node import CONSISTENT_READ, WRITE_UNCHANGED
 from cowhand.block.node.options import cache_switches
 from cowhand.block.opening.opening import Opening
@@ -90,7 +89,7 @@ def open_source(
         disk = open_image(what, format=format, cache=cache, force_share=force_share, policy=policy)
         stack.enter_context(disk)
         if unshared and not force_share:
-            graph.set_permissions(disk.edge, disk.edge.perm, CONSISTENT_READ | WRITE_UNCHANGED)
+            disk.share(CONSISTENT_READ | WRITE_UNCHANGED)
     if snapshot is None:
         return disk
     from cowhand.image.snapshots import open_snapshot

@@ -12,6 +12,7 @@ from cowhand.core.errors import BitmapUnusable, ReadOnly, SnapshotNotFound
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
+    from cowhand.block.node.guard import Guard
     from cowhand.block.node.node import BlockNode
     from cowhand.block.node.records import SnapshotInfo
 
@@ -82,10 +83,12 @@ def create_snapshot(
         )
 
 
-def apply_snapshot(disk: Disk, id_or_name: str) -> None:
+def apply_snapshot(disk: Disk, id_or_name: str, *, force: bool = False, guard: Guard | None = None) -> None:
     """Make the content, and the size, of *disk* what they were when the snapshot was made; what was written since is lost.
 
-    The snapshot stays. Raises SnapshotNotFound, NotSupported, ReadOnly, InvalidFormat, NoSpace, IOFailed; then nothing has changed.
+    The snapshot stays. To change what images show that read through this one is refused (OverlaysExist, SearchIncomplete) for a disk that
+    ``cowhand.open`` gave, unless *force* is set; *guard* stands for the disk's own. Raises SnapshotNotFound, NotSupported, ReadOnly, InvalidFormat,
+    NoSpace, IOFailed; then nothing has changed.
     """
     _check_writable(disk)
     node = _holder(disk)
@@ -95,6 +98,12 @@ def apply_snapshot(disk: Disk, id_or_name: str) -> None:
             qemu="Device has active dirty bitmaps", path=disk.filename, errno=16, hint="Remove the bitmaps first.",
         )  # fmt: skip
     wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
+    if guard is None and disk.guard is not None:
+        guard = disk.guard()
+    if guard is not None:
+        from cowhand.block.node.guard import change_of
+
+        guard.refuse(change_of(node, f"going back to a snapshot of '{disk.filename}'"), force=force)
     with graph.quiesce(node):
         try:
             node.apply_snapshot(wanted.id, wanted.name)

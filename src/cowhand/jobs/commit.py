@@ -28,6 +28,7 @@ from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
 
 if TYPE_CHECKING:
+    from cowhand.block.node.guard import Change, Guard
     from cowhand.block.opening.policy import Policy as OpenPolicy
 
 #: Bytes that are emptied at once, so that cancelling does not wait long.
@@ -54,7 +55,7 @@ class Layers:
 
     @property
     def base(self) -> Disk:
-        """What is written; raises InvalidArgument where the top stands on nothing."""
+        """What is written; raises InvalidArgument where the top has no backing file."""
         if self._base is None:
             raise InvalidArgument("Image does not have a backing file", path=self.top.filename)
         return self._base
@@ -102,13 +103,18 @@ def commit(
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
     warn: Callable[[str], None] | None = None,
+    force: bool = False,
+    guard: Guard | None = None,
 ) -> CommitResult:
     """Copy what *top*, and every layer between, allocates into *base* (default: *top*'s backing file), which grows to *top*'s size.
 
     Then *top* is emptied, so that the base shows through; with *drop* (-d), and whenever *base* is named (-b), it is left as it is and may be
     deleted. Layers between stay in any case, but no longer mean what they did. Everything is opened and checked before the first byte is
     written. *cancel* leaves a base that holds a part of the data and a top that still holds all: nothing that a reader of *top* sees has
-    changed. Other overlays of *base* become invalid, which this function cannot know: ``cowhand.chain`` can. Raises CowhandError.
+    changed.
+
+    *guard* refuses (OverlaysExist, SearchIncomplete) what would change what other images show, layers between among them, or internal snapshots of
+    *top* and of these; *force* overrides it. ``cowhand.commit`` always has one. Raises CowhandError.
     """
     drop = drop or base is not None
     layers = open_layers(top, format=format, cache=cache, policy=policy, writable=not drop)
@@ -117,11 +123,37 @@ def commit(
         if above != layers.above:
             layers.close()
             layers = open_layers(top, above, format=format, cache=cache, policy=policy, writable=not drop)
+        if guard is not None:
+            guard.refuse(change_of(layers.top.root, layers.above), force=force)
         moved, grown = copy_down(layers, rate_limit=rate_limit, progress=progress, cancel=cancel)
         emptied = not drop and empty(layers.top, cancel, warn)
         return CommitResult(layers.base.filename, moved.data, moved.zero, grown, emptied)
     finally:
         layers.close()
+
+
+def change_of(top: BlockNode, above: int) -> Change:
+    """Return what committing the *above* layers from *top* on changes for others: the base, and so all layers between, not what *top* shows.
+
+    Raises InvalidArgument where there are not so many layers.
+    """
+    from cowhand.block.node.guard import Change, files_of
+    from cowhand.image.kept_states import states_over
+
+    nodes = [skip_filters(top)]
+    for _ in range(above):
+        below = nodes[-1].backing
+        if below is None:
+            raise InvalidArgument("Image does not have a backing file", path=nodes[-1].filename)
+        nodes.append(skip_filters(below.node))
+    files = [path for node in reversed(nodes[1:]) for path in files_of(node)]
+    states = [state for node in nodes[:-1] for state in states_over(node)]
+    return Change(
+        f"committing into '{nodes[-1].filename}'",
+        tuple(files),
+        (*files_of(nodes[0]), *files_of(nodes[-1])),
+        tuple(states),
+    )
 
 
 def open_layers(

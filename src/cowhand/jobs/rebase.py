@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.disk import Disk
 from cowhand.block.graph.block_status import skip_filters
+from cowhand.block.links.reading import is_broken, local_targets, read_links, refuse_loop
+from cowhand.block.links.records import BACKING, Link
 from cowhand.block.opening.filenames import combine, location
 from cowhand.copy.engine import plan
 from cowhand.copy.engine.engine import WORKERS, Engine
 from cowhand.copy.engine.source import Source
 from cowhand.copy.ops.rebase_diff import candidates, changes_sink
 from cowhand.core.errors import CowhandError, NotSupported
+from cowhand.core.identity import identify
 from cowhand.core.progress import CancelToken, Progress
+from cowhand.drivers import REGISTRY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cowhand.block.node.guard import Change, Guard
+    from cowhand.block.node.node import BlockNode
     from cowhand.block.opening.policy import Policy
 
 
@@ -61,6 +67,8 @@ def rebase(
     policy: Policy | None = None,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
+    force: bool = False,
+    guard: Guard | None = None,
 ) -> RebaseResult:
     """Make *backing* (a name as it is to stand in the header; None or "": nothing) the backing file of *top*, whose content stays the same.
 
@@ -68,7 +76,10 @@ def rebase(
     is gone. With *look* everything is compared and counted, and nothing is changed. *compressed* (-c) stores what is copied in compressed
     clusters. *force_share* (-U) reads the new backing file although others may be writing it. *cancel* leaves *top* on its old backing file, with
     a part of the data in it.
-    Raises CowhandError; *top* shows the same content then.
+
+    Never makes a loop: ChainLoop is raised, also with *unsafe* and with *force*, when *backing* is *top* itself or reads through it. *guard* refuses
+    (OverlaysExist, SearchIncomplete) what would change what others show: internal snapshots of *top*, and with *unsafe* images that read through it;
+    *force* overrides it. ``cowhand.rebase`` always has one. Raises CowhandError; *top* shows the same content then.
     """
     from cowhand.image.open import open_image
 
@@ -94,6 +105,10 @@ def rebase(
             raise NotSupported(
                 f"format '{root.driver}' has no backing files", qemu="Operation not supported", path=disk.filename
             )
+        if name is not None:
+            refuse_loop(location(disk.root), Link(BACKING, name, backing_format), REGISTRY, force=force)
+        if guard is not None and not look:
+            guard.refuse(change_of(disk, name, backing_format, unsafe=unsafe), force=force)
         changes = Changes(0, 0, 0)
         if not unsafe:
             changes = copy_changes(
@@ -111,6 +126,45 @@ def rebase(
         if not look:
             change(name, backing_format)
         return RebaseResult(disk.filename, name, backing_format if name else None, *changes)
+
+
+def change_of(disk: Disk, backing: str | None, format: str | None = None, *, unsafe: bool = False) -> Change:
+    """Return what rebasing *disk* changes for others; nothing where it shows the same over the new name, or can show nothing now."""
+    from cowhand.block.node.guard import Change, files_of
+    from cowhand.image.kept_states import states_over
+
+    root = skip_filters(disk.root)
+    doing = f"another backing file of '{disk.filename}'"
+    if _shows_the_same(root, backing, format):
+        return Change(doing)
+    # With a comparison the image itself goes on showing the same; its snapshots are not compared.
+    files = files_of(root) if unsafe else ()
+    return Change(doing, files, files, tuple(states_over(root)))
+
+
+def _shows_the_same(root: BlockNode, backing: str | None, format: str | None) -> bool:
+    """Tell whether *root* shows over *backing*, a name as in a header, what it shows now; so does what can show nothing now."""
+    path = location(root)
+    if identify(path) is None:
+        return False
+    if is_broken(path, REGISTRY):
+        return True
+    links = [link for link in read_links(path, REGISTRY).links if link.role == BACKING]
+    old = [_meaning(path, link) for link in links]
+    new = [] if not backing else [_meaning(path, Link(BACKING, backing, format))]
+    return old == new and None not in old
+
+
+def _meaning(path: str, link: Link) -> tuple[Any, str] | None:
+    """Return which file *link* means and in which format it is read; None where that cannot be told."""
+    targets = local_targets(path, link)
+    identity = identify(targets[0]) if len(targets) == 1 else None
+    if identity is None:
+        return None
+    try:
+        return identity, link.format or read_links(targets[0], REGISTRY).format
+    except (CowhandError, OSError):
+        return None
 
 
 def copy_changes(

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from cowhand.block.node.node import BlockNode, Child, Request, Role
+from cowhand.block.node.node import BlockNode, Child, Failures, Request, Role
 from cowhand.block.node.options import NodeOptions
 from cowhand.core.buffers import Buffer, fill_zero
 from cowhand.core.errors import AccessDenied, CowhandError, InvalidArgument, InvalidFormat, NotSupported, ReadOnly
@@ -228,10 +228,10 @@ class MappedFormat(BlockNode):
         """Raise unless changes may be made."""
         raise ReadOnly(f"'{self.filename}' is open for reading only", path=self.filename)
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         from cowhand.block.format_io.batch import submit
 
-        submit(self, batch)
+        return submit(self, batch)
 
 
 class ReadOnlyFormat(MappedFormat):

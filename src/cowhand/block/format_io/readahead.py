@@ -26,7 +26,7 @@ def announce(descriptor: int, places: Iterable[tuple[int, int]]) -> None:
     try:
         for offset, length in places:
             os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
-    except OSError:
+    except (OSError, OverflowError):
         pass
 
 
@@ -40,6 +40,6 @@ def is_cold(descriptor: int, offset: int) -> bool:
         read(descriptor, (_probe,), offset, NOWAIT)
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         pass
     return False

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cowhand.block.graph.graph import disks_above
 from cowhand.block.node.node import BlockNode, Child
 from cowhand.block.node.options import NodeOptions
 from cowhand.core.errors import CowhandError, NotSupported, Poisoned, ReadOnly
@@ -177,6 +178,10 @@ class ReservingNode(BlockNode):
         if self.poison is None:
             known = isinstance(error, CowhandError)
             self.poison = error if known else Poisoned(f"interrupted by {type(error).__name__}")  # type: ignore[assignment]
+            assert self.poison is not None
+            for disk in disks_above((self,)):
+                for listener in disk.listeners:
+                    listener.failed(disk, self.poison)
 
     # -- the in-flight table
 

@@ -1,4 +1,4 @@
-"""What stands above the graph: a disk, and the edge by which it uses its root node."""
+"""What stands above the graph: a disk with the edge by which it uses its root node, and owners that keep a node open."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from cowhand.block.node.node import BlockNode, Edge, Role
 
 if TYPE_CHECKING:
     from cowhand.block.graph.drain import Gate
+    from cowhand.core.errors import CowhandError
+
+
+class DiskListener:
+    """Hears of what happens to a disk. The methods are called inside a drain or after a request: no I/O, no waiting."""
+
+    def resized(self, disk: GraphUser, size: int) -> None:
+        """*disk* has *size* bytes now."""
+
+    def replaced(self, disk: GraphUser, root: BlockNode) -> None:
+        """*disk* reads and writes *root* now."""
+
+    def failed(self, disk: GraphUser, error: CowhandError) -> None:
+        """*disk*'s image is not written any more, by *error*, until it is opened again."""
+
+    def closed(self, disk: GraphUser) -> None:
+        """*disk* was closed."""
 
 
 class GraphUser(Protocol):
@@ -15,18 +32,19 @@ class GraphUser(Protocol):
 
     name: str
     read_only: bool
-    resizable: bool
     write_through: bool
+    resizable: bool
     gate: Gate
     edge: UserEdge
     in_flight: dict[int, tuple[str, int, int, int]]
+    listeners: tuple[DiskListener, ...]
 
     @property
     def root(self) -> BlockNode:
         """The node that the disk reads and writes."""
 
     def root_changed(self) -> None:
-        """Learn the root's size and limits anew; called with the gate shut."""
+        """Learn the root's size anew; called with the gate shut."""
 
 
 class UserEdge(Edge):
@@ -41,3 +59,17 @@ class UserEdge(Edge):
     @property
     def owner(self) -> GraphUser:
         return self.user
+
+
+class OwnerEdge(Edge):
+    """Keeps a node open for *owner* (a monitor), without any permission; drains do not see it, and it never moves to another node."""
+
+    __slots__ = ("keeper",)
+
+    def __init__(self, keeper: str) -> None:
+        super().__init__("owner", Role.FILTERED)
+        self.keeper = keeper
+
+    @property
+    def owner(self) -> str:
+        return self.keeper

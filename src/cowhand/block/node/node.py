@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from cowhand.block.node.options import NodeOptions, strong_options
 from cowhand.core.buffers import Buffer
@@ -43,6 +43,8 @@ PERMISSION_NAMES = {
 #: (READ, offset, writable buffer), (WRITE, offset, buffer), (ZERO, offset, length), (ZERO_UNMAP, offset, length),
 #: (DISCARD, offset, length), (FLUSH, 0, 0)
 Request: TypeAlias = tuple[int, int, Any]
+#: What of a batch failed: {index of the request: error}.
+Failures: TypeAlias = dict[int, Exception]
 READ, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, DISCARD, FLUSH = range(6)
 
 
@@ -102,6 +104,22 @@ class Role(IntEnum):
 Hook: TypeAlias = Callable[[int, int], None]
 
 
+class Blocker(Protocol):
+    """What refuses operations on nodes meanwhile (:class:`cowhand.block.graph.blockers.Blocker`)."""
+
+    reason: str
+
+    def refuses(self, node: BlockNode, operation: str) -> bool:
+        """Tell whether *operation* on *node* is refused."""
+
+
+class NodeTable(Protocol):
+    """Where nodes are found by their names (:class:`cowhand.block.graph.names.NodeNames`)."""
+
+    def forget(self, node: BlockNode) -> None:
+        """Take a node out that was closed."""
+
+
 class Reopening:
     """One node's part of a reopen (:mod:`cowhand.block.graph.reopen`): made by preparing, committed, perhaps undone, and always finished.
 
@@ -144,6 +162,8 @@ class BlockNode(ABC):
     detects_zeroes: bool = False
     #: Requests may wait here of the node's own accord, see :meth:`hurry`.
     delays: ClassVar[bool] = False
+    #: Whether a node without children does its requests at once: no other machine, user or limit is waited for.
+    immediate: bool = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
     zero_when_new: bool = True
 
@@ -158,6 +178,10 @@ class BlockNode(ABC):
         self.hooks: tuple[Hook, ...] = ()
         self.dirty_bitmaps: BitmapSet | None = None  #: named bitmaps of this node, where it has any
         self.closed = False
+        self.blockers: tuple[
+            Blocker, ...
+        ] = ()  #: what refuses operations on the node, see :mod:`cowhand.block.graph.blockers`
+        self.table: NodeTable | None = None  #: where the node can be found by its name, if anywhere
         self.probed = False  #: the driver was chosen by looking at the bytes, not by the user
         #: A descriptor through which this node's bytes may be read and written at their own offsets, or -1 (see host_file).
         self.lane_fd = -1
@@ -277,9 +301,12 @@ class BlockNode(ABC):
     def hurry(self, on: bool) -> None:
         """Let requests pass that wait here of the node's own accord, until it is taken back: somebody waits for their end."""
 
-    def submit(self, batch: Sequence[Request]) -> None:
-        """Do many requests, in any order and overlap that separate threads could have; the first error is raised after the rest has ended."""
-        one_by_one(self, batch)
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
+        """Do many requests, in any order and overlap that separate threads could have; return those that failed, or None.
+
+        What is raised instead says that none of them can be relied on.
+        """
+        return one_by_one(self, batch)
 
     # -- what is where
 
@@ -389,10 +416,10 @@ class BlockNode(ABC):
         return f"<{self.driver} {self.name} {self.filename!r}>"
 
 
-def one_by_one(access: Any, batch: Sequence[Request]) -> None:
-    """Do the requests of *batch* through *access* (a node, or a way to one) singly; the first error is raised after the rest has ended."""
-    failure: Exception | None = None
-    for kind, offset, what in batch:
+def one_by_one(access: Any, batch: Sequence[Request]) -> Failures | None:
+    """Do the requests of *batch* through *access* (a node, or a way to one) singly; return those that failed, or None."""
+    failures: Failures | None = None
+    for index, (kind, offset, what) in enumerate(batch):
         try:
             if kind == READ:
                 access.read_into(offset, what)
@@ -406,10 +433,11 @@ def one_by_one(access: Any, batch: Sequence[Request]) -> None:
                 access.discard(offset, what)
             else:
                 access.flush()
-        except Exception as error:  # noqa: BLE001 - raised below
-            failure = failure or error
-    if failure is not None:
-        raise failure
+        except Exception as error:  # noqa: BLE001 - the caller is told which one it was
+            if failures is None:
+                failures = {}
+            failures[index] = error
+    return failures
 
 
 class Edge:
@@ -418,6 +446,9 @@ class Edge:
     The bound methods are those to call: they go straight to the node, or through padding where the node's alignment is coarser than
     what the user promises, and through the after-write hooks where the node has some. :mod:`cowhand.block.graph.graph` sets them.
     """
+
+    #: whether the user is another node
+    is_child: ClassVar[bool] = False
 
     __slots__ = (
         "discard", "flush", "lane", "name", "node", "perm", "read_into", "role", "shared", "submit", "write", "write_zeroes",
@@ -430,7 +461,7 @@ class Edge:
     write_zeroes: Callable[..., None]
     discard: Callable[[int, int], None]
     flush: Callable[[], None]
-    submit: Callable[[Sequence[Request]], None]
+    submit: Callable[[Sequence[Request]], Failures | None]
 
     def __init__(self, name: str, role: Role) -> None:
         self.name = name
@@ -451,6 +482,8 @@ class Edge:
 
 class Child(Edge):
     """A node's use of another node."""
+
+    is_child: ClassVar[bool] = True
 
     __slots__ = ("parent",)
 

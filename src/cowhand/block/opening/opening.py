@@ -7,12 +7,12 @@ a path, a "PROTOCOL:..." string, or "json:{...}". What the user named is opened 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from cowhand.block.graph import graph
+from cowhand.block.graph.names import NodeNames, check_name
 from cowhand.block.node.node import BlockNode, Child, Role
 from cowhand.block.node.options import NodeOptions, check_zero_detection, declared, flatten, is_on, nest, parse
 from cowhand.block.opening.filenames import FileName, combine, has_protocol, location
@@ -31,9 +31,6 @@ from cowhand.core.errors import (
 
 #: Options that a child takes over from its parent unless its own description says otherwise.
 _INHERITED = ("cache_direct", "cache_no_flush", "force_share")
-#: QEMU's rule for the names of nodes.
-_NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
-_LONGEST_NAME = 31
 
 
 class _Path(NamedTuple):
@@ -65,9 +62,14 @@ class _Waiting(NamedTuple):
 class Opening:
     """One act of opening a graph: what it was asked, what it has opened so far, how deep it is. Used by one thread, once."""
 
-    def __init__(self, registry: Registry, policy: Policy = DEFAULT, *, backing: bool = True) -> None:
+    def __init__(
+        self, registry: Registry, policy: Policy = DEFAULT, *, backing: bool = True, names: NodeNames | None = None
+    ) -> None:
         self.registry = registry
         self.policy = policy
+        self.names = (
+            names  #: where nodes become known by name, and are referred to; None: a child's string is a file name
+        )
         self.with_backing = backing  #: False opens a format without what lies under it
         self.opened: list[BlockNode] = []
         self.for_repair = False  #: check and repair open what ordinary users are refused (corrupt, dirty)
@@ -177,6 +179,8 @@ class Opening:
     def track(self, node: BlockNode) -> None:
         """Close *node*, with its children, if this opening fails; a driver calls it before it opens children."""
         if node not in self.opened:
+            if self.names is not None:
+                self.names.add(node)
             self.opened.append(node)
 
     def node(self, description: Mapping[str, Any], parent: NodeOptions, *, role: Role | None = None) -> BlockNode:
@@ -221,6 +225,11 @@ class Opening:
             raise InvalidArgument(
                 f"Cannot find device='' nor node-name='{description}'", hint="An image cannot name nodes of this process.", path=self._asker.owner
             )  # fmt: skip
+        if isinstance(description, str) and self.names is not None:
+            known = self.names.find(description)
+            if known is None:
+                raise InvalidArgument(f"Cannot find device='' nor node-name='{description}'")
+            return graph.attach(node, name, known, role)
         if not isinstance(description, (str, Mapping)):
             raise InvalidArgument(f"Parameter '{name}' expects a description of a node")
         given = dict(self.describe(description) if isinstance(description, str) else description)
@@ -463,11 +472,9 @@ class Opening:
         """Raise InvalidArgument unless *name* is one for a node, and new."""
         if name is None:
             return
-        if len(name) > _LONGEST_NAME:
-            raise InvalidArgument("Node name too long")
-        if not _NODE_NAME.match(name):
-            raise InvalidArgument(f"Invalid node-name: '{name}'")
-        if any(node.name == name and not node.closed for node in self.opened):
+        check_name(name)
+        taken = self.names is not None and name in self.names
+        if taken or any(node.name == name and not node.closed for node in self.opened):
             raise InvalidArgument(f"Duplicate nodes with node-name='{name}'")
 
     def _ask_policy(self, entry: DriverEntry, filename: Any, asker: _Asker) -> None:

@@ -25,6 +25,9 @@ class DriverEntry(NamedTuple):
     probe: Callable[[bytes, str], int] | None = None
     prefixes: tuple[str, ...] = ()  #: protocol prefixes of file names, without the colon
     creatable: bool = True
+    links: str = (
+        ""  #: module whose ``links(reader)`` says what an image names; "" for what stands on nothing (block/links)
+    )
 
     def load(self) -> type[BlockNode]:
         """Import the driver and return its class."""

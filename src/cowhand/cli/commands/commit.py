@@ -1,7 +1,9 @@
 """Write an overlay's changes into the image below it, and empty the overlay, which then shows the base.
 
-Every other overlay of that base would read changed bytes afterwards. So the folder of the base is searched for images that stand
-on it (--look-in names more folders), and the commit is refused where there are some. --force does it all the same.
+Every other overlay of that base would read changed bytes afterwards, and so would internal snapshots of the overlay itself. So images that
+depend on the base are looked for: beside it and beside the overlay, below, in folders beside those, in known pools and on block devices
+(--look-in names more folders). The commit is refused where there are some, or where not everything could be looked at. --force does
+it all the same.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from cowhand.chain.tree import identify
 from cowhand.cli import arguments
+from cowhand.cli.guard import add_guard, guard_of
 from cowhand.core.errors import ImageNotFound, InvalidArgument
+from cowhand.core.identity import identify
 from cowhand.core.units import format_size
 from cowhand.image.info import ImageInfo, chain_info
 
@@ -36,10 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-d", "--no-empty", action="store_true", help="leave the overlay as it is: it is going to be deleted"
     )
-    parser.add_argument(
-        "--look-in", action="append", default=[], metavar="FOLDER", help="look for other overlays there, too"
-    )
-    parser.add_argument("--force", action="store_true", help="commit although other images will read changed bytes")
+    add_guard(parser, "commit although other images, or snapshots, will show other data")
     parser.add_argument(
         "-r", "--rate-limit", type=arguments.size, default=0, metavar="SIZE", help="bytes a second, at most"
     )
@@ -60,7 +60,6 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Commit, when nobody else needs the base as it is."""
     layers = layers_to(chain_info(args.image, format=args.format), args.base, args.image)
     names = [info.filename for info in layers]
-    _guard(args, context, names)
     if args.dry_run:
         return _plan(args, context, layers)
     from cowhand.jobs.commit import commit
@@ -75,6 +74,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         progress=context.progress(f"{os.path.basename(names[0])} → {os.path.basename(names[-1])}"),
         cancel=context.cancel,
         warn=context.out.warn,
+        guard=guard_of(args, context),
     )
     if context.out.json:
         document = {"filename": args.image, "base": result.base, "copied": result.copied, "zeroes": result.zeroes}
@@ -105,30 +105,16 @@ def layers_to(chain: list[ImageInfo], base: str | None, image: str) -> list[Imag
     raise InvalidArgument(f"'{base}' is not below '{image}'", path=image, hint=f"Below it are: {known}")
 
 
-def _guard(args: argparse.Namespace, context: Context, names: list[str]) -> None:
-    """Refuse when an image outside of the chain stands on one whose content changes: the base, and all between it and the top."""
-    from cowhand.cli.guard import refuse_harm
-
-    for name in names[1:]:
-        refuse_harm(
-            context,
-            name,
-            f"committing into {names[-1]}",
-            force=args.force or args.dry_run,
-            apart=names,
-            folders=args.look_in,
-        )
-
-
 def _plan(args: argparse.Namespace, context: Context, layers: list[ImageInfo]) -> int:
     import cowhand
-    from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
     from cowhand.core.extents import ALLOCATED, DATA
+    from cowhand.jobs.commit import change_of
 
     top, base = layers[0], layers[-1]
     data = zero = 0
     with cowhand.open(args.image, format=args.format) as disk:
+        found = guard_of(args, context).look(change_of(disk.root, len(layers) - 1))
         for batch in disk.extents(depth=len(layers) - 1):
             stored = batch.total(DATA | ALLOCATED)
             data += stored
@@ -144,8 +130,8 @@ def _plan(args: argparse.Namespace, context: Context, layers: list[ImageInfo]) -
         reads=[Touch(info.filename, "what it stores") for info in layers[:-1]],
         writes=writes,
         moves=data,
-        dependents=dependents(base.filename, apart=[info.filename for info in layers]),
-        warnings=[f"{info.filename} no longer means what it does now" for info in layers[1:-1]],
+        dependents=found,
+        warnings=[f"{info.filename} will show other data: what is committed passes it by" for info in layers[1:-1]],
         undo="none: the base's present content is gone. Take a snapshot of it, or copy it, first",
     )
     return show(plan, context.out)

@@ -10,6 +10,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
+from cowhand.cli.guard import add_guard
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_encrypt(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what has that name")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
-    parser.add_argument("--force", action="store_true", help="overwrite although other images stand on what is there")
+    add_guard(parser, "overwrite although other images read through what is there")
     arguments.add_dry_run(parser)
     arguments.add_output(parser)
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         return _explain(args.format or "qcow2", context)
     if args.image is None:
         raise arguments.Usage("the new image needs a name", hint="See: cowhand create --help")
-    from cowhand.cli.guard import refuse_existing, refuse_harm
+    from cowhand.cli.guard import guard_of, refuse_existing, tidy
     from cowhand.image.create import prepare
 
     creation = prepare(
@@ -71,11 +72,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
         open_backing=not args.unsafe,
     )
     there = refuse_existing(args.image, args.overwrite)
-    if there:
-        refuse_harm(context, args.image, "overwriting it", force=args.force or args.dry_run)
+    tidy(context, args.image, remove=not args.dry_run)
     if args.dry_run:
         return _plan(args, context, creation, there)
-    creation.run(overwrite=args.overwrite)
+    creation.run(overwrite=args.overwrite, warn=context.out.warn, guard=guard_of(args, context))
     if context.out.json:
         context.out.document(_document(creation))
         return 0
@@ -105,12 +105,21 @@ def _document(creation: Creation) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, context: Context, creation: Creation, there: bool) -> int:
+    from cowhand.cli.guard import dependents, in_place_warning
     from cowhand.cli.plan import Plan, Touch, show
+    from cowhand.plans.dependents import Dependents
 
     plan = Plan(
         action=f"create {creation.filename}, {creation.format.name}, {format_size(creation.size)}",
         reads=[Touch(args.backing, "header of the base")] if args.backing and not args.unsafe else [],
-        writes=[Touch(creation.filename, "its present content would be lost" if there else "new file")],
+        writes=[
+            Touch(
+                creation.filename,
+                "its present content would be lost when the new image is complete" if there else "new file",
+            )
+        ],
+        warnings=in_place_warning(creation.filename, backing=args.backing) if there else [],
+        dependents=dependents(args.image, args) if there else Dependents(),
         undo="none: what the file holds now would be gone" if there else f"delete {creation.filename}",
     )
     return show(plan, context.out)

@@ -1,6 +1,6 @@
 """Tell what an image is: format, sizes, snapshots, and the image that it stands on.
 
-With --chain all images below it are told as well, and which other images in their folders stand on them. An image that is in
+With --chain all images below it are told as well, and which other images read through them (where a change would look for them). An image that is in
 use is described too; its figures may be changing.
 """
 
@@ -66,19 +66,14 @@ def _end(chain: list[ImageInfo]) -> int:
 
 
 def other_overlays(chain: list[ImageInfo]) -> list[list[str]]:
-    """Return for each image of *chain* the images in its folder that stand on it, but for the one above it in the chain."""
-    from cowhand.chain.tree import Tree, folder_of, identify
+    """Return for each image of *chain* the images that read directly through it, but for the one above it in the chain."""
+    from cowhand.plans.dependents import Search
 
-    found: list[list[str]] = [[]]
+    search = Search()
+    found = [[one.path for one in search.of([chain[0].filename]).overlays]]
     for above, info in itertools.pairwise(chain):
-        if info.problem:
-            found.append([])
-            continue
-        tree = Tree([folder_of(info.filename)])
-        own = identify(above.filename)
-        found.append([one.path for one in tree.overlays(info.filename) if identify(one.path) != own])
-    top = Tree([folder_of(chain[0].filename)])
-    found[0] = [one.path for one in top.overlays(chain[0].filename)]
+        overlays = () if info.problem else search.of([info.filename], [above.filename]).overlays
+        found.append([one.path for one in overlays])
     return found
 
 

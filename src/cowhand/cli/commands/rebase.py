@@ -1,5 +1,8 @@
 """Give an image another backing file, or none. What it shows stays the same.
 
+What internal snapshots of the image show would change, as with --unsafe what other images show that read through it: then it is refused, unless
+you insist with --force. An image is never put on itself, or on one that reads through it.
+
 What the new backing file would show differently is copied into the image first; the name in its header changes last, so a crash at any point
 does no harm: the rebase is simply begun again. With --unsafe only the header changes.
 """
@@ -12,11 +15,13 @@ import shlex
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
+from cowhand.cli.guard import add_guard, guard_of
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context
     from cowhand.jobs.rebase import RebaseResult
+    from cowhand.plans.dependents import Dependents
 
 EXAMPLES = """\
   cowhand rebase -b base.qcow2 work.qcow2            stand on base.qcow2 from now on
@@ -36,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-F", "--base-format", metavar="FMT", help="its format; recognised when left out")
     parser.add_argument("-u", "--unsafe", action="store_true", help="change the header alone, whatever the files hold")
     parser.add_argument("-c", "--compress", action="store_true", help="store what is copied in compressed clusters")
-    parser.add_argument("--force", action="store_true", help="with -u, although other images stand on this one")
+    add_guard(parser, "rebase although snapshots of the image, or with -u other images, will show other data")
     arguments.add_share(parser)
     arguments.add_talk(parser)
     arguments.add_dry_run(parser)
@@ -47,10 +52,6 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Rebase, or with ``--dry-run`` compare only."""
     from cowhand.jobs.rebase import rebase
 
-    if args.unsafe:
-        from cowhand.cli.guard import refuse_harm
-
-        refuse_harm(context, args.image, "changing what it stands on", force=args.force or args.dry_run)
     result = rebase(
         args.image,
         args.base,
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         force_share=args.force_share,
         progress=context.progress(f"{os.path.basename(args.image)} → {os.path.basename(args.base) or 'alone'}"),
         cancel=context.cancel,
+        guard=guard_of(args, context),
     )
     if args.dry_run:
         return _plan(args, context, result)
@@ -101,8 +103,18 @@ def _undo(args: argparse.Namespace) -> str:
     return shlex.join([*words, args.image]) + (f", while {old.backing} is there and unchanged" if old.backing else "")
 
 
+def _dependents(args: argparse.Namespace, context: Context) -> Dependents:
+    import cowhand
+    from cowhand.block.node.guard import files_of
+    from cowhand.jobs.rebase import change_of
+
+    with cowhand.open(args.image, format=args.format, backing=False, force_share=True) as disk:
+        change = change_of(disk, args.base, args.base_format, unsafe=args.unsafe)
+        files = files_of(disk.root)
+        return guard_of(args, context).look(change._replace(files=files, part=files))
+
+
 def _plan(args: argparse.Namespace, context: Context, result: RebaseResult) -> int:
-    from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
 
     target = args.base or "nothing"
@@ -115,7 +127,7 @@ def _plan(args: argparse.Namespace, context: Context, result: RebaseResult) -> i
         reads=[] if args.unsafe else [Touch(args.image, "what may differ", result.compared)],
         writes=writes,
         moves=result.copied,
-        dependents=dependents(args.image),
+        dependents=_dependents(args, context),
         warnings=warnings,
         undo=_undo(args),
     )

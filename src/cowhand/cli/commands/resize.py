@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import cowhand
 from cowhand.cli import arguments
+from cowhand.cli.guard import add_guard, guard_of
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size, parse_size
 
@@ -34,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_format(parser)
     parser.add_argument("--shrink", action="store_true", help="allow cutting data off")
     parser.add_argument("--preallocation", choices=PREALLOCATION, default="off", help="how the new space is prepared")
-    parser.add_argument("--force", action="store_true", help="shrink although other images stand on this one")
+    add_guard(parser, "shrink although other images read through this one")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
     arguments.add_dry_run(parser)
     arguments.add_output(parser)
@@ -67,18 +68,15 @@ def run(args: argparse.Namespace, context: Context) -> int:
     with cowhand.open(args.image, format=args.format, writable=not args.dry_run) as disk:
         old = disk.size
         size = new_size(args.size, old)
-        if size < old:
-            from cowhand.cli.guard import refuse_harm
-
-            refuse_harm(context, args.image, "cutting its end off", force=args.force or args.dry_run)
-            if not args.shrink and not args.dry_run:
-                raise InvalidArgument(
-                    f"the last {format_size(old - size)} of the disk would be lost",
-                    path=args.image,
-                    hint="Shrink the file systems and partitions inside first, then insist with --shrink.",
-                )
+        if size < old and not args.shrink and not args.dry_run:
+            raise InvalidArgument(
+                f"the last {format_size(old - size)} of the disk would be lost",
+                path=args.image,
+                hint="Shrink the file systems and partitions inside first, then insist with --shrink.",
+            )
         if args.dry_run:
             return _plan(args, context, old, size)
+        disk.guard = lambda: guard_of(args, context)
         if size != old:
             disk.resize(size, preallocation=args.preallocation, shrink=args.shrink)
             disk.flush()
@@ -99,7 +97,7 @@ def _plan(args: argparse.Namespace, context: Context, old: int, size: int) -> in
     plan = Plan(
         action=f"resize {args.image} from {format_size(old)} to {format_size(size)}",
         writes=[Touch(args.image, "its length and tables")],
-        dependents=dependents(args.image),
+        dependents=dependents(args.image, args),
         warnings=[f"the last {format_size(lost)} of the disk would be lost"] if lost else [],
         undo="none: what is cut off is gone" if lost else f"cowhand resize --shrink {args.image} {old}",
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import cowhand
 from cowhand.cli import arguments
+from cowhand.cli.guard import add_guard, guard_of
 from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.units import format_size
 from cowhand.image.info import image_info, snapshot_document
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="image that holds the snapshots")
     parser.add_argument("name", nargs="?", help="id of the snapshot, or its name")
     arguments.add_format(parser)
-    parser.add_argument("--force", action="store_true", help="apply although other images stand on this one")
+    add_guard(parser, "apply although other images read through this one")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
     arguments.add_share(parser)
     arguments.add_dry_run(parser)
@@ -51,11 +52,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
         raise arguments.Usage("the snapshot needs a name", hint=f"cowhand snapshot {args.action} IMAGE NAME")
     if args.dry_run:
         return _plan(args, context)
-    if args.action == "apply":
-        from cowhand.cli.guard import refuse_harm
-
-        refuse_harm(context, args.image, "applying a snapshot to it", force=args.force)
     with cowhand.open(args.image, format=args.format, writable=True) as disk:
+        disk.guard = lambda: guard_of(args, context)
         done = {"create": _create, "apply": _apply, "delete": _delete}[args.action](disk, args.name)
     if context.out.json:
         context.out.document({"action": args.action, "filename": args.image, "snapshot": snapshot_document(done)})
@@ -121,6 +119,7 @@ def _plan(args: argparse.Namespace, context: Context) -> int:
     from cowhand.cli.guard import dependents
     from cowhand.cli.plan import Plan, Touch, show
     from cowhand.image.snapshots import choose
+    from cowhand.plans.dependents import Dependents
 
     info = image_info(args.image, format=args.format)
     image = shlex.quote(args.image)
@@ -143,7 +142,7 @@ def _plan(args: argparse.Namespace, context: Context) -> int:
         action=action,
         reads=[Touch(args.image, "tables")],
         writes=[Touch(args.image, what)],
-        dependents=dependents(args.image) if args.action == "apply" else [],
+        dependents=dependents(args.image, args) if args.action == "apply" else Dependents(),
         warnings=warnings,
         undo=undo,
     )

@@ -80,9 +80,11 @@ def open_disk(
     options: Mapping[str, Any] | None = None,
 ) -> Disk:
     """Open *what*, warning of a guessed raw image that is to be written. Raises CowhandError, Failure."""
-    import cowhand
     from cowhand.block.opening.filenames import has_protocol
     from cowhand.block.opening.policy import AS_QEMU
+
+    # As in QEMU, nothing looks for images that read through this one: this is not the guarded one of the library.
+    from cowhand.image.open import open_image as open_unguarded
 
     if isinstance(what, Mapping):
         what = _without_filename(what)
@@ -90,14 +92,14 @@ def open_disk(
     if force_share and writable:
         if isinstance(what, str) and has_protocol(what):
             # Whether there is such a thing comes first.
-            cowhand.open(what, format=format, backing=False, force_share=True).close()
+            open_unguarded(what, format=format, backing=False, force_share=True).close()
         raise Failure("force-share=on can only be used with read-only images")
     settings = dict(options or {})
     if writable and cache != "unsafe":
         settings.setdefault("discard", "unmap")
     if isinstance(what, Mapping):  # what the image's own description says counts more than a switch
         settings = {name: value for name, value in settings.items() if name not in what}
-    disk = cowhand.open(
+    disk = open_unguarded(
         what,
         writable=writable,
         format=format,
@@ -198,11 +200,10 @@ def open_image(
             backing=backing,
         )
         if unshared and not force_share:
-            from cowhand.block.graph import graph
             from cowhand.block.node.node import CONSISTENT_READ, WRITE_UNCHANGED
 
             try:
-                graph.set_permissions(disk.edge, disk.edge.perm, CONSISTENT_READ | WRITE_UNCHANGED)
+                disk.share(CONSISTENT_READ | WRITE_UNCHANGED)
             except CowhandError:
                 disk.close()
                 raise

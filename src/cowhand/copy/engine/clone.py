@@ -78,6 +78,8 @@ class Cloner:
         inside = min(length, part.begin + part.length - at)
         done = 0
         with disk.lease(), self.sink.hold():
+            if isinstance(self.sink, LaneSink) and not self.sink.direct:
+                return 0  # a filter was inserted above the target: this piece goes through it
             rows = [row for batch in disk.extents(at, inside, depth=self.source.depth) for row in batch]
             try:
                 for row in rows:

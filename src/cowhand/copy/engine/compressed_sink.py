@@ -41,6 +41,10 @@ class CompressedSink(LaneSink):
         self.grain = self.unit if sparse else 0
         self.sparse = min(sparse, self.unit)
 
+    @property
+    def direct(self) -> bool:
+        return self.disk.root is self.node
+
     def prepare(self, offset: int, buffer: bytearray, length: int, gaps: Sequence[tuple[int, int]] = ()) -> Any:
         parts: Parts = super().prepare(offset, buffer, length, gaps)
         units: list[_Unit] = []
@@ -59,6 +63,8 @@ class CompressedSink(LaneSink):
         self, offset: int, buffer: bytearray, length: int, prepared: Any, gaps: Sequence[tuple[int, int]] = ()
     ) -> Any:
         parts, units = prepared
+        if not self.direct:
+            return LaneSink.place(self, offset, buffer, length, parts, gaps)
         if not self.reads_zero:
             self.zero_between(offset, length, [*parts, *gaps])
         placed: list[tuple[_Unit, Reservation]] = []
@@ -104,6 +110,9 @@ class CompressedSink(LaneSink):
         return True
 
     def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
+        if not isinstance(placed, tuple):
+            super().store(offset, buffer, placed)
+            return
         reservations, moves = placed
         written = False
         try:

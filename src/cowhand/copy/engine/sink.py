@@ -150,10 +150,20 @@ class _Move:
         return (one is not None and one.fresh) == (two is not None and two.fresh)
 
 
+class _ThroughGateway:
+    """What a piece is placed as while a filter stands between the disk and the format: its parts, written by the gateway."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+
 class LaneSink(Sink):
     """The fast lane: space comes from the format in long runs, and the bytes go straight to the file's descriptor.
 
     Only for a disk whose root is a format with nothing in between (see :func:`lane_of`); its hooks hear of whole pieces.
+    Where a filter is inserted meanwhile, the pieces that follow go through the gateway.
     """
 
     joins = True
@@ -166,9 +176,16 @@ class LaneSink(Sink):
     def hold(self) -> AbstractContextManager[object]:
         return self.disk.lease()
 
+    @property
+    def direct(self) -> bool:
+        """Whether the direct path still holds: asked inside a lease, once for each piece, since filters come and go."""
+        return lane_of(self.disk) is self.node
+
     def place(
         self, offset: int, buffer: bytearray, length: int, prepared: Any, gaps: Sequence[tuple[int, int]] = ()
-    ) -> list[_Move]:
+    ) -> Any:
+        if not self.direct:
+            return _ThroughGateway(super().place(offset, buffer, length, prepared, gaps))
         parts: Parts = prepared
         if not self.reads_zero:
             self.zero_between(offset, length, [*parts, *gaps])
@@ -245,6 +262,9 @@ class LaneSink(Sink):
         return [part for part in out if part[0] < part[1]]
 
     def store(self, offset: int, buffer: bytearray, placed: Any) -> None:
+        if isinstance(placed, _ThroughGateway):
+            super().store(offset, buffer, placed.parts)
+            return
         moves: list[_Move] = placed
         view = memoryview(buffer)
         done = 0

@@ -20,6 +20,7 @@ from cowhand.core.units import parse_size
 from cowhand.image.open import Image, open_source
 
 if TYPE_CHECKING:
+    from cowhand.block.node.guard import Guard
     from cowhand.block.opening.policy import Policy as OpenPolicy
     from cowhand.block.opening.registry import Registry
     from cowhand.image.create import Creation
@@ -50,6 +51,7 @@ def convert(
     skip_create: bool = False,
     target_is_zero: bool = False,
     overwrite: bool = False,
+    like_qemu: bool = False,
     snapshot: str | None = None,
     compressed: bool = False,
     compression_level: int | None = None,
@@ -71,11 +73,14 @@ def convert(
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
     warn: Callable[[str], None] | None = None,
+    force: bool = False,
+    guard: Guard | None = None,
 ) -> ConvertResult:
     """Copy the content of *sources*, one behind the other, into *target*.
 
     A new target of *target_format* (default raw) is made with *options*; it appears under its name when it is complete, and never in place of
-    another file unless *overwrite* is set (that one is then written in place). With *skip_create* (-n) an existing image, or an open disk, is
+    another file unless *overwrite* is set. That one, too, stays until the new one is complete; a device, or a file that cannot be replaced, is
+    written in place, which *warn* hears before, and so is everything with *like_qemu*. With *skip_create* (-n) an existing image, or an open disk, is
     written in place; *target_is_zero* promises that it reads as zeroes. *backing* and *backing_format* (-B, -F) leave to the backing file
     what the source's own layer does not allocate. *snapshot* reads the (one) source at an internal snapshot.
 
@@ -85,6 +90,9 @@ def convert(
     uses copy_file_range(2) as well. *rate_limit* is in bytes a second. *cache* "unsafe" does not flush a target, as in qemu-img.
     *snapshots* copies the internal snapshots of the (one) source too, with their ids, names, dates and VM states, into a new qcow2 image.
     *bitmaps* copies the persistent bitmaps of the (one) source's active layer too, *skip_broken_bitmaps* but for those that cannot be used.
+
+    *guard* refuses to write over what other images read through (OverlaysExist, SearchIncomplete) unless *force* is set, and a loop in any case;
+    ``cowhand.convert`` always has one.
 
     *progress* hears of bytes copied, *cancel* ends it with Cancelled, *warn* hears of what may go wrong. The sources are never changed; a
     new target that fails is removed. Raises CowhandError; ``qemu()`` has qemu-img's words.
@@ -111,6 +119,7 @@ def convert(
         skip_create=skip_create or isinstance(target, Disk),
         target_is_zero=target_is_zero,
         overwrite=overwrite,
+        like_qemu=like_qemu,
         snapshot=snapshot,
         snapshots=snapshots,
         bitmaps=bitmaps,
@@ -137,7 +146,7 @@ def convert(
         conversion = _Conversion(request, settings, disks, active, warn)
         conversion.check_sources()
         conversion.prepare(registry, policy)
-        with conversion.open_target(policy) as destination:
+        with conversion.open_target(policy, guard, force=force) as destination:
             return conversion.copy(destination, progress, cancel)
 
 
@@ -197,17 +206,40 @@ class _Conversion:
     def _note_status(self, offset: int, error: CowhandError) -> None:
         self._warn(f"error while reading block status at offset {offset}: {error.qemu()}")
 
-    def open_target(self, policy: OpenPolicy | None) -> Target:
+    def open_target(self, policy: OpenPolicy | None, guard: Guard | None, *, force: bool) -> Target:
         """Return the target open for writing: the new image, under its temporary name, or the existing one."""
         request, creation, cache = self.request, self._creation, self.request.cache
         discard = self.settings.sparse_size > 0
         if creation is None:
-            return existing_target(request.target, request.target_format, cache=cache, policy=policy, discard=discard)
+            return existing_target(
+                request.target,
+                request.target_format,
+                cache=cache,
+                policy=policy,
+                discard=discard,
+                force=force,
+                guard=guard,
+            )
         from cowhand.copy.ops.space import check_space
+        from cowhand.image.replacing import reason_for_place
 
-        check_space(self._source, creation, self.settings, overwrite=request.overwrite, warn=self._warn)
+        in_place = request.like_qemu or (
+            creation.local is not None
+            and reason_for_place(creation.local, names_relative=creation.names_relative) is not None
+        )
+        check_space(self._source, creation, self.settings, in_place=in_place, warn=self._warn)
         try:
-            return create_target(creation, overwrite=request.overwrite, cache=cache, policy=policy, discard=discard)
+            return create_target(
+                creation,
+                overwrite=request.overwrite,
+                cache=cache,
+                policy=policy,
+                discard=discard,
+                like_qemu=request.like_qemu,
+                warn=self._warn,
+                force=force,
+                guard=guard,
+            )
         except CowhandError as error:
             raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
 

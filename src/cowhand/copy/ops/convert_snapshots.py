@@ -85,7 +85,7 @@ def copy_history(
     moved = [0, 0, 0]
     for index, (old, new) in enumerate(_pairs(source, infos)):
         if target.size != new.size:
-            target.resize(new.size, shrink=True)
+            target.resize(new.size, shrink=True, force=True)
         part = _Part(progress, sum(amounts[index:]))
         totals = first(new, part) if old is None else _copy_changes(old, new, target, settings, part, cancel)
         moved = [one + other for one, other in zip(moved, totals, strict=True)]

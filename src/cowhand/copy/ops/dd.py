@@ -19,6 +19,7 @@ from cowhand.image.create import prepare
 from cowhand.image.open import Image, open_source
 
 if TYPE_CHECKING:
+    from cowhand.block.node.guard import Guard
     from cowhand.block.opening.policy import Policy
     from cowhand.block.opening.registry import Registry
 
@@ -36,6 +37,7 @@ def dd(
     count: int | str | None = None,
     skip: int | str = 0,
     overwrite: bool = False,
+    like_qemu: bool = False,
     cache: str = "unsafe",
     force_share: bool = False,
     policy: Policy | None = None,
@@ -43,11 +45,15 @@ def dd(
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
     warn: Callable[[str], None] | None = None,
+    force: bool = False,
+    guard: Guard | None = None,
 ) -> ConvertResult:
     """Copy blocks *skip* to *count* of *source* into a new image *target*.
 
     As in qemu-img, and unlike dd(1), *count* counts from the beginning of the source, so that count - skip blocks are copied. To skip past the end
-    gives an empty image and a warning. Zeroes are left out. The target appears when it is complete; *overwrite* as for ``convert``.
+    gives an empty image and a warning. Zeroes are left out. The target appears when it is complete; *overwrite*, *like_qemu*, *force* and *guard*
+    are those of
+    ``convert``.
     """
     block = parse_size(block_size)
     if not 1 <= block <= MAX_BLOCK:
@@ -62,6 +68,15 @@ def dd(
             first = end
         creation = prepare(target, target_format, end - first, registry=registry, policy=policy)
         part = Source([Part(disk, first, end - first)])
-        with create_target(creation, overwrite=overwrite, cache=cache, policy=policy) as destination:
+        with create_target(
+            creation,
+            overwrite=overwrite,
+            cache=cache,
+            policy=policy,
+            like_qemu=like_qemu,
+            warn=warn,
+            force=force,
+            guard=guard,
+        ) as destination:
             moved = transfer(part, destination, Settings(), progress=progress, cancel=cancel)
     return ConvertResult(creation.filename, creation.format.name, part.size, moved.data, moved.zero, moved.skip)

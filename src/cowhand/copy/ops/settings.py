@@ -46,6 +46,7 @@ class Request(NamedTuple):
     skip_create: bool
     target_is_zero: bool
     overwrite: bool
+    like_qemu: bool
     snapshot: str | None
     snapshots: bool
     bitmaps: bool

@@ -19,12 +19,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, BinaryIO
 
 from cowhand.block.disk import Disk
 from cowhand.block.node.node import CONSISTENT_READ
 from cowhand.core.errors import CowhandError, ImageExists, InvalidFormat, NotSupported, from_os_error
+from cowhand.image.new_file import NewFile
 from cowhand.image.shadow.recording import FLUSH, RESIZE, SECTOR, WRITE, RehearsalNode
 
 _MAGIC = b"cowhand undo log 1\n"
@@ -42,7 +42,6 @@ class ImageChanged(CowhandError):
 
 def open_file(path: str) -> Disk:
     """Open the file or device *path* for writing, so that nobody else writes it. Raises ImageInUse, ImageNotFound and its like."""
-    from cowhand.block.graph import graph
     from cowhand.block.opening.opening import Opening
     from cowhand.drivers import REGISTRY
 
@@ -55,7 +54,7 @@ def open_file(path: str) -> Disk:
         opening.abandon()
         raise
     try:
-        graph.set_permissions(disk.edge, disk.edge.perm, CONSISTENT_READ)
+        disk.share(CONSISTENT_READ)
     except BaseException:
         disk.close()
         raise
@@ -108,31 +107,20 @@ def write_log(path: str, disk: Disk, image: str, rehearsal: RehearsalNode) -> No
             content = rehearsal.content(step)
             for at in range(0, step.length, SECTOR):
                 versions.setdefault((step.offset + at) // SECTOR, []).append(_short(content[at : at + SECTOR]))
-    made = False
     try:
-        with open(path, "xb") as file:
-            made = True
+        # Nothing is repaired yet: a part of a log would only be in the way of the next one, so it has its name when it is whole.
+        with NewFile(path) as new, open(new.descriptor, "wb", closefd=False) as file:
             digest = hashlib.sha256()
             for piece in _log_pieces(disk, line, changed, versions):
                 digest.update(piece)
                 file.write(piece)
             file.write(digest.digest())
             _stable(file)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        if made:
-            # Nothing was repaired: a part of a log would only be in the way of the next one.
-            with suppress(OSError):
-                os.unlink(path)
-        if isinstance(error, FileExistsError):
-            raise ImageExists(f"'{path}' exists", path=path, hint="Choose another name for the log (--log).") from error
-        if isinstance(error, OSError) and not isinstance(error, CowhandError):
-            raise from_os_error(error, path, doing="writing the undo log") from error
-        raise
+            new.appear(durable=True)
+    except ImageExists as error:
+        raise ImageExists(f"'{path}' exists", path=path, hint="Choose another name for the log (--log).") from error
+    except OSError as error:
+        raise from_os_error(error, path, doing="writing the undo log") from error
 
 
 def _log_pieces(

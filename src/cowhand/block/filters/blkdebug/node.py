@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cowhand.block.access.bind import bind
 from cowhand.block.filters.base import PassingFilter
 from cowhand.block.filters.blkdebug.config import as_list, from_options, read_file
 from cowhand.block.filters.blkdebug.rules import EVENTS, Engine, InjectError, Suspend
-from cowhand.block.graph import graph
 from cowhand.block.node.naming import json_name
 from cowhand.block.node.node import (
     CONSISTENT_READ,
@@ -115,7 +115,7 @@ class BlkDebugNode(PassingFilter):
         child = opening.child(node, "image", image, Role.PRIMARY)
         child.role = Role.FILTERED
         node._set_limits()
-        graph.bind(child)  # our alignment is what the child may now rely on
+        bind(child)  # our alignment is what the child may now rely on
         node.event("none")
         return node
 
@@ -141,7 +141,7 @@ class BlkDebugNode(PassingFilter):
 
     def refit(self) -> None:
         self._set_limits()
-        graph.bind(self.below)
+        bind(self.below)
 
     def _set_limits(self) -> None:
         options = self.options

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.bitmap.directory import Directory
     from cowhand.block.formats.qcow2.cluster.compression import Codec
     from cowhand.block.formats.qcow2.cluster.encryption import Encryption
+    from cowhand.block.formats.qcow2.references import References
     from cowhand.block.formats.qcow2.snapshot.table import Snapshot
     from cowhand.block.node.records import CheckResult, Say, SnapshotInfo
     from cowhand.block.opening.opening import Opening
@@ -204,6 +205,12 @@ class Qcow2Node(MetadataNode):
         with self.operation:
             amend(self, options, progress, force=force)
 
+    def references(self) -> References:
+        """Count all that refers to clusters now; the allocation lock is held. What cannot be read or followed is told by the result."""
+        from cowhand.block.formats.qcow2.references import References
+
+        return References(self)
+
     def flush_counts(self) -> None:
         """Write the reference counts alone; takes the locks."""
         with self.exclusive():
@@ -306,6 +313,7 @@ class Qcow2Node(MetadataNode):
             raise self.overlapping(wrong[0], wrong[1] * self.cluster_size)
         self.clear_unknown_marks()
         self.rebuild_metadata_map()
+        self.refcounts.verification.prepare()
         if self.bitmap_directory.present or self.bitmap_directory.outdated:
             from cowhand.block.formats.qcow2.bitmap.store import begin
 
@@ -425,6 +433,9 @@ class Qcow2Node(MetadataNode):
         """Make clusters free whose last reference is gone from the disk and from every request; takes the lock."""
         with self.lock:
             ready = self.allocator.ready(everything=everything)
+            known = self.refcounts.verification
+            if any(part.discard and part.cluster < known.end for part in ready):
+                known.run()  # what one count too low calls nobody's may be a snapshot's
         if not ready:
             return
         for part in ready:
@@ -442,6 +453,7 @@ class Qcow2Node(MetadataNode):
         for number in range(cluster, cluster + count + 1):
             with self.lock:
                 last = number < cluster + count and self.refcounts.get(number) == 1
+                last = last and self.refcounts.verification.first_kept(number, 1) > 0
             if last and begin is None:
                 begin = number
             elif not last and begin is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from cowhand.block.node.node import ALL_PERMISSIONS, RESIZE, WRITE
 from cowhand.core import syscalls
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, aligned
-from cowhand.core.errors import InvalidArgument, NotSupported, from_os_error
+from cowhand.core.errors import InvalidArgument, IOFailed, NotSupported, from_os_error
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, ExtentBatch
 
 PREALLOCATIONS = ("off", "falloc", "full")
@@ -35,6 +35,9 @@ def add_extents(batch: ExtentBatch, fd: int, node: Any, offset: int, length: int
     Where it knows nothing everything is data. A hole that another thread fills meanwhile may be told either way.
     """
     end = offset + length
+    if end > syscalls.LAST_OFFSET:
+        batch.add(offset, length, _HOLE, offset, node)  # behind the end of every file
+        return
     try:
         while offset < end and not batch.full:
             try:
@@ -74,6 +77,11 @@ def set_size(fd: int, size: int, preallocation: str, path: str, *, flush: Callab
     if preallocation not in PREALLOCATIONS:
         raise NotSupported(f"Unsupported preallocation mode: {preallocation}", path=path)
     old = os.fstat(fd).st_size
+    if size > syscalls.LAST_OFFSET:
+        reason = os.strerror(errno.EFBIG)
+        raise IOFailed(
+            f"no file is {size} bytes long", qemu=f"Could not resize file: {reason}", path=path, errno=errno.EFBIG
+        )
     if preallocation != "off" and size < old:
         raise InvalidArgument("Cannot use preallocation for shrinking files", errno=errno.ENOTSUP, path=path)
     doing = "resizing"

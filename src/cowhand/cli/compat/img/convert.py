@@ -220,6 +220,7 @@ def _convert(
             backing_format=backing_format,
             target_is_zero="target_is_zero" in flags,
             overwrite=True,
+            like_qemu=True,
             snapshot=snapshot,
             compressed="compressed" in flags,
             sparse_size=_DEFAULT_SPARSE if line.sparse is None else line.sparse,

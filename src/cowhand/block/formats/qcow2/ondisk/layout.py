@@ -38,6 +38,7 @@ MAX_SNAPSHOT_TEXT_BYTES = (
 MAX_BITMAPS = 65535  #: QEMU
 MAX_BACKING_NAME = 1023  #: specified
 MAX_HOST_OFFSET = 1 << 56  #: specified: host offsets have 56 bits
+MAX_FILE_OFFSET = (1 << 63) - 1  #: the system's: fields of 64 bits that name a place can say more
 
 # Incompatible features (specified).
 INCOMPAT_DIRTY = 1 << 0

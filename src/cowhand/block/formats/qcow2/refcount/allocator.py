@@ -18,6 +18,8 @@ from cowhand.core import diagnostics
 from cowhand.core.errors import CowhandError, NoSpace
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
 #: Bytes in quarantine past which the allocator flushes by itself: what a file may grow by for want of a flush. More of it for large files (this
@@ -48,6 +50,9 @@ class Allocator:
         self._stamped: list[
             tuple[int, list[Freed]]
         ] = []  #: (sequence number, freed): waits for the requests before that number
+        #: Of what was freed, on its way out of these lists: in a flush, or about to be counted down.
+        self._flushing: list[Freed] = []
+        self._leaving: list[Freed] = []
         self.fresh = False  #: whether what :meth:`take` gave last reads as zeroes, having never been written
         self.held = 0  #: bytes in quarantine
         self.unflushed_bytes = 0  #: of these, the bytes that a flush would move on
@@ -217,27 +222,37 @@ class Allocator:
 
     def forget(self) -> None:
         """Forget what was freed: the tables in which it counted are gone, and nobody can reach it any more."""
-        self._unflushed, self._stamped = [], []
+        self._unflushed, self._stamped, self._flushing, self._leaving = [], [], [], []
         self.next_byte = self.held = self.unflushed_bytes = 0
 
     def waiting(self, cluster: int) -> int:
         """Return how many references to *cluster* are in quarantine."""
-        parts = [*self._unflushed, *(part for _, freed in self._stamped for part in freed)]
-        return sum(part.cluster <= cluster < part.cluster + part.clusters for part in parts)
+        return sum(part.cluster <= cluster < part.cluster + part.clusters for part in self.in_quarantine())
+
+    def in_quarantine(self) -> Iterator[Freed]:
+        """Yield everything whose count still tells of a reference that the tables in memory have lost."""
+        yield from self._unflushed
+        yield from self._flushing
+        for _, freed in self._stamped:
+            yield from freed
+        yield from self._leaving
 
     def collect(self) -> list[Freed]:
         """Return what was freed before the flush that begins now."""
         freed, self._unflushed = self._unflushed, []
+        self._flushing = freed
         self.unflushed_bytes = 0
         return freed
 
     def restore(self, freed: list[Freed]) -> None:
         """That flush failed."""
+        self._flushing = []
         self._unflushed[:0] = freed
         self.unflushed_bytes += sum(part.clusters for part in freed) * self.cluster_size
 
     def stamp(self, freed: list[Freed]) -> None:
         """That flush has ended: the disk no longer refers to *freed*; requests in flight still may."""
+        self._flushing = []
         if freed:
             self._stamped.append((next_number(), freed))
 
@@ -261,10 +276,13 @@ class Allocator:
         out: list[Freed] = []
         while self._stamped and (oldest is None or self._stamped[0][0] < oldest):
             out.extend(self._stamped.pop(0)[1])
+        self._leaving += out
         return out
 
     def release(self, freed: list[Freed]) -> None:
         """Count *freed* down. Never raises: on a damaged image the clusters leak, and the user hears of it."""
+        leaving = {id(part) for part in freed}
+        self._leaving = [part for part in self._leaving if id(part) not in leaving]
         for part in freed:
             self.held -= part.clusters * self.cluster_size
             try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cowhand.block.format_io.table_cache import Table
 from cowhand.block.formats.qcow2.ondisk import layout as L
-from cowhand.core.errors import NoSpace
+from cowhand.core.errors import ImageCorrupt, NoSpace
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.refcount.refcounts import Refcounts
@@ -64,6 +64,11 @@ def make(
     missing = [i for i in range(start // per_block, total) if not L.U64.unpack_from(table, i * 8)[0]]
     table_start = start + len(missing)
     end = table_start + entries // per_table_cluster
+    if refcounts.find_free(start, end - start) != start:
+        raise ImageCorrupt(
+            f"there is no room for reference counts at {start * size:#x}: something refers to these clusters", path=node.filename,
+            offset=start * size, qemu="Input/output error", hint="Repair the image: check --repair all.",
+        )  # fmt: skip
     node.check_overlap(start * size, (end - start) * size)
     blocks = _new_blocks(refcounts, missing, start, end)
     for index, block in blocks:
@@ -86,6 +91,7 @@ def make(
         raise
     for index, block in blocks:
         refcounts.cache.put(index, block)
+    refcounts.verification.again()
     node.metadata.add(start, len(blocks))
     node.allocator.use(start, end - start)
     return end

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.format_io.table_cache import Table, TableCache
 from cowhand.block.formats.qcow2.ondisk import layout as L
 from cowhand.block.formats.qcow2.ondisk.refcount_entries import Counts
+from cowhand.block.formats.qcow2.refcount.verification import Verification
 from cowhand.core import diagnostics
 from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, NoSpace
 
@@ -38,6 +39,7 @@ class Refcounts:
         self.cluster_size = node.cluster_size
         self.per_block = node.cluster_size * 8 >> node.header.refcount_order
         self.cache = TableCache(CACHE_LIMIT)
+        self.verification = Verification(node)
         self.free_index = 0  #: no cluster below is free: where the search for space begins
 
     # -- looking
@@ -52,7 +54,15 @@ class Refcounts:
         if offset and offset % self.cluster_size:
             text = f"Refblock offset {offset:#x} unaligned (reftable index: {L.c_hex(index)})"
             raise self.node.mark_corrupt(text, offset=self.node.header.refcount_table_offset + at)
+        if offset > L.MAX_FILE_OFFSET - self.cluster_size:
+            raise self._impossible(index, offset, "where no file reaches")
         return offset
+
+    def _impossible(self, index: int, offset: int, where: str) -> ImageCorrupt:
+        return ImageCorrupt(
+            f"refcount block {index} lies at {offset:#x}, {where}", qemu="Input/output error", path=self.node.filename,
+            offset=self.node.header.refcount_table_offset + index * L.ENTRY_SIZE, hint="Repair the image: check --repair all.",
+        )  # fmt: skip
 
     def block(self, index: int) -> Table | None:
         """Return block *index*, read when it is not cached, or None where none exists."""
@@ -62,6 +72,9 @@ class Refcounts:
         offset = self.block_offset(index)
         if not offset:
             return None
+        if offset >= self.node.file.node.size:
+            # Read as zeroes it would call everything free, and written it would make the file so long.
+            raise self._impossible(index, offset, "behind the end of the file")
         data = bytearray(self.cluster_size)
         self.node.file.read_into(offset, data)
         table = Table(data, offset)
@@ -81,7 +94,21 @@ class Refcounts:
         return None if block is None else self.counts.get(block.data, cluster % self.per_block)
 
     def find_free(self, first: int, count: int) -> int:
-        """Return the lowest cluster from *first* on with which *count* free ones begin. Raises NoSpace past the format's limit."""
+        """Return the lowest cluster from *first* on with which *count* free ones begin. Raises NoSpace past the format's limit.
+
+        What lay in the file when it was opened is only called free once all tables were asked.
+        """
+        known = self.verification
+        begin = self._search(max(first, known.floor), count)
+        if begin < known.end:
+            known.run()
+            begin = self._search(max(first, known.floor), count)
+        if known.kept:
+            while (behind := known.behind_kept(begin, count)) != begin:
+                begin = self._search(behind, count)
+        return begin
+
+    def _search(self, first: int, count: int) -> int:
         limit = L.MAX_HOST_OFFSET // self.cluster_size
         begin, have = first, 0
         while have < count:
@@ -102,6 +129,14 @@ class Refcounts:
 
     def free_run(self, first: int, count: int) -> int:
         """Return how many of *count* clusters from *first* on are free before the first other."""
+        known = self.verification
+        have = self._zeroes(first, count)
+        if have and first < known.end:
+            known.run()
+            have = self._zeroes(first, count)
+        return known.first_kept(first, have) if known.kept or known.floor else have
+
+    def _zeroes(self, first: int, count: int) -> int:
         have = 0
         limit = min(count, L.MAX_HOST_OFFSET // self.cluster_size - first)
         while have < limit:
@@ -115,17 +150,19 @@ class Refcounts:
         return have
 
     def last_used(self, end: int) -> int:
-        """Return the last cluster before *end* that is in use; 0, the header's, where none is."""
+        """Return the last cluster before *end* that is in use; 0, the header's, where none is. Raises ImageCorrupt where that cannot be known."""
+        self.verification.require()
+        kept = self.verification.last_kept(end)
         while end > 0:
             index = (end - 1) // self.per_block
             block = self.block(index)
             self.cache.trim()
             found = self.counts.last_used(block.data, end - index * self.per_block) if block is not None else -1
             if found >= 0:
-                return index * self.per_block + found
+                return max(kept, index * self.per_block + found)
             # Where the table names no block nothing is looked at one by one.
             end = index * self.per_block if block is not None else self._named_before(index) * self.per_block
-        return 0
+        return max(kept, 0)
 
     def _named_before(self, index: int) -> int:
         """Return the end of the last block before *index* that the table names."""
@@ -246,6 +283,7 @@ class Refcounts:
         node.metadata.add(place, 1)
         node.allocator.use(place, 1)
         self.cache.put(index, block)
+        self.verification.again()
 
     def _grow_table(self, cluster: int, index: int, place: int) -> None:
         """Move to a larger table, behind everything that exists, which names block *index* at cluster *place*."""

@@ -22,6 +22,7 @@ def shrink_to(node: Qcow2Node, size: int) -> None:
     """Make the disk *size* bytes long, less than it is. Nobody else uses the node meanwhile."""
     from cowhand.block.formats.qcow2.resize.grow import set_size
 
+    node.refcounts.verification.require()
     unit = node.cluster_size
     begin, end = -(-size // unit) * unit, -(-node.header.size // unit) * unit
     if begin < end:
@@ -116,8 +117,13 @@ def _counts_nothing(node: Qcow2Node, index: int, offset: int) -> bool:
 def _cut_tail(node: Qcow2Node) -> None:
     """Make the file end behind its last cluster in use. A failure only costs space."""
     file, unit = node.file.node, node.cluster_size
-    with node.lock:
-        cluster = node.refcounts.last_used(-(-file.size // unit))
+    try:
+        with node.lock:
+            found = node.refcounts.verification.run()
+            cluster = max(node.refcounts.last_used(-(-file.size // unit)), found.last() if found is not None else 0)
+    except CowhandError as error:
+        diagnostics.report(f"the tail of the image is not cut off: {error.qemu()}", as_tool=True)
+        return
     end = (cluster + 1) * unit
     if end >= file.size or not file.capabilities.resizable:
         return

@@ -1,0 +1,179 @@
+"""Everything in a qcow2 image that refers to a host cluster, counted: the tables of the disk, its snapshots and bitmaps, and all other metadata.
+
+Source: QEMU ``docs/interop/qcow2``, "Host cluster management". A check does this too, and tells what is wrong on the way; here the image is in use,
+and what is in memory and not yet in the file counts. Tables are read as columns, each of them once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from cowhand.block.formats.qcow2.bitmap import data as bitmapdata
+from cowhand.block.formats.qcow2.cluster.encryption import header_region
+from cowhand.block.formats.qcow2.ondisk import layout as L
+from cowhand.block.formats.qcow2.ondisk.l2_entries import runs_of, words_of
+from cowhand.block.formats.qcow2.refcount.counted import Tally
+from cowhand.block.formats.qcow2.refcount.l2_scan import Scanner
+from cowhand.block.formats.qcow2.snapshot.table import read_l1
+from cowhand.core.errors import CowhandError, ImageCorrupt, UnsupportedFeature
+
+if TYPE_CHECKING:
+    from cowhand.block.formats.qcow2.driver import Qcow2Node
+
+#: Clusters behind the end of the file that are remembered because something names them.
+_MOST_BEHIND = 1 << 18
+#: Entries of bitmaps' tables that are followed.
+_MOST_WORDS = 8 << 20
+#: How far behind the end anybody could come to write within the life of an open image.
+_REACH = 1 << 44
+
+
+class References:
+    """What refers to the clusters of *node*'s image now, with what is in memory and not yet in the file. The allocation lock is held.
+
+    ``tally`` counts, without what lies behind the end of the file: ``behind`` are the clusters there that something names. ``failure`` is why some
+    references could not be followed, None where all were.
+    """
+
+    def __init__(self, node: Qcow2Node) -> None:
+        self.node = node
+        self.bits = node.header.cluster_bits
+        self.size = node.cluster_size
+        self.length = -(-node.file.node.size // self.size) * self.size
+        self.clusters = self.length >> self.bits
+        self.tally = Tally(node.header.refcount_order, self.clusters, self._overflow)
+        self.behind: set[int] = set()
+        self.failure: CowhandError | None = None
+        self.crowded: set[int] = set()  #: more refers to them than a count can tell
+        self._scanner = Scanner(self.bits, self.tally, self.length, extended=node.extended, external=node.external)
+        self._in_memory = {
+            table.host: table.data
+            for known in (node.mapping.cache.dirty, node.mapping.cache.tables)
+            for table in known.values()
+        }
+        self._collect()
+
+    def _overflow(self, cluster: int, _times: int) -> None:
+        self.crowded.add(cluster)
+
+    def _collect(self) -> None:
+        node, header = self.node, self.node.header
+        self._mark(0, self.size)
+        self._mark(header.refcount_table_offset, header.refcount_table_clusters * self.size)
+        for _, entry, times in runs_of(words_of(bytes(node.refcounts.table))):
+            self._mark(entry & L.REFCOUNT_TABLE_OFFSET_MASK, self.size, times)
+        self._mark(header.snapshots_offset, node.snapshot_table_bytes)
+        if header.crypt_method == L.CRYPT_LUKS:
+            self._mark(*header_region(header))
+        self._levels()
+        self._bitmaps()
+        for freed in node.allocator.in_quarantine():
+            self._mark(freed.cluster << self.bits, freed.clusters << self.bits)
+
+    def _mark(self, offset: int, length: int, times: int = 1) -> None:
+        """Count *times* references to each cluster that ``[offset, offset + length)`` touches."""
+        if length <= 0:
+            return
+        first, last = offset >> self.bits, (offset + length - 1) >> self.bits
+        inside = min(last, self.clusters - 1)
+        if first <= inside:
+            self.tally.add(first, inside - first + 1, times)
+        if last > inside and offset < _REACH:
+            beyond = range(max(first, self.clusters), min(last, _REACH >> self.bits) + 1)
+            if len(self.behind) + len(beyond) > _MOST_BEHIND:
+                self._failed(ImageCorrupt("too much is named behind the end of the file", path=self.node.filename))
+            else:
+                self.behind.update(beyond)
+
+    def _failed(self, error: CowhandError) -> None:
+        self.failure = self.failure or error
+
+    # -- tables
+
+    def _levels(self) -> None:
+        node, header = self.node, self.node.header
+        self._mark(header.l1_offset, header.l1_size * L.ENTRY_SIZE)
+        tables: dict[int, int] = {}
+        self._add_l1(bytes(node.mapping.l1.data[: header.l1_size * L.ENTRY_SIZE]), tables, 1)
+        places = Counter((snapshot.l1_offset, snapshot.l1_size) for snapshot in node.snapshots)
+        for snapshot in {(one.l1_offset, one.l1_size): one for one in node.snapshots}.values():
+            times = places[snapshot.l1_offset, snapshot.l1_size]
+            try:
+                l1 = read_l1(node, snapshot)
+            except CowhandError as error:
+                self._failed(error)
+                continue
+            self._mark(snapshot.l1_offset, len(l1), times)
+            self._add_l1(l1, tables, times)
+        for host, times in tables.items():
+            self._mark(host, self.size, times)
+            if host < self.length:
+                self._table(host, times)
+
+    def _add_l1(self, l1: bytes, tables: dict[int, int], times: int) -> None:
+        most = self.clusters + _MOST_BEHIND
+        for _, entry, alike in runs_of(words_of(l1)):
+            host = entry & L.L1_OFFSET_MASK
+            if not host or len(tables) > most:
+                continue
+            if host % self.size:
+                self._mark(host, self.size)  # nobody can follow it, and nobody is to write there
+                continue
+            tables[host] = tables.get(host, 0) + times * alike
+
+    def _table(self, host: int, times: int) -> None:
+        known = self._in_memory.get(host)
+        if known is None:
+            known = bytearray(self.size)
+            try:
+                self.node.file.read_into(host, known)
+            except CowhandError as error:
+                self._failed(error)
+                return
+        data = bytes(known)
+        if self._scanner.scan(data, times) is None:
+            self._look_closely(data, times)
+
+    def _look_closely(self, data: bytes, times: int) -> None:
+        """Go through a table that is odd, entry by entry: what may be followed in any way counts."""
+        if self.node.external:
+            return
+        words = words_of(data)
+        for entry in words[::2] if self.node.extended else words:
+            if entry & L.ENTRY_COMPRESSED:
+                self._mark(*L.compressed_location(entry, self.bits), times)
+            elif entry & L.L2_OFFSET_MASK:
+                self._mark(entry & L.L2_OFFSET_MASK, self.size, times)
+
+    def _bitmaps(self) -> None:
+        directory, node = self.node.bitmap_directory, self.node
+        if not directory.present:
+            return
+        if directory.problems or directory.failure is not None or not directory.readable:
+            self._failed(directory.failure or ImageCorrupt("the bitmap directory is broken", path=node.filename))
+        if directory.readable:
+            self._mark(directory.offset, directory.size)
+        places = Counter((one.table, one.entries) for one in (*directory.entries, *directory.removed) if one.table)
+        if sum(entries for _, entries in places) > _MOST_WORDS:
+            self._failed(UnsupportedFeature("the bitmaps' tables are too large to be followed", path=node.filename))
+            return
+        for (offset, entries), times in places.items():
+            self._mark(offset, entries * L.ENTRY_SIZE, times)
+            data = bytearray(entries * L.ENTRY_SIZE)
+            try:
+                node.file.read_into(offset, data)
+            except CowhandError as error:
+                self._failed(error)
+                continue
+            for word in words_of(bytes(data)):
+                if word > bitmapdata.ALL_ONES and word & L.BITMAP_TABLE_OFFSET_MASK:
+                    self._mark(word & L.BITMAP_TABLE_OFFSET_MASK, self.size, times)
+
+    def last(self) -> int:
+        """Return the last cluster inside the file that something refers to; 0 is the header's."""
+        for number in sorted(self.tally.segments, reverse=True):
+            segment = self.tally.segments[number].rstrip(b"\0")
+            if segment:
+                return (number << self.tally.bits) + (len(segment) - 1) // self.tally.width
+        return 0
