@@ -1,6 +1,6 @@
 """Counting what is wrong in an L2 table, and what it refers to, as columns (QEMU ``docs/interop/qcow2``): for entries that are not told singly.
 
-Does what :meth:`cowhand.block.formats.qcow2.check.references.Walk.look_closely` does entry by entry. A small file can be full of tables that are noise.
+Does what :meth:`cowhand.block.formats.qcow2.check.references.Walk.look_closely` does entry by entry. A file can be full of noise.
 """
 
 from __future__ import annotations
