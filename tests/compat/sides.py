@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cowhand.cli.compat import img, io as io_tool, profiles
+from cowhand.cli.compat import img, io as io_tool, nbd as nbd_tool, profiles
 from tests.tools.programs import ATTEMPTS, UNSTEADY_CLOCK, find, installed_profile
 
 SCENES = Path(__file__).parent / "scenes"
-TOOLS = {"qemu-img": img.main, "qemu-io": io_tool.main}
+TOOLS = {"qemu-img": img.main, "qemu-io": io_tool.main, "qemu-nbd": nbd_tool.main}
 _CONDITION = re.compile(r"(since|before|except) (\d+(?:\.\d+)*) ")
 _ESCAPES = {"\\n": "\n", "\\t": "\t"}
 

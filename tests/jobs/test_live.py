@@ -23,7 +23,9 @@ from cowhand.image.create import create
 from cowhand.image.open import open_image
 from cowhand.jobs.job import Job, JobListener, JobTable, OnError, Transaction
 from cowhand.jobs.live.backup import BackupJob
+from cowhand.jobs.live.commit import CommitJob
 from cowhand.jobs.live.mirror import ActiveCommitJob, MirrorJob
+from cowhand.jobs.live.stream import StreamJob
 from cowhand.jobs.state import Status
 from cowhand.testing.faults import FaultNode
 from tests.block.disks import PATIENCE
@@ -353,6 +355,95 @@ class TestMirror:
         job.start()
         with pytest.raises(InvalidArgument, match="Source and target image have different sizes"):
             job.result(PATIENCE)
+
+
+def chain(folder: Path, depth: int, rng: random.Random) -> tuple[Path, bytes]:
+    """Make *depth* images over one another, each with data of its own; return the top one and what it shows."""
+    shown = bytearray(SIZE)
+    path = folder / "layer0.qcow2"
+    create(path, "qcow2", SIZE)
+    for number in range(depth):
+        if number:
+            upper = folder / f"layer{number}.qcow2"
+            create(upper, "qcow2", backing=str(path), backing_format="qcow2")
+            path = upper
+        with open_image(path, writable=True) as disk:
+            for _ in range(12):
+                offset = rng.randrange(SIZE - 100_000)
+                data = rng.randbytes(rng.randrange(1, 100_000))
+                if rng.random() < 0.2:
+                    disk.write_zeroes(offset, len(data), unmap=True)
+                    data = bytes(len(data))
+                else:
+                    disk.write(offset, data)
+                shown[offset : offset + len(data)] = data
+    return path, bytes(shown)
+
+
+class TestStream:
+    @pytest.mark.parametrize("onto", [None, 0, 1, 2])
+    def test_an_image_stands_on_less_under_writers(self, image_dir: Path, rng: random.Random, onto: int | None) -> None:
+        path, shown = chain(image_dir, 4, rng)
+        with open_image(path, writable=True) as disk:
+            assert content(disk) == shown
+            layers = [node for node in walk((disk.root,)) if node.is_format][::-1]
+            base = None if onto is None else layers[onto]
+            writers = Writers(disk, rng.randrange(1 << 20))
+            job = StreamJob("s", disk.root, base=base)
+            job.install()
+            job.start()
+            job.result(PATIENCE)
+            writers.stop()
+            left = [node for node in walk((disk.root,)) if node.is_format]
+            assert len(left) == 1 + (0 if onto is None else onto + 1)
+        with open_image(path) as again:
+            for number, model in enumerate(writers.models):
+                assert again.read(number * SLICE, SLICE) == model
+
+    def test_it_is_begun_anew_after_a_cancel(self, image_dir: Path, rng: random.Random) -> None:
+        path, shown = chain(image_dir, 3, rng)
+        with open_image(path, writable=True) as disk:
+            job = StreamJob("s", disk.root, speed=1 << 20)
+            job.install()
+            job.start()
+            threading.Event().wait(0.1)
+            job.cancel()
+            with pytest.raises(Cancelled):
+                job.result(PATIENCE)
+            assert content(disk) == shown
+            again = StreamJob("s", disk.root)
+            again.install()
+            again.start()
+            again.result(PATIENCE)
+            assert disk.root.backing is None
+            assert content(disk) == shown
+
+
+class TestCommit:
+    @pytest.mark.parametrize(("top", "base"), [(2, 1), (2, 0), (1, 0)])
+    def test_layers_between_go_down_under_writers(
+        self, image_dir: Path, rng: random.Random, top: int, base: int
+    ) -> None:
+        path, _ = chain(image_dir, 4, rng)
+        with open_image(path, writable=True) as disk:
+            layers = [node for node in walk((disk.root,)) if node.is_format][::-1]
+            writers = Writers(disk, rng.randrange(1 << 20))
+            job = CommitJob("c", layers[top], layers[base])
+            job.install()
+            job.start()
+            job.result(PATIENCE)
+            writers.stop()
+            assert layers[top].closed
+            assert not layers[base].writable
+        with open_image(path) as again:
+            for number, model in enumerate(writers.models):
+                assert again.read(number * SLICE, SLICE) == model
+
+    def test_the_active_image_is_told_apart(self, disk: Disk) -> None:
+        backing = disk.root.backing
+        assert backing is not None
+        with pytest.raises(InvalidArgument, match="is an active image"):
+            CommitJob("c", disk.root, backing.node).install()
 
 
 def test_filters_come_and_go_while_jobs_run(disk: Disk, image_dir: Path, rng: random.Random) -> None:

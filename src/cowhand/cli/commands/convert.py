@@ -218,12 +218,19 @@ def _check(args: argparse.Namespace) -> None:
             "dirty bitmaps tell of the disk as it is now, not as it was at a snapshot",
             hint="Leave out --bitmaps, or -l.",
         )
+    if args.no_create and args.encrypt:
+        raise InvalidArgument(
+            "an image that exists is encrypted already, or it is not",
+            hint="Leave out --encrypt: the passphrase is taken from --target-key-file or --target-secret.",
+        )
     if args.verify and len(args.source) > 1:
         raise InvalidArgument("only a copy of one source can be verified", hint="Leave out --verify.")
 
 
 def _options(args: argparse.Namespace) -> dict[str, str]:
     given = arguments.driver_options(args.option)
+    if args.no_create:
+        return given  # passphrases of an image that exists are offered to it when it is opened
     if not (args.encrypt or args.target_secret or args.target_key_file):
         return given
     from cowhand.cli.secrets import creation_options
@@ -421,7 +428,7 @@ def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]
 
 
 def _space_warning(target: str, needed: int) -> list[str]:
-    from cowhand.copy.ops.space import free_bytes
+    from cowhand.core.mounts import free_bytes
 
     free = free_bytes(target)
     if free is None or needed <= free:
