@@ -7,7 +7,7 @@ any moment, and after a crash at any point: the commit is simply begun anew. Onl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from cowhand.copy.engine.engine import WORKERS, Engine
 from cowhand.copy.engine.plan import Policy
 from cowhand.copy.engine.sink import choose
 from cowhand.copy.engine.source import SECTOR, Source
+from cowhand.copy.ops.room import Room, require as require_room, room_for
 from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
@@ -125,6 +126,7 @@ def commit(
             layers = open_layers(top, above, format=format, cache=cache, policy=policy, writable=not drop)
         if guard is not None:
             guard.refuse(change_of(layers.top.root, layers.above), force=force)
+        require_room(room_of(layers), layers.base.filename, "what is to be committed", warn=warn)
         moved, grown = copy_down(layers, rate_limit=rate_limit, progress=progress, cancel=cancel)
         emptied = not drop and empty(layers.top, cancel, warn)
         return CommitResult(layers.base.filename, moved.data, moved.zero, grown, emptied)
@@ -191,6 +193,36 @@ def open_layers(
         disk.close()
         raise
     return Layers(disk, base, above)
+
+
+def room_of(layers: Layers) -> Room | None:
+    """Return the room for what lies above the base in it, None where it is enough, or nothing is known. Nothing is changed."""
+    base = layers.base
+    source = Source([layers.top], depth=layers.above, exact=True)
+    unit = base.root.allocation_unit if isinstance(base.root, FormatNode) else 1
+
+    def runs() -> Iterator[plan.Run]:
+        return source.runs(Policy(unit=unit, skip_unallocated=True, skip_zero_from=base.size))
+
+    return room_for(base, runs, plan.totals(runs()).data)
+
+
+def look_for_room(
+    top: str | os.PathLike[str] | Mapping[str, Any],
+    above: int = 1,
+    *,
+    format: str | None = None,
+    policy: OpenPolicy | None = None,
+) -> Room | None:
+    """Return what :func:`room_of` tells of a chain that is opened for reading only. Raises CowhandError."""
+    from cowhand.image.open import open_image
+
+    with open_image(top, format=format, policy=policy) as disk:
+        node = _layer(disk.root, above)
+        if node is None:
+            return None
+        with Disk(node) as base:
+            return room_of(Layers(disk, base, above))
 
 
 def copy_down(

@@ -9,7 +9,7 @@ In-place writes take no lock. Everything else goes by reservations, see :mod:`co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from cowhand.block.format_io.mapped import PLAIN_MASK, MappedFormat
@@ -34,6 +34,11 @@ class FormatNode(ReservingNode, MappedFormat):
     DIRECT_WRITE: ClassVar[tuple[int, int]] = (IN_PLACE_MASK, IN_PLACE_RUN)
     #: Guest bytes are stored in another form than their own (see :meth:`encode`).
     encodes: bool = False
+
+    @property
+    def spare_unit(self) -> int:
+        """Parts of new units that :meth:`spare` can leave out begin and end at its multiples."""
+        return self.copy_unit
 
     def __init__(self, options: NodeOptions) -> None:
         super().__init__(options)
@@ -310,6 +315,14 @@ class FormatNode(ReservingNode, MappedFormat):
     def make_empty(self) -> bool:
         """Let the backing file show through everywhere at once (inside a quiesce); False where that is done unit by unit. Raises CowhandError."""
         return False
+
+    def unused_space(self, end: int) -> int | None:
+        """Return the bytes before *end* of the file that new units could still be given, at most; None where that is not known."""
+        return None
+
+    def tables_needed(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Return the bytes that new units for *ranges*, (offset, length) and rising, need beside their data."""
+        return 0
 
     def write_compressed(self, offset: int, payload: Buffer) -> None:
         """Store *payload*, the encoded form of the one allocation unit at *offset*. Raises NotSupported where the unit holds data already."""

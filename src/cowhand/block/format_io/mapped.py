@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: flags of a run whose bytes can be read where they lie, and those that forbid it
 PLAIN_RUN = DATA | OFFSET
 PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
+#: Stands for the backing file that the header names, where the user says nothing.
+RECORDED = object()
 
 
 class MappedFormat(BlockNode):
@@ -56,6 +58,24 @@ class MappedFormat(BlockNode):
     def start(self, opening: Opening, given: dict[str, Any]) -> None:
         """Read and check the header, and open what else belongs to the image; see :meth:`BlockNode.open`. Raises InvalidFormat."""
         raise NotSupported(f"driver '{self.driver}' cannot be opened by options")
+
+    def open_backing(self, opening: Opening, given: Any, name: str | None, format: str | None) -> None:
+        """Open what lies below: *given* is None or "" for nothing, RECORDED for what the header names (*name*, *format*), or what the user says."""
+        if isinstance(given, dict) and not opening.with_backing and opening.nesting and not opening.implied:
+            opening.backing(self, given)  # only the topmost image is opened alone, and what the user describes is there
+            return
+        if isinstance(given, dict) and not opening.with_backing:
+            raise InvalidArgument(
+                f"Block format '{self.driver}' does not support the option 'backing.{next(iter(given))}'"
+            )
+        if given is None or given == "" or not opening.with_backing:
+            return
+        if isinstance(given, dict) and name and not {"file", "filename"} & given.keys():
+            opening.implicit_backing(self, name, format, given)
+        elif given is not RECORDED:
+            opening.backing(self, given)
+        elif name:
+            opening.implicit_backing(self, name, format)
 
     @abstractmethod
     def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:

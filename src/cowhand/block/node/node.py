@@ -367,6 +367,14 @@ class BlockNode(ABC):
         """Return a new read-only node, used by nobody yet, that shows a snapshot."""
         raise self._no_snapshots()
 
+    def change_backing(self, name: str | None, format: str | None) -> None:
+        """Record another backing file in the image, *name* with its *format* (None: no backing file any more); the open graph stays as it is."""
+        raise NotSupported(
+            f"format '{self.driver}' cannot record another backing file",
+            qemu="Operation not supported",
+            path=self.filename,
+        )
+
     def bitmap_keeper(self) -> Any:
         """Return what keeps persistent bitmaps in this layer: ``add``, ``remove``, ``touch`` of (node, name, ...), ``possible`` and
         ``broken_reason`` of (node); None: nothing does."""

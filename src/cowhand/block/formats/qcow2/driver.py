@@ -469,6 +469,16 @@ class Qcow2Node(MetadataNode):
         with self.operation:
             resize(self, size, preallocation=preallocation, shrink=shrink)
 
+    def unused_space(self, end: int) -> int | None:
+        from cowhand.block.formats.qcow2.refcount.free_space import unused_space
+
+        return None if self.external else unused_space(self, end)
+
+    def tables_needed(self, ranges: Iterable[tuple[int, int]]) -> int:
+        from cowhand.block.formats.qcow2.refcount.free_space import tables_needed
+
+        return tables_needed(self, ranges)
+
     def make_empty(self) -> bool:
         from cowhand.block.formats.qcow2.resize.make_empty import make_empty
 

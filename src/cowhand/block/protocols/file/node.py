@@ -19,6 +19,7 @@ from cowhand.block.protocols.file.data import DescriptorNode
 from cowhand.core import syscalls
 from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, NotSupported, from_os_error
 from cowhand.core.extents import ExtentBatch
+from cowhand.core.unfinished import is_unfinished
 
 if TYPE_CHECKING:
     from cowhand.block.locking.image_lock import Holder
@@ -275,8 +276,12 @@ class FileNode(DescriptorNode):
         try:
             holder.update(perm, shared)
         except NotSupported:
-            # A file that is only read does no harm without locks; for writing the user has to say that it is alone.
-            if self.writable or self.options.locking == "on":
+            # A file that is only read does no harm without locks, and one that is being made nobody else knows; for writing the user has to say
+            # that it is alone.
+            from cowhand.block.locking import image_lock
+
+            alone = not self.writable or is_unfinished(self.path) or image_lock.are_missing_locks_allowed()
+            if not alone or self.options.locking == "on":
                 raise
             holder.release()
             self._holder = None
