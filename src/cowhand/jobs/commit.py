@@ -235,6 +235,7 @@ def copy_down(
     """Write what lies above the base into it, stable on return; return the bytes of each kind, and whether the base grew. Raises CowhandError."""
     rate = parse_size(rate_limit)
     top, base = layers.top, layers.base
+    Source([top], depth=layers.above, exact=True).require_whole()
     size_before = base.size
     grown = top.size > size_before
     if grown:

@@ -7,7 +7,7 @@ is only read is a :class:`ReadOnlyFormat`: its header in ``start``, and ``map``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cowhand.block.node.node import BlockNode, Child, Failures, Request, Role
@@ -107,6 +107,10 @@ class MappedFormat(BlockNode):
     def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
         """Fill *view* with the guest bytes at *offset*, which *run* says are compressed or encoded."""
         raise NotSupported(f"driver '{self.driver}' cannot decode")
+
+    def units_at_end(self, offset: int, length: int) -> Iterable[int]:
+        """Yield the beginnings of units, from *offset* on, whose compressed bytes may reach behind the end of the file: only reading tells."""
+        return ()
 
     def wrong(self, text: str, offset: int = 0, qemu: str | None = None) -> InvalidFormat:
         """Return the error for a header or a table, at *offset* of the file, that cannot be."""

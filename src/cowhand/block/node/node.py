@@ -330,6 +330,11 @@ class BlockNode(ABC):
         """Return (descriptor, offset) of *run*'s bytes for the fast lane, or None: None unless a node grants it."""
         return None
 
+    def extend(self, size: int, limit: int) -> None:
+        """Make the node at least *size* bytes long while others write, not behind *limit*: all that they write stays. New bytes read as zeroes."""
+        if self.size < size:
+            self.resize(limit)
+
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
         """Fill *buffer* from the VM state, which lies outside of size, extents, convert and checksum."""
         raise NotSupported(f"driver '{self.driver}' keeps no VM state")
