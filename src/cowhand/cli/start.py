@@ -43,5 +43,12 @@ def io() -> int:
     return main()
 
 
+def nbd() -> int:
+    """Run ``cowhand-nbd``."""
+    from cowhand.cli.compat.nbd import main
+
+    return main()
+
+
 if __name__ == "__main__":
     sys.exit(cowhand())

@@ -7,7 +7,7 @@ is only read is a :class:`ReadOnlyFormat`: its header in ``start``, and ``map``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cowhand.block.node.node import BlockNode, Child, Failures, Request, Role
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: flags of a run whose bytes can be read where they lie, and those that forbid it
 PLAIN_RUN = DATA | OFFSET
 PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
+#: Stands for the backing file that the header names, where the user says nothing.
+RECORDED = object()
 
 
 class MappedFormat(BlockNode):
@@ -34,6 +36,9 @@ class MappedFormat(BlockNode):
     #: What is allocated, and what is copied, as one; a format that is only read does neither.
     allocation_unit: int = 1
     copy_unit: int = 1
+    #: What the header says of the backing file, where the format can name one; see :attr:`backing_link`.
+    backing_name: str | None = None
+    backing_format: str | None = None
     #: Something was, or may have been, written since the last flush began (:class:`cowhand.block.format_io.reservations.ReservingNode`).
     changed: bool = False
     file: Child
@@ -57,6 +62,29 @@ class MappedFormat(BlockNode):
         """Read and check the header, and open what else belongs to the image; see :meth:`BlockNode.open`. Raises InvalidFormat."""
         raise NotSupported(f"driver '{self.driver}' cannot be opened by options")
 
+    def open_backing(self, opening: Opening, given: Any) -> None:
+        """Open what lies below: *given* is None or "" for nothing, RECORDED for what the image names, or what the user says."""
+        name, format = self.backing_link or (None, None)
+        if isinstance(given, dict) and not opening.with_backing and opening.nesting and not opening.implied:
+            opening.backing(self, given)  # only the topmost image is opened alone, and what the user describes is there
+            return
+        if isinstance(given, dict) and not opening.with_backing:
+            raise InvalidArgument(
+                f"Block format '{self.driver}' does not support the option 'backing.{next(iter(given))}'"
+            )
+        if given is None or given == "" or not opening.with_backing:
+            return
+        if isinstance(given, dict) and name and not {"file", "filename"} & given.keys():
+            opening.implicit_backing(self, name, format, given)
+        elif given is not RECORDED:
+            opening.backing(self, given)
+        elif name:
+            opening.implicit_backing(self, name, format)
+
+    @property
+    def backing_link(self) -> tuple[str, str | None] | None:
+        return (self.backing_name, self.backing_format) if self.backing_name else None
+
     @abstractmethod
     def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
         """Return a run (see :class:`cowhand.block.node.node.Run`) that begins at *offset* and is at most *length* long. Takes no lock when cached."""
@@ -79,6 +107,10 @@ class MappedFormat(BlockNode):
     def decode(self, run: tuple[int, int, Child | None, int], offset: int, view: memoryview) -> None:
         """Fill *view* with the guest bytes at *offset*, which *run* says are compressed or encoded."""
         raise NotSupported(f"driver '{self.driver}' cannot decode")
+
+    def units_at_end(self, offset: int, length: int) -> Iterable[int]:
+        """Yield the beginnings of units, from *offset* on, whose compressed bytes may reach behind the end of the file: only reading tells."""
+        return ()
 
     def wrong(self, text: str, offset: int = 0, qemu: str | None = None) -> InvalidFormat:
         """Return the error for a header or a table, at *offset* of the file, that cannot be."""

@@ -166,6 +166,8 @@ class BlockNode(ABC):
     immediate: bool = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
     zero_when_new: bool = True
+    #: Bytes that the format allocates as one, where it tells of it.
+    cluster_size: int | None = None
 
     def __init__(self, options: NodeOptions) -> None:
         self.options = options
@@ -250,6 +252,11 @@ class BlockNode(ABC):
         """The child that shows through where nothing is allocated, or None. A filter's filtered child is not one."""
         return self.children.get("backing")
 
+    @property
+    def backing_link(self) -> tuple[str, str | None] | None:
+        """The backing file that the image itself records: its name as it is written, and its format if that is recorded; None for none."""
+        return None
+
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
         """Return (needed, shared) permissions on *child* when this node's own users need *perm* and share *shared*.
 
@@ -323,6 +330,11 @@ class BlockNode(ABC):
         """Return (descriptor, offset) of *run*'s bytes for the fast lane, or None: None unless a node grants it."""
         return None
 
+    def extend(self, size: int, limit: int) -> None:
+        """Make the node at least *size* bytes long while others write, not behind *limit*: all that they write stays. New bytes read as zeroes."""
+        if self.size < size:
+            self.resize(limit)
+
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
         """Fill *buffer* from the VM state, which lies outside of size, extents, convert and checksum."""
         raise NotSupported(f"driver '{self.driver}' keeps no VM state")
@@ -361,6 +373,14 @@ class BlockNode(ABC):
     def open_snapshot(self, ident: str, name: str) -> BlockNode:
         """Return a new read-only node, used by nobody yet, that shows a snapshot."""
         raise self._no_snapshots()
+
+    def change_backing(self, name: str | None, format: str | None) -> None:
+        """Record another backing file in the image, *name* with its *format* (None: no backing file any more); the open graph stays as it is."""
+        raise NotSupported(
+            f"format '{self.driver}' cannot record another backing file",
+            qemu="Operation not supported",
+            path=self.filename,
+        )
 
     def bitmap_keeper(self) -> Any:
         """Return what keeps persistent bitmaps in this layer: ``add``, ``remove``, ``touch`` of (node, name, ...), ``possible`` and

@@ -7,7 +7,7 @@
     versions    for each sector of the changed ranges: a byte with their number, then 8 bytes of BLAKE2b of every content it was given
     32 bytes    SHA-256 of all that is above
     lines       what happened since, each between two newlines: "done MTIME_NS" when the repair was complete, "undoing" before the first
-                byte is put back; one that a crash cut off counts for nothing
+                byte is put back, "undone" when all is; one that a crash cut off counts for nothing
 
 A log that ends before its SHA-256 belongs to a repair that had not begun. Whatever a crash left of a repair, or of its undoing, each sector
 has one of the contents that the log knows; then everything is put back. Any other content means that somebody wrote to the image since.
@@ -37,6 +37,13 @@ class ImageChanged(CowhandError):
     """The image is not as a repair left it, so the repair cannot be undone."""
 
     code = "image-changed"
+    exit_code = 9
+
+
+class UndoLogUsed(CowhandError):
+    """The repair that the log tells of was undone already; what the image holds now is something else."""
+
+    code = "undo-log-used"
     exit_code = 9
 
 
@@ -209,6 +216,14 @@ class UndoLog:
                 "the undo log is not complete: the repair had not begun, so there is nothing to undo", path=self.path
             )
         return data
+
+    def check_unused(self) -> None:
+        """Raise UndoLogUsed when the repair was undone completely: since then the image has a life of its own."""
+        if "undone" in self.notes:
+            raise UndoLogUsed(
+                f"the repair of '{self.image}' was undone with this log already", path=self.path,
+                hint="There is nothing more to undo with it: it can be deleted. A new repair writes a new log.",
+            )  # fmt: skip
 
     def verify(self, disk: Disk, modified: int | None, *, force: bool = False) -> bool:
         """Look whether *disk* is as the repair left it, even in the middle; False when it is as before the repair, all of it.

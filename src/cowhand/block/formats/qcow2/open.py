@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cowhand.block.format_io.mapped import RECORDED
 from cowhand.block.formats.qcow2.cluster.mapping import Mapping
 from cowhand.block.formats.qcow2.metadata.options import check_options
 from cowhand.block.formats.qcow2.metadata.writeback import WriteBack
@@ -15,7 +16,7 @@ from cowhand.block.formats.qcow2.ondisk import header as headers, layout as L
 from cowhand.block.formats.qcow2.refcount.allocator import Allocator
 from cowhand.block.formats.qcow2.refcount.refcounts import Refcounts
 from cowhand.block.node.node import Capabilities, Child, Limits, Role, Zeroing
-from cowhand.core.errors import ImageCorrupt, InvalidArgument, InvalidFormat, UnsupportedFeature
+from cowhand.core.errors import ImageCorrupt, InvalidFormat, UnsupportedFeature
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -26,8 +27,6 @@ _SUBCLUSTER_SHIFT = 5
 
 _SECTOR = 512  #: QEMU's disks are made of whole ones
 
-_RECORDED: Any = object()  #: for "backing": the file that the header names
-
 
 def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None:
     """Connect *node*, which is new, to the files that *given* or the image itself names, and load it; what *given* names is taken out of it.
@@ -37,7 +36,7 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
     file = given.pop("file", None)
     if file is None:
         raise InvalidFormat("a qcow2 image needs a 'file'", qemu='A block device must be specified for "file"')
-    backing, encrypt = given.pop("backing", _RECORDED), given.pop("encrypt", None)
+    backing, encrypt = given.pop("backing", RECORDED), given.pop("encrypt", None)
     opening.track(node)
     node.file = opening.child(node, "file", file, Role.PRIMARY)
     node.data_child = node.file
@@ -46,29 +45,12 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
         from cowhand.block.formats.qcow2.cluster.data_file import attach
 
         attach(node, opening, given)
+        node.mapping.restart_at_end()
     if node.header.crypt_method or encrypt is not None:
         from cowhand.block.formats.qcow2.cluster import encryption
 
         node.be_encrypted(encryption.configure(node, encrypt, unlocked=opening.unlocks))
-    _open_backing(node, opening, backing)
-
-
-def _open_backing(node: Qcow2Node, opening: Opening, backing: Any) -> None:
-    """Open what lies below *node*: *backing* is None or "" for nothing, _RECORDED for what the header names, a name, or a description."""
-    header = node.header
-    if isinstance(backing, dict) and not opening.with_backing and opening.nesting and not opening.implied:
-        opening.backing(node, backing)  # only the topmost image is opened alone, and what the user describes is there
-        return
-    if isinstance(backing, dict) and not opening.with_backing:
-        raise InvalidArgument(f"Block format 'qcow2' does not support the option 'backing.{next(iter(backing))}'")
-    if backing is None or backing == "" or not opening.with_backing:
-        return
-    if isinstance(backing, dict) and header.backing_name and not {"file", "filename"} & backing.keys():
-        opening.implicit_backing(node, header.backing_name, header.backing_format, backing)
-    elif backing is not _RECORDED:
-        opening.backing(node, backing)
-    elif header.backing_name:
-        opening.implicit_backing(node, header.backing_name, header.backing_format)
+    node.open_backing(opening, backing)
 
 
 def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) -> None:
@@ -78,6 +60,7 @@ def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) ->
     what the disk has behind its last whole sector. Nothing else uses the node yet.
     Raises InvalidFormat, UnsupportedFeature, ImageCorrupt, IOFailed.
     """
+    node.cut_reads_as_zeroes = as_qemu or for_repair
     header = node.header = _read_header(node.file, node.filename, for_repair=for_repair)
     if as_qemu and header.find(L.EXT_BITMAPS) is None:  # which are of the disk's true size
         header.size -= header.size % _SECTOR
