@@ -380,6 +380,7 @@ def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
     reads = [Touch(name, "data", data) for name, (data, _) in zip(args.source, amounts, strict=True)]
     needed = max((required for _, required in amounts), default=0) if len(amounts) == 1 else None
     if args.backing:
+        _refuse_loop(args)
         reads.append(Touch(args.backing, "header of the base"))
     in_place = in_place_warning(args.target, backing=args.backing) if there and not args.no_create else []
     plan = Plan(
@@ -400,6 +401,17 @@ def _fate(args: argparse.Namespace, there: bool) -> str:
     if args.no_create:
         return "written in place, its present content would be lost"
     return "its present content would be lost when the new image is complete, which takes at most"
+
+
+def _refuse_loop(args: argparse.Namespace) -> None:
+    from cowhand.block.links.reading import refuse_loop
+    from cowhand.block.links.records import BACKING, Link
+    from cowhand.drivers import REGISTRY
+    from cowhand.image.create import local_path
+
+    path = local_path(args.target)
+    if path is not None:
+        refuse_loop(path, Link(BACKING, args.backing, args.backing_format), REGISTRY, force=args.force)
 
 
 def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]:

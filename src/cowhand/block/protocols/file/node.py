@@ -317,6 +317,20 @@ class FileNode(DescriptorNode):
             raise InvalidArgument("the file would be cut shorter, which was not allowed", path=self.path)
         set_size(self.fd, size, preallocation, self.path, flush=lambda _: self.flush())
 
+    def extend(self, size: int, limit: int) -> None:
+        if self.failure is not None:
+            self.refuse_poisoned()
+        have = self.size
+        if have >= size:
+            return
+        try:
+            # Cuts nothing off that another thread has written since, as ftruncate(2) to this length might.
+            syscalls.allocate(self.fd, have, size - have)
+        except (
+            OSError
+        ):  # the file system cannot, or has no space: a hole does as well, behind all that is being written
+            self.resize(max(size, limit))
+
     def close(self) -> None:
         fd, self.fd, self.lane_fd = self.fd, -1, -1
         holder, self._holder = self._holder, None
