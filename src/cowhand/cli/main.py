@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 #: Every command with the one line that the overview says of it, in the order of a disk's life.
 COMMANDS = {
     "create": "make a new image, empty or as an overlay of another one",
-    "info": "tell what an image is, and what it stands on",
+    "info": "show what an image is, and its backing files",
     "map": "show where the data of a disk lies",
     "check": "look for damage and lost space in an image, and repair it",
-    "du": "show what an image uses its file for",
-    "locks": "tell who has an image open, and what that keeps others from",
-    "inspect": "look inside an image, and judge one from a stranger",
+    "du": "show what the space in an image's file is used for",
+    "locks": "show which programs have an image open, and what they lock",
+    "inspect": "show an image's header and tables, and judge an untrusted image",
     "convert": "copy a disk into a new image, of another format if you like",
     "compare": "tell whether two disks hold the same bytes",
     "checksum": "print or verify checksums of what a guest sees",
@@ -35,8 +35,10 @@ COMMANDS = {
     "snapshot": "create, list, apply or delete snapshots inside an image",
     "bitmap": "list and change the dirty bitmaps that an image keeps",
     "commit": "write an overlay's changes into the image below it",
-    "rebase": "put an image on another backing file, or on none",
-    "serve": "give images to other programs and machines by NBD",
+    "rebase": "give an image another backing file, or none",
+    "flatten": "make an image that needs no backing file any more",
+    "passphrase": "list, add, change or remove passphrases of an encrypted image",
+    "serve": "serve images to other programs and machines over NBD",
     "completion": "print a script that completes command lines in a shell",
 }
 EXIT_USAGE = 2

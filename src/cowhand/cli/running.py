@@ -68,6 +68,8 @@ def run(command: ModuleType, name: str, args: Namespace) -> int:
 
 
 def _with_secrets(command: ModuleType, name: str, args: Namespace) -> int:
+    if hasattr(command, "ask"):
+        command.ask(args)
     if not any(getattr(args, option, None) for option in _OF_SECRETS):
         return _run(command, name, args)
     from cowhand.cli.secrets import offered
