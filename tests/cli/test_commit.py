@@ -106,7 +106,7 @@ def test_dry_run_says_who_would_be_harmed(chain: Path) -> None:
 
 
 def test_what_cannot_be_committed_is_told(chain: Path) -> None:
-    assert "stands on no other image" in cowhand("commit", "base", cwd=chain, status=1).stderr
+    assert "has no backing file" in cowhand("commit", "base", cwd=chain, status=1).stderr
     assert "'absent' is not below" in cowhand("commit", "-b", "absent", "top", cwd=chain, status=1).stderr
     (chain / "base").rename(chain / "gone")
     assert "not complete" in cowhand("commit", "top", cwd=chain, status=1).stderr

@@ -63,7 +63,7 @@ def test_a_writer_is_named(path: Path) -> None:
         text = cowhand("locks", path, status=5).stdout.splitlines()
         assert text[0] == f"{path}:" and text[2].split()[:2] == [str(pid), "qemu-io"]
         assert str(path) in text[3]
-    assert cowhand("locks", path).stdout == f"{path}: nobody has it open\n"
+    assert cowhand("locks", path).stdout == f"{path}: not open in any program\n"
 
 
 @require_qemu_nbd

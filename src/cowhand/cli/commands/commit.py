@@ -2,8 +2,8 @@
 
 Every other overlay of that base would read changed bytes afterwards, and so would internal snapshots of the overlay itself. So images that
 depend on the base are looked for: beside it and beside the overlay, below, in folders beside those, in known pools and on block devices
-(--look-in names more folders). The commit is refused where there are some, or where not everything could be looked at. --force does
-it all the same.
+(--look-in names more folders). The commit is refused if there are any, or if not everything could be looked at; --force commits
+anyway.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cowhand.cli.running import Context
 
 EXAMPLES = """\
-  cowhand commit work.qcow2                     into the image that it stands on
+  cowhand commit work.qcow2                     into its backing file
   cowhand commit --dry-run work.qcow2           what that would do, and to whom
   cowhand commit -b base.qcow2 work.qcow2       through all layers, down to base.qcow2
 """
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def layers_to(chain: list[ImageInfo], base: str | None, image: str) -> list[ImageInfo]:
     """Return the images from the top to *base* (None: the one directly below); raises CowhandError where that is not possible."""
     if len(chain) == 1:
-        raise InvalidArgument(f"'{image}' stands on no other image", path=image)
+        raise InvalidArgument(f"'{image}' has no backing file", path=image)
     if chain[-1].problem:
         missing = chain[-1]
         raise ImageNotFound(f"the chain of '{image}' is not complete: {missing.problem}", path=missing.filename)
@@ -124,7 +124,7 @@ def _plan(args: argparse.Namespace, context: Context, layers: list[ImageInfo]) -
     if top.virtual_size > base.virtual_size:
         writes.append(Touch(base.filename, f"its length becomes {format_size(top.virtual_size)}"))
     if not keeps:
-        writes.append(Touch(top.filename, "emptied when the base holds everything"))
+        writes.append(Touch(top.filename, "emptied once the base has everything"))
     room = look_for_room(args.image, len(layers) - 1, format=args.format)
     plan = Plan(
         action=f"commit {top.filename} into {base.filename}",
@@ -134,8 +134,8 @@ def _plan(args: argparse.Namespace, context: Context, layers: list[ImageInfo]) -
         dependents=found,
         warnings=[
             *([f"it will not fit: {room.words()}"] if room is not None else []),
-            *(f"{info.filename} will show other data: what is committed passes it by" for info in layers[1:-1]),
+            *(f"{info.filename} will show other data: the commit does not update it" for info in layers[1:-1]),
         ],
-        undo="none: the base's present content is gone. Take a snapshot of it, or copy it, first",
+        undo="none: the base's present content is overwritten. Take a snapshot of it, or copy it, first",
     )
     return show(plan, context.out)
