@@ -55,7 +55,10 @@ def choose(snapshots: list[SnapshotInfo], id_or_name: str, path: str) -> Snapsho
 
 def list_snapshots(disk: Disk) -> list[SnapshotInfo]:
     """Return the snapshots that *disk*'s image keeps, in the order of its table. Raises NotSupported."""
-    return _holder(disk).list_snapshots()
+    holder = _holder(disk)
+    if holder.snapshots_problem is not None:
+        raise holder.snapshots_problem
+    return holder.list_snapshots()
 
 
 def create_snapshot(
@@ -131,7 +134,12 @@ def open_snapshot(disk: Disk, id_or_name: str) -> Disk:
 
     disk.check_open()
     node = _holder(disk)
-    wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
+    try:
+        wanted = choose(node.list_snapshots(), id_or_name, disk.filename)
+    except SnapshotNotFound:
+        if node.snapshots_problem is not None:
+            raise node.snapshots_problem from None
+        raise
     view = node.open_snapshot(wanted.id, wanted.name)
     try:
         return Disk(view)
