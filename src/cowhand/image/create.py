@@ -191,6 +191,10 @@ class Creation:
         """Raise when the image, or its data file, cannot be made: it exists and is not to be *overwritten*, or options are wrong."""
         if self.format.name == "host_device" != self.protocol.name:
             raise self._no_device()
+        if overwrite and self.local is not None:
+            from cowhand.block.locking import device_use
+
+            device_use.check(self.local)
         if self.options.get("data_file") == "":
             raise InvalidArgument("the data file has no name", qemu="Could not create '': No such file or directory")
         below = self.options.get("backing_fmt")
