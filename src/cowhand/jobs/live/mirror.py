@@ -85,13 +85,17 @@ class MirrorJob(Job):
 
     # -- the filter
 
+    def check(self) -> None:
+        """Raise InvalidArgument or NodeBusy where the job is not possible."""
+        if self.source is self.target:
+            raise InvalidArgument("Can't mirror node into itself")
+        check_blockers(self.target, "mirror-target")
+        check_blockers(self.source, "mirror-source")
+
     def install(self) -> None:
         """Mark what is written from now on. Called once, before :meth:`start`."""
+        self.check()
         source, target = self.source, self.target
-        if source is target:
-            raise InvalidArgument("Can't mirror node into itself")
-        check_blockers(source, "mirror-source")
-        check_blockers(target, "mirror-target")
         with graph.quiesce(source, target):
             unit = self._granularity or 1 << 16
             filter = MirrorTopNode(source, Bitmap(source.size, unit), node_name=self._filter_name)
