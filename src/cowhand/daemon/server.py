@@ -30,14 +30,15 @@ class MonitorSocket:
         self._thread.start()
 
     def close(self) -> None:
-        """Hang up, and stop listening."""
+        """Stop listening, and hang up when the client has got what it was answered."""
         self._closed = True
-        for sock in (self._client, self._sock):
+        for sock, how in ((self._client, socket.SHUT_RD), (self._sock, socket.SHUT_RDWR)):
             if sock is not None:
                 try:
-                    sock.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown(how)
                 except OSError:
                     pass  # it is closed already
+        self._thread.join(10)
         self._sock.close()
 
     def _run(self) -> None:

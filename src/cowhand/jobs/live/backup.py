@@ -125,7 +125,7 @@ class BackupJob(Job):
         self._blocker.release()
         if self._frozen is not None and self.bitmap is not None:
             frozen, self._frozen = self._frozen, None
-            with graph.quiesce(self.source):
+            with graph.quiesce(self.filter or self.source):  # the node below may be another one by now
                 self._thaw(frozen, success)
         if self.filter is not None:
             filter, self.filter = self.filter, None

@@ -141,7 +141,7 @@ class MirrorJob(Job):
     def run(self) -> None:
         filter = self.filter
         assert filter is not None, "install() comes before start()"
-        if self.source.size != self.target.size:
+        if filter.size != self.target.size:
             raise InvalidArgument("Source and target image have different sizes")
         self._mark_first(filter)
         dirty, piece = filter.dirty, max(PIECE, filter.dirty.granularity)
@@ -174,7 +174,7 @@ class MirrorJob(Job):
 
     def _mark_first(self, filter: MirrorTopNode) -> None:
         """Mark what the target lacks; what is written meanwhile is marked already."""
-        size, dirty = self.source.size, filter.dirty
+        size, dirty = filter.size, filter.dirty  # the node below may be another one by now
         if self._bits is not None:
             dirty.merge(self._bits)
         if self.sync in ("none", "bitmap"):
