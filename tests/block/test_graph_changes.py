@@ -30,6 +30,7 @@ from cowhand.image.create import create
 from cowhand.image.open import open_image
 from cowhand.testing.wrapper import WrapperNode
 from tests.block.disks import Worker, qcow2_disk, qcow2_file, qcow2_node
+from tests.tools.patience import PATIENCE
 
 KIB, MIB = 1 << 10, 1 << 20
 WRITERS = 8
@@ -257,7 +258,7 @@ class TestDrainsOfSeveralDisks:
         def piece() -> None:
             with two.lease():
                 leased.set()
-                assert shut.wait(20)
+                assert shut.wait(PATIENCE)
                 one.write(0, b"x")
                 two.write(0, b"y")
                 one.flush()
@@ -268,7 +269,7 @@ class TestDrainsOfSeveralDisks:
                 assert not two.in_flight
 
         worker = Worker(piece)
-        assert leased.wait(20)
+        assert leased.wait(PATIENCE)
         drainer = Worker(drain)
         while not (one.gate.closed and two.gate.closed):
             pass
@@ -302,7 +303,7 @@ class TestNames:
         root = self.open(names, {"driver": "raw", "file": "store", "node-name": "disk"})
         assert root.children["file"].node is file
         assert names.get("disk") is root
-        with pytest.raises(InvalidArgument, match="is used as file of 'disk'"):
+        with pytest.raises(InvalidArgument, match="Block device store is in use"):
             names.disown(file)
         Disk(root).close()
         assert "disk" not in names
@@ -329,7 +330,7 @@ class TestNames:
             names.disown(node)
         names.own(node)
         disk = Disk(node)
-        with pytest.raises(InvalidArgument, match="Node n is in use"):
+        with pytest.raises(InvalidArgument, match="Block device n is in use"):
             names.disown(node)
         disk.close()
         assert not node.closed

@@ -174,6 +174,11 @@ class Qcow2Node(MetadataNode):
 
         self._codec = codec(self.header.compression_type, level)
 
+    @property
+    def backing_link(self) -> tuple[str, str | None] | None:
+        name = self.header.backing_name
+        return (name, self.header.backing_format) if name else None
+
     def format_specific(self) -> dict[str, Any]:
         from cowhand.block.formats.qcow2.info import describe
 

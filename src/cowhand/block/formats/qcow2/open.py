@@ -51,7 +51,7 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
         from cowhand.block.formats.qcow2.cluster import encryption
 
         node.be_encrypted(encryption.configure(node, encrypt, unlocked=opening.unlocks))
-    node.open_backing(opening, backing, node.header.backing_name, node.header.backing_format)
+    node.open_backing(opening, backing)
 
 
 def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) -> None:
