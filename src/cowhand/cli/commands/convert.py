@@ -180,14 +180,19 @@ def _check(args: argparse.Namespace) -> None:
             "dirty bitmaps tell of the disk as it is now, not as it was at a snapshot",
             hint="Leave out --bitmaps, or -l.",
         )
+    if args.no_create and args.encrypt:
+        raise InvalidArgument(
+            "an image that exists (-n) is as it is: copying into it does not encrypt it",
+            hint="Leave out -n to make an encrypted image, or --encrypt to write into this one.",
+        )
     if args.verify and len(args.source) > 1:
         raise InvalidArgument("only a copy of one source can be verified", hint="Leave out --verify.")
 
 
 def _options(args: argparse.Namespace) -> dict[str, str]:
     given = arguments.driver_options(args.option)
-    if not (args.encrypt or args.target_secret or args.target_key_file):
-        return given
+    if args.no_create or not (args.encrypt or args.target_secret or args.target_key_file):
+        return given  # an image that exists is opened with the passphrases that are offered
     from cowhand.cli.secrets import creation_options
 
     return creation_options(args, arguments.format_for(args.target, args.target_format), given)
@@ -285,8 +290,8 @@ def _verify_snapshots(source: Disk, target: str, format: str, context: Context) 
     from cowhand.image.snapshots import list_snapshots, open_snapshot
 
     with cowhand.open(target, format=format) as copy:
-        for info in list_snapshots(source):
-            with open_snapshot(source, info.id) as left, open_snapshot(copy, info.id) as right:
+        for info, copied in zip(list_snapshots(source), list_snapshots(copy), strict=True):
+            with open_snapshot(source, info) as left, open_snapshot(copy, copied) as right:
                 found = compare(left, right, cancel=context.cancel)
                 if not found.identical or left.size != right.size:
                     raise CowhandError(

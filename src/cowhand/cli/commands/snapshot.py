@@ -35,7 +35,11 @@ ACTIONS = ("create", "list", "apply", "delete")
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("image", help="image that holds the snapshots")
-    parser.add_argument("name", nargs="?", help="id of the snapshot, or its name")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        help="id of the snapshot, or its name; where a word is both: snapshot.id=ID or snapshot.name=NAME",
+    )
     arguments.add_format(parser)
     add_guard(parser, "apply although other images read through this one")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
@@ -90,7 +94,7 @@ def _apply(disk: Disk, name: str) -> SnapshotInfo:
     from cowhand.image.snapshots import apply_snapshot, choose
 
     chosen = choose(_known(disk), name, disk.filename)
-    apply_snapshot(disk, chosen.id)
+    apply_snapshot(disk, chosen)
     return chosen
 
 
@@ -98,7 +102,7 @@ def _delete(disk: Disk, name: str) -> SnapshotInfo:
     from cowhand.image.snapshots import choose, delete_snapshot
 
     chosen = choose(_known(disk), name, disk.filename)
-    delete_snapshot(disk, chosen.id)
+    delete_snapshot(disk, chosen)
     return chosen
 
 

@@ -21,6 +21,7 @@ from cowhand.image.open import Image, open_source
 
 if TYPE_CHECKING:
     from cowhand.block.node.guard import Guard
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.block.opening.policy import Policy as OpenPolicy
     from cowhand.block.opening.registry import Registry
     from cowhand.image.create import Creation
@@ -50,8 +51,9 @@ def convert(
     backing_format: str | None = None,
     skip_create: bool = False,
     target_is_zero: bool = False,
+    check_target: bool = True,
     overwrite: bool = False,
-    snapshot: str | None = None,
+    snapshot: str | SnapshotInfo | None = None,
     compressed: bool = False,
     compression_level: int | None = None,
     sparse_size: int | str = DEFAULT_SPARSE,
@@ -79,7 +81,8 @@ def convert(
 
     A new target of *target_format* (default raw) is made with *options*; it appears under its name when it is complete, and never in place of
     another file unless *overwrite* is set (that one is then written in place). With *skip_create* (-n) an existing image, or an open disk, is
-    written in place; *target_is_zero* promises that it reads as zeroes. *backing* and *backing_format* (-B, -F) leave to the backing file
+    written in place; *target_is_zero* promises that it reads as zeroes, which *check_target* looks
+    into as far as that is cheap: where it does not, zeroes are written. *backing* and *backing_format* (-B, -F) leave to the backing file
     what the source's own layer does not allocate. *snapshot* reads the (one) source at an internal snapshot.
 
     *sparse_size* (-S): runs of zeroes of at least so many bytes are left out; 0 writes every byte. *compressed* stores compressed clusters,
@@ -116,6 +119,7 @@ def convert(
         backing_format=backing_format,
         skip_create=skip_create or isinstance(target, Disk),
         target_is_zero=target_is_zero,
+        check_target=check_target,
         overwrite=overwrite,
         snapshot=snapshot,
         snapshots=snapshots,
@@ -255,10 +259,21 @@ class _Conversion:
             target,
             self.settings,
             has_backing=self._has_backing,
-            reads_zero=self.request.target_is_zero,
+            reads_zero=self.request.target_is_zero and self._keeps_promise(target.disk),
             progress=progress,
             cancel=cancel,
         )
+
+    def _keeps_promise(self, disk: Disk) -> bool:
+        """Tell whether *disk* may be taken to read as zeroes; where not, they are written. Unchecked the user's word counts, as in QEMU."""
+        from cowhand.copy.ops.zero_promise import broken_promise
+
+        if not self.request.check_target:
+            return disk.root.zero_when_new
+        why = broken_promise(disk)
+        if why is not None:
+            self._warn(f"'{disk.filename}' was said to read as zeroes, and {why}: zeroes are written")
+        return why is None
 
     def _copy_states(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> plan.Totals:
         """The same with every internal snapshot before it."""

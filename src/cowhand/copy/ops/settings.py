@@ -12,6 +12,7 @@ from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import parse_size
 
 if TYPE_CHECKING:
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.copy.engine.throttle import Throttle
     from cowhand.image.open import Image
 
@@ -45,8 +46,9 @@ class Request(NamedTuple):
     backing_format: str | None
     skip_create: bool
     target_is_zero: bool
+    check_target: bool
     overwrite: bool
-    snapshot: str | None
+    snapshot: str | SnapshotInfo | None
     snapshots: bool
     bitmaps: bool
     skip_broken_bitmaps: bool

@@ -23,6 +23,7 @@ from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import (
     CowhandError,
+    InvalidFormat,
     NotSupported,
     Poisoned,
 )
@@ -265,6 +266,12 @@ class Qcow2Node(MetadataNode):
         view[:] = whole[begin : begin + len(view)]
 
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
+        reach = len(self.mapping.l1.data) // L.ENTRY_SIZE << self.mapping.table_shift
+        if self.vmstate_offset + offset + len(buffer) > reach:
+            raise InvalidFormat(
+                f"the VM state ends before byte {offset + len(buffer)}: the tables reach no further", path=self.filename,
+                hint="A VM state as long as the snapshot says is not in the image.",
+            )  # fmt: skip
         FormatNode.read_into(self, self.vmstate_offset + offset, buffer)
 
     @property

@@ -17,6 +17,7 @@ from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
+    from cowhand.block.node.records import SnapshotInfo
 
 SECTOR = 512
 _DEFAULT_SPARSE = 4096
@@ -202,7 +203,7 @@ def _convert(
     disks: Sequence[Disk],
     target: Disk | str,
     options: dict[str, Any],
-    snapshot: str | None,
+    snapshot: str | SnapshotInfo | None,
     shown: ProgressLine,
 ) -> None:
     from cowhand.copy.ops.convert import convert
@@ -219,6 +220,7 @@ def _convert(
             backing=backing,
             backing_format=backing_format,
             target_is_zero="target_is_zero" in flags,
+            check_target=False,
             overwrite=True,
             snapshot=snapshot,
             compressed="compressed" in flags,
