@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from cowhand.cli.compat import profiles
 from cowhand.core import locks
+from tests.tools import programs
 
 #: Threads that a library keeps for the life of the process; nothing of cowhand's belongs here.
 _LASTING = ("execnet-", "Dummy-")
@@ -24,6 +26,8 @@ locks.enforce()
 # Processes that tests start keep their compiled bytecode, whatever the caller's surroundings say: to compile the sources takes longer than most
 # commands run.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# The drop-in tools answer as the QEMU that is installed here, whatever this machine's user has set.
+os.environ[profiles.VARIABLE] = programs.installed_profile()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -40,6 +40,22 @@ def _probe_vpc(data: bytes, filename: str) -> int:
     return 100 if data[:8] == b"conectix" else 0
 
 
+def _probe_vhdx(data: bytes, filename: str) -> int:
+    return 100 if data[:8] == b"vhdxfile" else 0
+
+
+def _probe_qed(data: bytes, filename: str) -> int:
+    return 100 if data[:4] == b"QED\0" else 0
+
+
+def _probe_qcow(data: bytes, filename: str) -> int:
+    return 100 if data[:8] == _QCOW_MAGIC + b"\0\0\0\1" else 0
+
+
+def _probe_parallels(data: bytes, filename: str) -> int:
+    return 100 if data[:16] in (b"WithoutFreeSpace", b"WithouFreSpacExt") and data[16:20] == b"\2\0\0\0" else 0
+
+
 REGISTRY = Registry()
 for _entry in (
     DriverEntry("file", "protocol", "cowhand.block.protocols.file.node", "FileNode", prefixes=("file",)),
@@ -77,6 +93,10 @@ for _entry in (
     DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
     DriverEntry("vmdk", "format", "cowhand.block.formats.vmdk.driver", "VmdkNode", _probe_vmdk),
     DriverEntry("vpc", "format", "cowhand.block.formats.vpc", "VpcNode", _probe_vpc),
+    DriverEntry("vhdx", "format", "cowhand.block.formats.vhdx.driver", "VhdxNode", _probe_vhdx),
+    DriverEntry("qed", "format", "cowhand.block.formats.qed", "QedNode", _probe_qed),
+    DriverEntry("qcow", "format", "cowhand.block.formats.qcow", "QcowNode", _probe_qcow),
+    DriverEntry("parallels", "format", "cowhand.block.formats.parallels", "ParallelsNode", _probe_parallels),
     DriverEntry("vdi", "format", "cowhand.block.formats.vdi", "VdiNode", _probe_vdi),
     DriverEntry(
         "blkdebug",
@@ -96,9 +116,19 @@ for _entry in (
     ),
     DriverEntry("blklogwrites", "filter", "cowhand.block.filters.blklogwrites", "BlkLogWritesNode", creatable=False),
     DriverEntry("compress", "filter", "cowhand.block.filters.compress", "CompressNode", creatable=False),
+    DriverEntry(
+        "copy-before-write",
+        "filter",
+        "cowhand.block.filters.copy_before_write.node",
+        "CopyBeforeWriteNode",
+        creatable=False,
+    ),
     DriverEntry("copy-on-read", "filter", "cowhand.block.filters.copy_on_read", "CopyOnReadNode", creatable=False),
     DriverEntry("preallocate", "filter", "cowhand.block.filters.preallocate", "PreallocateNode", creatable=False),
     DriverEntry("quorum", "filter", "cowhand.block.filters.quorum", "QuorumNode", creatable=False),
+    DriverEntry(
+        "snapshot-access", "filter", "cowhand.block.filters.snapshot_access", "SnapshotAccessNode", creatable=False
+    ),
     DriverEntry("throttle", "filter", "cowhand.block.filters.throttle.node", "ThrottleNode", creatable=False),
 ):
     REGISTRY.add(_entry)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from cowhand.block.disk import Disk
 from cowhand.block.formats.qcow2 import create as qcow2_create
 from cowhand.block.graph import graph
-from cowhand.block.node.node import BlockNode
+from cowhand.block.node.node import BlockNode, Request
 from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.drivers import REGISTRY
@@ -45,6 +45,13 @@ def qcow2_disk(size: int, *, backing: BlockNode | None = None, **options: Any) -
 def blkdebug_over(file: BlockNode) -> Any:
     """Return a blkdebug node without rules over *file*."""
     return Opening(REGISTRY).open({"driver": "blkdebug", "image": file, "read-only": not file.writable})
+
+
+def submit(node: BlockNode, batch: Sequence[Request]) -> None:
+    """Do *batch* on *node*, and raise the error of its first request that failed."""
+    failures = node.submit(batch)
+    if failures:
+        raise failures[min(failures)]
 
 
 class Worker(threading.Thread):

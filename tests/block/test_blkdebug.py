@@ -38,6 +38,7 @@ from cowhand.core.errors import CowhandError, ImageNotFound, InvalidArgument, IO
 from cowhand.core.extents import ExtentBatch
 from cowhand.drivers import REGISTRY
 from cowhand.testing.filters import FilterContract
+from tests.block.disks import submit
 from tests.tools.qemu import qemu_io, require_qemu
 
 SIZE = 1 << 20
@@ -133,7 +134,7 @@ def test_a_rule_for_one_sector_fails_requests_that_touch_it() -> None:
         for call in (
             lambda at=offset, count=length: node.read_into(at, bytearray(count)),
             lambda at=offset, count=length: node.write(at, (bytes(count),)),
-            lambda at=offset, count=length: node.submit([(READ, at, bytearray(count))]),
+            lambda at=offset, count=length: submit(node, [(READ, at, bytearray(count))]),
         ):
             if fails:
                 with pytest.raises(IOFailed):
@@ -225,7 +226,7 @@ def test_an_injected_error_changes_nothing_below() -> None:
         node.write(0, (b"x" * 8192,))
     assert inner.snapshot_bytes() == bytes(SIZE)
     with pytest.raises(IOFailed):
-        node.submit([(WRITE_REQUEST, 4096, b"y"), (WRITE_REQUEST, 0, b"z")])
+        submit(node, [(WRITE_REQUEST, 4096, b"y"), (WRITE_REQUEST, 0, b"z")])
 
 
 # -- the configuration file and options

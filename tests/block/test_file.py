@@ -36,6 +36,7 @@ from cowhand.core.errors import (
 )
 from cowhand.core.extents import DATA, MAX_ROWS, ZERO
 from cowhand.testing.nodes import NodeContract
+from tests.block.disks import submit
 from tests.tools.programs import find, run
 from tests.tools.qemu import qemu_io, qemu_map, require_qemu
 
@@ -447,7 +448,7 @@ def test_errors_of_the_system_tell_file_and_offset(
     for call in (
         lambda: node.write(8192, (b"x",)),
         lambda: node.write(8192, (b"x",), True),
-        lambda: node.submit([(WRITE_REQUEST, 8192, b"x")]),
+        lambda: submit(node, [(WRITE_REQUEST, 8192, b"x")]),
     ):
         with pytest.raises(kind) as caught:
             call()
@@ -468,7 +469,7 @@ def test_a_failing_request_of_a_batch_leaves_the_others_alone(node: FileNode, mo
 
     monkeypatch.setattr(file_data, "_preadv", fail_at_zero)
     with pytest.raises(IOFailed) as caught:
-        node.submit([(READ, 0, first), (READ, 512, second), (WRITE_REQUEST, 2048, b"written")])
+        submit(node, [(READ, 0, first), (READ, 512, second), (WRITE_REQUEST, 2048, b"written")])
     assert caught.value.offset == 0
     assert second == b"b" * 512
     assert os.pread(node.fd, 7, 2048) == b"written"
@@ -483,7 +484,7 @@ def test_after_a_failed_flush_nothing_is_written(node: FileNode, monkeypatch: py
     for call in (
         lambda: node.write(0, (b"after!",)),
         lambda: node.write(0, (b"after!",), True),
-        lambda: node.submit([(WRITE_REQUEST, 0, b"after!")]),
+        lambda: submit(node, [(WRITE_REQUEST, 0, b"after!")]),
         lambda: node.write_zeroes(0, 512),
         lambda: node.discard(0, 512),
         lambda: node.resize(0, shrink=True),

@@ -129,7 +129,46 @@ def test_a_repair_is_planned_done_and_undone(path: Path) -> None:
     assert "undo the repair" in cowhand("check", "--undo", f"{path}.undo", "--dry-run", path).stdout
     assert cowhand("check", "--undo", f"{path}.undo", "--output", "json", path).json()["undone"] is True
     assert path.read_bytes() == before
-    assert "nothing to undo" in cowhand("check", "--undo", f"{path}.undo", path).stdout
+    error = cowhand("check", "--undo", f"{path}.undo", "--output", "json", path, status=9).error()
+    assert error["code"] == "undo-log-used" and error["path"] == f"{path}.undo"
+    cowhand("check", "--undo", f"{path}.undo", "--force", "--dry-run", path, status=9)
+    assert path.read_bytes() == before
+
+
+def test_an_undo_that_was_used_is_refused_after_the_next_repair(path: Path) -> None:
+    leak(path)
+    before = path.read_bytes()
+    cowhand("check", "-r", "leaks", path)
+    cowhand("check", "--undo", f"{path}.undo", path)
+    cowhand("check", "-r", "leaks", path)
+    repaired = path.read_bytes()
+    cowhand("check", "--undo", f"{path}.undo", path, status=9)
+    assert path.read_bytes() == repaired
+    cowhand("check", "--undo", f"{path}.undo.1", path)
+    assert path.read_bytes() == before
+
+
+def test_an_undo_over_what_was_written_since_is_refused(path: Path) -> None:
+    leak(path)
+    cowhand("check", "-r", "leaks", path)
+    fill(path, 0, 65536, 7)
+    written = path.read_bytes()
+    assert "changed since" in cowhand("check", "--undo", f"{path}.undo", "--dry-run", path, status=9).stderr
+    assert "changed since" in cowhand("check", "--undo", f"{path}.undo", path, status=9).stderr
+    assert path.read_bytes() == written
+
+
+def test_where_a_repair_is_advised_the_undo_log_is_named(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    table = int.from_bytes(data[48:56], "big")
+    block = int.from_bytes(data[table : table + 8], "big")
+    data[block : block + 2] = b"\0\0"  # the header's own count
+    path.write_bytes(data)
+    log = f"cowhand check --undo {path}.undo {path}"
+    assert log in cowhand("check", path, status=8).stdout
+    assert log in cowhand("check", "-r", "all", "--dry-run", path, status=8).stdout
+    assert cowhand("check", "-r", "all", "--dry-run", "--output", "json", path, status=8).json()["undo"].endswith(log)
+    assert "copy the image first" in cowhand("check", "-r", "all", "--no-log", "--dry-run", path, status=8).stdout
 
 
 def test_a_second_repair_takes_another_log_and_none_is_possible(path: Path) -> None:

@@ -44,6 +44,11 @@ def _snapshot_before(folder: Path) -> None:
     fill(folder / "top.qcow2", 3 * MiB, 6 * MiB, 9)
 
 
+def _other(folder: Path) -> None:
+    """Make an image that is to be replaced, whole or not at all."""
+    fill(image(folder / "other.qcow2", SIZE), MiB, 9 * MiB, 7)
+
+
 CASES = {
     "create": Case(("create", "-f", "qcow2", "-o", "preallocation=metadata", "new.qcow2", "40G"), makes=("new.qcow2",)),
     "create over a base": Case(
@@ -58,6 +63,14 @@ CASES = {
     "convert compressed": Case(("convert", "-c", "-O", "qcow2", "top.qcow2", "new.qcow2"), makes=("new.qcow2",)),
     "convert to raw": Case(("convert", "-O", "raw", "top.qcow2", "new.raw"), makes=("new.raw",)),
     "dd": Case(("dd", "-O", "qcow2", "if=disk.raw", "of=new.qcow2", "bs=1M", "count=20"), makes=("new.qcow2",)),
+    "convert over another": Case(
+        ("convert", "--overwrite", "-O", "qcow2", "disk.raw", "other.qcow2"), writes=("other.qcow2",), prepare=_other
+    ),
+    "create over another": Case(
+        ("create", "--overwrite", "-o", "preallocation=metadata", "other.qcow2", "40G"),
+        writes=("other.qcow2",),
+        prepare=_other,
+    ),
     "resize": Case(("resize", "top.qcow2", "900G"), writes=("top.qcow2",)),
     "snapshot create": Case(
         ("snapshot", "create", "top.qcow2", "now"), writes=("top.qcow2",), prepare=_snapshot_before

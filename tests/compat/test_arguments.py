@@ -7,6 +7,8 @@ import pytest
 from cowhand.cli.compat.arguments import Grammar, OptionError, options
 from cowhand.cli.compat.program import UsageFailure
 
+pytestmark = pytest.mark.usefixtures("as_7_2")
+
 GRAMMAR = Grammar("hf:q", {"help": "h", "format": "f", "force": "force", "output": "output="})
 
 
@@ -52,7 +54,7 @@ def test_long_options_may_be_abbreviated(words: list[str], found: tuple[str, str
     [
         (["-x"], "invalid option -- 'x'"),
         (["--fo"], "option '--fo' is ambiguous; possibilities: '--format' '--force'"),
-        (["--nothing=3"], "unrecognized option '--nothing'"),
+        (["--nothing=3"], "unrecognized option '--nothing=3'"),
         (["--force=3"], "option '--force' doesn't allow an argument"),
         (["--format"], "option '--format' requires an argument"),
         (["-f"], "option requires an argument -- 'f'"),

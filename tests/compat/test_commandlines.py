@@ -15,6 +15,7 @@ import pytest
 
 from tests.compat.commandlines import COMMANDS, FOLDER, draw
 from tests.compat.sides import Outcome, play, run_own, run_real
+from tests.tools.programs import installed_profile
 from tests.tools.qemu import require_qemu
 
 pytestmark = [pytest.mark.interop, require_qemu]
@@ -76,6 +77,12 @@ def _differences(line: list[str], outcomes: list[Outcome]) -> list[str]:
     return out
 
 
+def _told_otherwise(line: list[str]) -> bool:
+    """Tell whether the installed version is known to read *line* wrongly: Debian's 10.0 knows no suffix of dd's count and skip."""
+    counts = [word for word in line if word.startswith(("count=", "skip="))]
+    return installed_profile() == "10.0" and line[1] == "dd" and any(word[-1:].isalpha() for word in counts)
+
+
 @pytest.mark.parametrize("group", range(_GROUPS))
 def test_same_answers_to_drawn_command_lines(group: int, template: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "real", tmp_path / "own"]
@@ -84,6 +91,8 @@ def test_same_answers_to_drawn_command_lines(group: int, template: Path, tmp_pat
     before = [_state(folder) for folder in folders]
     differences: list[str] = []
     for line in draw(SEED * _GROUPS + group, int(_LINES * SCALE)):
+        if _told_otherwise(line):
+            continue
         outcomes = [_compared(run_real(line, folders[0])), _compared(run_own(line, folders[1]))]
         differences += _differences(line, outcomes)
         after = [_state(folder) for folder in folders]

@@ -9,6 +9,9 @@ import pytest
 from cowhand.drivers import REGISTRY
 from tests.compat.sides import Outcome, run_own
 
+# What is here compares with no tool.
+pytestmark = pytest.mark.usefixtures("as_7_2")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -32,6 +32,7 @@ def run(*words: str | Path, cwd: Path, stdin: bytes = b"") -> subprocess.Complet
     )
 
 
+@pytest.mark.usefixtures("as_7_2")
 def test_messages_begin_with_the_name_it_was_started_by(tmp_path: Path) -> None:
     tool = script(tmp_path, "my-img", "cowhand.cli.compat.img")
     done = run(tool, cwd=tmp_path)
@@ -39,6 +40,7 @@ def test_messages_begin_with_the_name_it_was_started_by(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.usefixtures("as_7_2")
 @pytest.mark.parametrize(("module", "name"), [("img", "cowhand-img"), ("io", "cowhand-io")])
 def test_started_as_a_module_it_has_its_own_name(tmp_path: Path, module: str, name: str) -> None:
     done = run(sys.executable, "-m", f"cowhand.cli.compat.{module}", "--version", cwd=tmp_path)

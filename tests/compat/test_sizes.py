@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from cowhand.cli.compat import sizes
+from cowhand.cli.compat import program, sizes
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import parse_size
+
+pytestmark = pytest.mark.usefixtures("as_7_2")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,17 @@ def test_numbers_with_suffixes(text: str, value: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(sizes.SizeSyntax):
         sizes.parse_size(text)
+
+
+def test_sizes_since_8_2() -> None:
+    program.use_profile("8.2")
+    assert sizes.parse_size(".5k") == 512
+    for text in ("0x1k", ".k", ".", "-x", "-", "-0k", "-.5k"):
+        with pytest.raises(sizes.SizeSyntax):
+            sizes.parse_size(text)
+    for text in ("-1", "-0"):
+        with pytest.raises(sizes.SizeRange):
+            sizes.parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["8E", "16E", "9223372036854775808", "0x8000000000000000", "9" * 400])

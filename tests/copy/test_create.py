@@ -36,7 +36,7 @@ def arguments(options: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize("size", [0, 1000, 10 * MIB, 100 * MIB + 512])
 def test_a_new_image_is_the_one_that_qemu_makes(image_dir: Path, options: dict[str, str], size: int) -> None:
     ours, theirs = image_dir / "ours", image_dir / "theirs"
-    creation = create(ours, "qcow2", size, options)
+    creation = create(ours, "qcow2", size, options, like_qemu=True)
     printed = qemu_img("create", "-f", "qcow2", *arguments(options), theirs, str(size)).stdout.rstrip()
     assert creation.line().replace("ours", "theirs") == printed
     assert ours.read_bytes() == theirs.read_bytes()
@@ -59,7 +59,7 @@ def test_a_new_raw_image_is_the_one_that_qemu_makes(image_dir: Path, preallocati
 @pytest.mark.interop
 def test_an_overlay_takes_size_and_format_from_what_it_is_given(image_dir: Path) -> None:
     create(image_dir / "base.raw", "raw", 3 * MIB)
-    made = create(image_dir / "top", "qcow2", backing="base.raw", backing_format="raw")
+    made = create(image_dir / "top", "qcow2", backing="base.raw", backing_format="raw", like_qemu=True)
     assert made.size == 3 * MIB
     qemu_img("create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", image_dir / "theirs")
     assert (image_dir / "top").read_bytes() == (image_dir / "theirs").read_bytes()

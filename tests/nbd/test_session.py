@@ -43,6 +43,7 @@ from cowhand.nbd.constants import (
 from cowhand.nbd.errors import ConnectionLost, ProtocolViolation
 from cowhand.nbd.replies import ReplyReader, encode_chunk, encode_simple
 from cowhand.testing.nodes import in_threads
+from tests.block.disks import submit
 from tests.nbd.servers import Peer, Scripted, nbdkit, qemu_nbd, require_nbdkit
 from tests.tools.qemu import require_qemu_nbd
 
@@ -133,7 +134,7 @@ class TestHostile:
             for before in ([], [(READ, 0, bytearray(512))]):
                 node = open_node(server.uri, reply_timeout=1)
                 with pytest.raises(ConnectionLost):
-                    node.submit([*before, (WRITE_REQUEST, 0, bytes(8 << 20))])
+                    submit(node, [*before, (WRITE_REQUEST, 0, bytes(8 << 20))])
                 graph.close_node(node)
 
     def test_all_who_wait_hear_of_a_failure(self, path: Path) -> None:

@@ -14,7 +14,7 @@ from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core.errors import CowhandError, InvalidFormat
 from cowhand.image.check import check
 from cowhand.image.repair import plan as rescue
-from cowhand.image.repair.undo_log import ImageChanged, UndoLog, play, write_log
+from cowhand.image.repair.undo_log import ImageChanged, UndoLog, UndoLogUsed, play, write_log
 from cowhand.image.shadow.recording import RehearsalNode
 from cowhand.testing.recorder import RecorderNode
 from cowhand.testing.replay import CrashState, prefixes, replay, sampled
@@ -59,7 +59,14 @@ def test_a_logged_repair_is_the_repair_and_can_be_undone(tmp_path: Path, seed: i
         return
     assert rescue.undo_repair(str(log), str(path))
     assert path.read_bytes() == before
+    with pytest.raises(UndoLogUsed):
+        rescue.undo_repair(str(log), str(path), force=True)
+    # A crash came between the last byte and the note.
+    log.write_bytes(log.read_bytes().removesuffix(b"\nundone\n"))
     assert not rescue.undo_repair(str(log), str(path)), "nothing is left to be undone"
+    with pytest.raises(UndoLogUsed):
+        rescue.undo_repair(str(log), str(path))
+    assert path.read_bytes() == before
 
 
 def _leaking(folder: Path) -> Path:

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from cowhand.cli.compat import profiles
+
 #: What QEMU's tools say when the processor time of a key derivation cannot be told, which happens now and then on virtual
 #: machines; they have written nothing of use by then, and the same command succeeds the next time.
 UNSTEADY_CLOCK = "Unable to get accurate CPU usage"
@@ -117,6 +119,19 @@ def version(name: str) -> tuple[int, ...]:
     if match is None:
         raise ProgramMissing(f"{name} --version names no version: {result.stdout!r}")
     return tuple(int(part) for part in match[0].split("."))
+
+
+@lru_cache
+def installed_profile() -> str:
+    """Return the profile of the installed QEMU: what its answers are compared with. The newest where there is none, or a later one."""
+    try:
+        installed = version("qemu-img")
+    except (ProgramMissing, OSError, subprocess.SubprocessError):
+        return profiles.NEWEST
+    try:
+        return profiles.profile_of(".".join(map(str, installed)))
+    except profiles.UnknownVersion:
+        return profiles.NEWEST
 
 
 def require(*names: str, at_least: Sequence[int] = ()) -> pytest.MarkDecorator:

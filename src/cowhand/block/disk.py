@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from cowhand.block.node.node import (
     ZERO_REQUEST,
     ZERO_UNMAP,
     BlockNode,
+    Failures,
     Request,
     Role,
     Zeroing,
@@ -300,7 +301,9 @@ class Disk:
         try:
             if end > self._size:
                 raise self._refuse_range(*next((o, e - o) for o, e in _spans(batch) if e > self._size))
-            self.edge.submit(self._possible(batch) if changes else batch)
+            failures = self.edge.submit(self._possible(batch)[0] if changes else batch)
+            if failures:
+                raise failures[min(failures)]
             if writes and self.write_through:
                 self.edge.flush()
         finally:
@@ -310,21 +313,85 @@ class Disk:
             statistics[kind] += counts[kind]
             statistics[6 + kind] += total[kind]
 
-    def _possible(self, batch: Sequence[Request]) -> Sequence[Request]:
-        """Return *batch* without what the root cannot do: discards left out, zeroes written as bytes, as the single calls have it."""
+    def submit_each(self, batch: Sequence[Request], *, stable: Collection[int] = ()) -> Failures:
+        """Do many requests as :meth:`submit` does, and return {index of a request: its error} of those that failed.
+
+        The requests whose indices are in *stable* (writes, zeroes, discards) are stable on return, by one flush for all of them. What one
+        request does wrong (a range outside of the disk, a change of a disk that is open for reading) is its own error. Raises Closed.
+        """
+        failures: Failures = {}
+        changes = False
+        first = batch[0] if batch else (FLUSH, 0, 0)
+        number = self._enter(first[0], first[1], 0)
+        try:
+            size = self._size
+            lengths: list[int] = []
+            for index, (kind, offset, what) in enumerate(batch):
+                length = what if kind >= ZERO_REQUEST else len(what)
+                lengths.append(length)
+                if offset < 0 or length < 0 or offset + length > size:
+                    failures[index] = self._refuse_range(offset, length)
+                elif WRITE_REQUEST <= kind < FLUSH:
+                    changes = True
+                    if self.read_only:
+                        failures[index] = self._refuse_writing()
+            todo, origins = self._rest(batch, failures) if failures else (batch, None)
+            if changes:
+                todo, origins = self._possible(todo, origins)
+            try:
+                failed = self.edge.submit(todo) if todo else None
+            except Exception as error:  # noqa: BLE001 - each of them is told
+                failed = dict.fromkeys(range(len(todo)), error)
+            for index, failure in (failed or {}).items():
+                failures.setdefault(origins[index] if origins is not None else index, failure)
+            if changes and (stable or self.write_through):
+                self._make_stable(batch, failures, range(len(batch)) if self.write_through else stable)
+        finally:
+            self._leave(number)
+        statistics = self.statistics
+        for index, (kind, _, _) in enumerate(batch):
+            if index not in failures:
+                statistics[kind] += 1
+                statistics[6 + kind] += lengths[index]
+        return failures
+
+    def _rest(self, batch: Sequence[Request], failures: Failures) -> tuple[Sequence[Request], list[int] | None]:
+        """Return the requests of *batch* that have not failed, and their indices."""
+        origins = [index for index in range(len(batch)) if index not in failures]
+        return [batch[index] for index in origins], origins
+
+    def _make_stable(self, batch: Sequence[Request], failures: Failures, wanted: Collection[int]) -> None:
+        """Flush for those changes of *batch* that are *wanted* stable; a flush that fails is the error of each of them."""
+        done = [index for index in wanted if WRITE_REQUEST <= batch[index][0] < FLUSH and index not in failures]
+        if not done:
+            return
+        try:
+            self.edge.flush()
+        except Exception as error:  # noqa: BLE001 - each of them is told
+            failures.update(dict.fromkeys(done, error))
+
+    def _possible(
+        self, batch: Sequence[Request], origins: list[int] | None = None
+    ) -> tuple[Sequence[Request], list[int] | None]:
+        """Return *batch* without what the root cannot do: discards left out, zeroes written as bytes, as the single calls have it.
+
+        *origins* are the requests' indices where they are not 0, 1, 2, ...; they are returned with the batch.
+        """
         capabilities = self.edge.node.capabilities
         if capabilities.discard and capabilities.zeroes is not Zeroing.NONE:
-            return batch
+            return batch, origins
         out: list[Request] = []
-        for kind, offset, what in batch:
+        places: list[int] = []
+        for index, (kind, offset, what) in enumerate(batch):
             if kind == DISCARD and not capabilities.discard:
                 continue
             if kind in (ZERO_REQUEST, ZERO_UNMAP) and capabilities.zeroes is Zeroing.NONE:
                 ends = range(offset, offset + what, ZEROES_SIZE)
                 out.extend((WRITE_REQUEST, at, ZEROES[: min(ZEROES_SIZE, offset + what - at)]) for at in ends)
-                continue
-            out.append((kind, offset, what))
-        return out
+            else:
+                out.append((kind, offset, what))
+            places.extend([origins[index] if origins is not None else index] * (len(out) - len(places)))
+        return out, places
 
     def read_vmstate(self, offset: int, length: int) -> bytes:
         """Return *length* bytes of the VM state at *offset*; it lies outside of ``size``. Raises NotSupported where there is none, OutOfRange."""

@@ -17,7 +17,7 @@ from cowhand.block.links.reading import local_targets, read_links
 from cowhand.chain.known_pools import known_pools
 from cowhand.chain.places import Device, Place
 from cowhand.core.errors import CowhandError
-from cowhand.core.identity import Identity, identify, lies_on
+from cowhand.core.identity import Identity, identify, identity_of, lies_on
 
 #: Entries of folders that one search looks at, in sum. Beyond that it is not complete, and says so.
 MAX_ENTRIES = 200_000
@@ -65,6 +65,8 @@ class Tree:
         self._targets: dict[str, frozenset[Identity]] = {}
         self._by_own: dict[Identity, list[Reference]] = {}  # by what a target is
         self._by_lower: dict[Identity, list[Reference]] = {}  # by what a target's bytes are kept in
+        self._by_path: dict[Identity, list[Reference]] = {}
+        self._names: dict[Identity, list[str]] = {}  # of files with several: links, hard links
         self._seen: dict[Identity, int] = {}  # folders, and how deep below them was looked
         self._asked: set[str] = set()  # devices
         self._left_out: tuple[str, ...] | None = None
@@ -156,6 +158,8 @@ class Tree:
             if error.errno not in _NO_MEDIUM:  # else a link to nothing, or gone meanwhile
                 self._miss(path, os.strerror(error.errno or 0))
             return
+        if entry.is_symlink() or status.st_nlink > 1:
+            self._names.setdefault(identity_of(status), []).append(path)
         if (stat.S_ISREG(status.st_mode) and status.st_size >= _MIN_SIZE) or stat.S_ISBLK(status.st_mode):
             self._file(path)
 
@@ -175,6 +179,9 @@ class Tree:
             targets = tuple(local_targets(path, link))
             reference = Reference(path, found.format, link.name, link.format, targets, link.role)
             self.references.append(reference)
+            identity = identify(path)
+            if identity is not None:
+                self._by_path.setdefault(identity, []).append(reference)
             for target in targets:
                 self._index(target, reference)
 
@@ -210,6 +217,22 @@ class Tree:
             if identity is not None and identity != own:
                 files.setdefault(identity, one)
         return list(files.values())
+
+    def links_to(self, path: str) -> list[str]:
+        """Return the links and hard links that were found of the file *path*."""
+        identity = identify(path)
+        return [] if identity is None else self._names.get(identity, [])
+
+    def read_otherwise(self, path: str, files: Iterable[str]) -> list[Reference]:
+        """Return where *path*, found by another name in another folder, reads through a file that is there and none of *files*.
+
+        A relative name in its header means something else there.
+        """
+        identity = identify(path)
+        known = {identify(name) for name in files}
+        found = [] if identity is None else self._by_path.get(identity, ())
+        there = [(one, {identify(target) for target in one.targets} - {None}) for one in found]
+        return [one for one, targets in there if targets and not targets & known]
 
     def descendants(self, path: str | os.PathLike[str]) -> list[Reference]:
         """Return all images that read through *path*, directly or through others that do; nearer ones first, each file once."""

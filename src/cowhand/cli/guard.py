@@ -43,6 +43,32 @@ def dependents(image: str, args: argparse.Namespace) -> Dependents:
     return Dependents() if path is None else find_dependents(path, look_in=args.look_in)
 
 
+def tidy(context: Context, target: str, *, remove: bool = True) -> None:
+    """Remove what interrupted runs left in the folder of *target*, and tell of it; only tell without *remove*."""
+    path = local_path(target)
+    if path is None:
+        return
+    from cowhand.image.leftovers import sweep
+
+    found = sweep(os.path.dirname(os.path.realpath(path)), remove=remove)
+    for name in found.removed:
+        context.out.note(f"{'removed' if remove else 'would remove'} {name}, which an interrupted run left behind")
+    for name in found.kept:
+        context.out.note(f"{name} is of a run that did not end, perhaps on another machine; delete it if that is over")
+
+
+def in_place_warning(target: str, *, backing: str | None = None) -> list[str]:
+    """Return the sentence which says that the existing *target* will be written in place, where it will."""
+    path = local_path(target)
+    if path is None or not os.path.lexists(path):
+        return []
+    from cowhand.image.placement import in_place_words
+    from cowhand.image.replacing import reason_for_place
+
+    reason = reason_for_place(path, names_relative=bool(backing) and not os.path.isabs(backing or ""))
+    return [in_place_words(target, reason)] if reason is not None else []
+
+
 def refuse_existing(path: str, overwrite: bool) -> bool:
     """Tell whether something has the name *path*; raise ImageExists when it may not be overwritten."""
     local = local_path(path)

@@ -36,6 +36,7 @@ COMMANDS = {
     "bitmap": "list and change the dirty bitmaps that an image keeps",
     "commit": "write an overlay's changes into the image below it",
     "rebase": "put an image on another backing file, or on none",
+    "serve": "give images to other programs and machines by NBD",
     "completion": "print a script that completes command lines in a shell",
 }
 EXIT_USAGE = 2

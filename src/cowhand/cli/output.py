@@ -52,6 +52,7 @@ class Output:
         self.quiet = quiet
         self.wants_progress = progress
         self.rich = not json and is_terminal(sys.stdout)
+        self._stream = sys.stdout
 
     @cached_property
     def console(self) -> Console:
@@ -67,10 +68,34 @@ class Output:
 
     # -- results
 
+    def give_way(self) -> None:
+        """Send results to standard error from now on: standard output is where the data goes."""
+        self._stream = sys.stderr
+        self.rich = False
+
+    def data(self, text: str) -> None:
+        """Print one line that a program may read again, also when quiet: every byte of a name as it is, but on a terminal. Not with JSON."""
+        if self.json:
+            return
+        if is_terminal(sys.stdout):
+            self._write(printable(text) + "\n")
+            return
+        sys.stdout.flush()
+        raw = getattr(sys.stdout, "buffer", None)
+        if raw is None:
+            self._write(text + "\n")
+        else:
+            raw.write(os.fsencode(text) + b"\n")
+            raw.flush()
+
     def line(self, text: str = "") -> None:
         """Print one line of a result; nothing when quiet or when JSON was asked for."""
         if not self.json and not self.quiet:
             self._write(printable(text) + "\n")
+
+    def fault(self, text: str) -> None:
+        """Print one line of a result that says that something is wrong, also when quiet."""
+        self._write(printable(text) + "\n")
 
     def document(self, value: Any) -> None:
         """Print *value* as the JSON document that was asked for."""
@@ -153,7 +178,7 @@ class Output:
         sys.stderr.flush()
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text)
+        self._stream.write(text)
 
     def _say(self, text: str, style: str) -> None:
         if is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cowhand.core.errors import ImageExists, from_os_error
+from cowhand.image.new_file import write_whole
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context
@@ -17,8 +18,17 @@ def write_picture(path: str, text: str, context: Context) -> None:
 
     Raises ImageExists for such a file (somebody has exchanged the arguments), IOFailed and its like.
     """
-    if path == "-":
+    from cowhand.cli.standard_output import is_output, is_stream
+
+    if is_output(path):
         sys.stdout.write(text)
+        return
+    if is_stream(path):
+        try:
+            with open(path, "w", encoding="utf-8", errors="replace") as pipe:
+                pipe.write(text)
+        except OSError as error:
+            raise from_os_error(error, path, doing="writing the picture") from error
         return
     try:
         if os.path.lexists(path) and not _replaceable(path):
@@ -27,10 +37,9 @@ def write_picture(path: str, text: str, context: Context) -> None:
                 path=path,
                 hint="Choose another name for the picture, or delete that file.",
             )
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
     except OSError as error:
         raise from_os_error(error, path, doing="writing the picture") from error
+    write_whole(path, text.encode("utf-8", "replace"), replace=True, doing="writing the picture")
     if context.out.json:
         context.out.document({"svg": path})
     else:

@@ -219,6 +219,20 @@ class Cancelled(CowhandError):
     default_errno = _errno.ECANCELED
 
 
+class JobError(CowhandError):
+    """A job cannot do, or be asked, what it was asked."""
+
+    code = "job"
+
+
+class SnapshotLost(CowhandError):
+    """A moment that was kept beside a running disk could not be kept any longer."""
+
+    code = "snapshot-lost"
+    exit_code = 3
+    default_errno = _errno.EIO
+
+
 class DeadlineExceeded(CowhandError, TimeoutError):
     """The operation did not end in time."""
 

@@ -337,6 +337,7 @@ def describe(header: luks.Header) -> dict[str, Any]:
         "ivgen-alg": header.ivgen, "hash-alg": header.hash, "cipher-alg": header.cipher, "uuid": header.uuid,
         "cipher-mode": header.mode, "payload-offset": header.payload * SECTOR, "master-key-iters": header.digest_iterations,
     }  # fmt: skip
+    out["detached-header"] = header.payload == 0
     if header.ivgen == "essiv":
         out["ivgen-hash-alg"] = header.ivgen_hash
     out["slots"] = [

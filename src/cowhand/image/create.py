@@ -17,10 +17,13 @@ from cowhand.core.errors import CowhandError, ImageExists, InvalidArgument, NotS
 from cowhand.core.units import MAX_SIZE, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cowhand.block.node.guard import Guard
     from cowhand.block.node.node import BlockNode
     from cowhand.block.opening.policy import Policy
     from cowhand.block.opening.registry import DriverEntry, Registry
+    from cowhand.image.placement import Placement
 
 SECTOR = 512
 #: Options that the file takes, never the format, when both declare them or only the file does.
@@ -83,6 +86,28 @@ class Creation:
         """Return the options without which what is made cannot be opened: the ids of its secrets."""
         return {name: self.options[name] for name in _SECRETS if self.options.get(name) is not None}
 
+    @property
+    def local(self) -> str | None:
+        """The path of the image where it is a file of this system, else None."""
+        return local_path(self.filename)
+
+    @property
+    def local_data(self) -> str | None:
+        """The path of the data file where there is one, and it is a file of this system, else None."""
+        name = self.options.get("data_file")
+        return local_path(name) if name else None
+
+    @property
+    def data_protocol(self) -> str:
+        """The name of the data file's protocol. Raises InvalidArgument and NotSupported."""
+        return protocol_of(self.options["data_file"], self._registry).name
+
+    @property
+    def names_relative(self) -> bool:
+        """Whether the image will name a backing file relative to its own folder."""
+        name: str = self.options.get("backing_file") or ""
+        return bool(name) and not os.path.isabs(name) and not has_protocol(name) and not name.startswith("json:")
+
     def refuse_harm(self, guard: Guard, *, force: bool = False) -> None:
         """Raise ChainLoop when the image would read through itself, and what *guard* raises when others show what would be overwritten."""
         from cowhand.block.links.reading import refuse_loop
@@ -108,39 +133,37 @@ class Creation:
             names.append(data_file)
         return [path for path in map(local_path, names) if path]
 
-    def run(self, *, overwrite: bool = False, force: bool = False, guard: Guard | None = None) -> None:
+    def run(
+        self,
+        *,
+        overwrite: bool = False,
+        like_qemu: bool = False,
+        warn: Callable[[str], None] | None = None,
+        force: bool = False,
+        guard: Guard | None = None,
+    ) -> None:
         """Make the image. Raises ImageExists when something has that name and *overwrite* is not set; then nothing was changed.
 
-        A new file appears under its name when it is complete. An existing one is emptied and formatted in place if nobody uses it; where that
-        fails it is removed if it is empty, so that nothing is left that could be taken for an image. *guard* and *force* as in :func:`create`.
+        A new file appears under its name when it is complete, and so it does in the place of another one, whose mode, owner and attributes it
+        keeps. A device, and a file that cannot be replaced (several hard links, another owner), is formatted in place if nobody uses it, which
+        *warn* hears before; so is every existing file with *like_qemu*, where what fails is removed if it is empty. *guard* and *force* as in
+        :func:`create`.
         """
-        path = local_path(self.filename)
+        from cowhand.image.placement import Placement
+
         if guard is not None:
-            if path is not None and os.path.lexists(path) and not overwrite:
-                raise _exists(path)
+            if self.local is not None and os.path.lexists(self.local) and not overwrite:
+                raise _exists(self.local)
             self.refuse_harm(guard, force=force)
         try:
             self.check_places(overwrite=overwrite)
         except CowhandError:
-            if overwrite and path is not None and _is_empty(path):
-                os.unlink(path)
+            if like_qemu and overwrite and self.local is not None and _is_empty(self.local):
+                os.unlink(self.local)
             raise
-        if path is None:
-            self.write(self.filename, fresh=False)
-            return
-        if os.path.lexists(path):
-            if not overwrite:
-                raise _exists(path)
-            self.write(path, fresh=False)
-            return
-        from cowhand.image.new_file import NewFile
-
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            self.write(path, fresh=True)  # says in its own words that the folder is not there
-            return
-        with NewFile(path) as file:
-            self.write(file.temporary, fresh=True)
-            file.appear()
+        with Placement(self, overwrite=overwrite, like_qemu=like_qemu, warn=warn) as place:
+            self.write(place)
+            place.appear()
 
     def _creator(self) -> type[Creator]:
         format = self._registry.get("raw") if self.format.kind == "protocol" else self.format
@@ -180,30 +203,29 @@ class Creation:
                 f"the data file '{path}' exists already", path=path, hint="Keep its content with keep_data_file=on, or insist on overwriting it."
             )  # fmt: skip
 
-    def write(self, path: str, *, fresh: bool, durable: bool = True) -> None:
-        """Make the image at *path*, which need not be its final name; with *fresh* the file must not exist, and is removed on an error.
+    def write(self, place: Placement, *, durable: bool = True) -> None:
+        """Make the image where *place* says; what is written in place, and is empty or new, is removed on an error.
 
         Without *durable* nothing waits for the medium.
         """
-        made = fresh or not os.path.lexists(path)
-        self._make_file(path, exclusive=fresh)
+        path = place.path
+        made = not os.path.lexists(path)
+        self._make_file(path)
         try:
-            self._format_file(path, durable)
+            self._format_file(place, durable)
         except BaseException:
-            if local_path(path) is not None and (made or _is_empty(path)):
+            if place.image is None and local_path(path) is not None and (made or _is_empty(path)):
                 os.unlink(path)
             raise
 
-    def _make_file(self, path: str, *, exclusive: bool) -> None:
+    def _make_file(self, path: str) -> None:
         if self.protocol.name == "host_device":
             return  # a device is there already
         cls: Any = self.protocol.load()
         settings = {name: self.options[name] for name in _FILE_ONLY if self.options.get(name) is not None}
-        if self.protocol.name == "file":
-            settings["exclusive"] = exclusive
         cls.create(path, 0, **settings)
 
-    def _format_file(self, path: str, durable: bool) -> None:
+    def _format_file(self, place: Placement, durable: bool) -> None:
         from cowhand.block.graph import graph
         from cowhand.block.opening.filenames import FileName
         from cowhand.block.opening.opening import Opening
@@ -211,7 +233,7 @@ class Creation:
         node = Opening(self._registry, backing=False).open(
             {
                 "driver": self.protocol.name,
-                "filename": FileName(path),
+                "filename": FileName(place.path),
                 "read-only": False,
                 "discard": "unmap",
                 "cache.no-flush": not durable,
@@ -221,19 +243,21 @@ class Creation:
             creator = self._creator()
             options = {name: value for name, value in self.options.items() if name not in _FILE_ONLY and name != "size"}
             if options.get("data_file"):
-                self._with_data_file(creator, node, options, durable)
+                self._with_data_file(creator, node, options, place.data_path, durable)
             else:
                 creator.create(node, self.size, options)
         finally:
             graph.close_node(node)
 
-    def _with_data_file(self, creator: type[Creator], node: BlockNode, options: dict[str, Any], durable: bool) -> None:
+    def _with_data_file(
+        self, creator: type[Creator], node: BlockNode, options: dict[str, Any], data_path: str | None, durable: bool
+    ) -> None:
         """Format *node* with the data file that *options* name; it is made if need be, and emptied by the format once nothing was refused."""
         from cowhand.block.graph import graph
         from cowhand.block.opening.filenames import FileName
         from cowhand.block.opening.opening import Opening
 
-        name = options["data_file"]
+        name = data_path or options["data_file"]
         protocol = protocol_of(name, self._registry)
         path = local_path(name)
         made = path is not None and not os.path.lexists(path)
@@ -310,6 +334,8 @@ def create(
     options: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    like_qemu: bool = False,
+    warn: Callable[[str], None] | None = None,
     backing: str | None = None,
     backing_format: str | None = None,
     open_backing: bool = True,
@@ -318,10 +344,11 @@ def create(
     force: bool = False,
     guard: Guard | None = None,
 ) -> Creation:
-    """Make an image and return what was made; see :func:`prepare` for the arguments and :meth:`Creation.run` for *overwrite*.
+    """Make an image and return what was made.
 
-    *guard* refuses a loop (ChainLoop, also with *force*), and to overwrite what other images read through (OverlaysExist, SearchIncomplete)
-    unless *force* is set. ``cowhand.create`` always has one.
+    See :func:`prepare` for the arguments, and :meth:`Creation.run` for *overwrite*, *like_qemu* and *warn*. *guard* refuses a loop (ChainLoop,
+    also with *force*), and to overwrite what other images read through (OverlaysExist, SearchIncomplete) unless *force* is set.
+    ``cowhand.create`` always has one.
     """
     creation = prepare(
         filename,
@@ -334,7 +361,7 @@ def create(
         registry=registry,
         policy=policy,
     )
-    creation.run(overwrite=overwrite, force=force, guard=guard)
+    creation.run(overwrite=overwrite, like_qemu=like_qemu, warn=warn, force=force, guard=guard)
     return creation
 
 

@@ -139,7 +139,8 @@ def change_of(disk: Disk, backing: str | None, format: str | None = None, *, uns
         return Change(doing)
     # With a comparison the image itself goes on showing the same; its snapshots are not compared.
     files = files_of(root) if unsafe else ()
-    return Change(doing, files, files, tuple(states_over(root)))
+    renamed = (location(root), backing) if backing else None
+    return Change(doing, files, files, tuple(states_over(root)), renamed)
 
 
 def _shows_the_same(root: BlockNode, backing: str | None, format: str | None) -> bool:

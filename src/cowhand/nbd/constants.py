@@ -29,6 +29,7 @@ OPT_GO = 7
 OPT_STRUCTURED_REPLY = 8
 OPT_LIST_META_CONTEXT = 9
 OPT_SET_META_CONTEXT = 10
+OPT_EXTENDED_HEADERS = 11
 
 OPTION_NAMES = {
     OPT_EXPORT_NAME: "export name",
@@ -40,6 +41,7 @@ OPTION_NAMES = {
     OPT_STRUCTURED_REPLY: "structured reply",
     OPT_LIST_META_CONTEXT: "list meta context",
     OPT_SET_META_CONTEXT: "set meta context",
+    OPT_EXTENDED_HEADERS: "extended headers",
 }
 
 REP_ACK = 1
@@ -56,6 +58,7 @@ REP_ERR_UNKNOWN = REP_ERROR + 6
 REP_ERR_SHUTDOWN = REP_ERROR + 7
 REP_ERR_BLOCK_SIZE_REQD = REP_ERROR + 8
 REP_ERR_TOO_BIG = REP_ERROR + 9
+REP_ERR_EXT_HEADER_REQD = REP_ERROR + 10
 
 REPLY_NAMES = {
     REP_ACK: "ack",
@@ -71,6 +74,7 @@ REPLY_NAMES = {
     REP_ERR_SHUTDOWN: "server shutting down",
     REP_ERR_BLOCK_SIZE_REQD: "block size required",
     REP_ERR_TOO_BIG: "option payload too big",
+    REP_ERR_EXT_HEADER_REQD: "extended headers required",
 }
 
 INFO_EXPORT = 0
@@ -92,10 +96,13 @@ FLAG_CAN_MULTI_CONN = 1 << 8
 FLAG_SEND_RESIZE = 1 << 9
 FLAG_SEND_CACHE = 1 << 10
 FLAG_SEND_FAST_ZERO = 1 << 11
+FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12
 
 REQUEST_MAGIC = 0x25609513
 SIMPLE_REPLY_MAGIC = 0x67446698
 STRUCTURED_REPLY_MAGIC = 0x668E33EF
+EXTENDED_REQUEST_MAGIC = 0x21E41C71
+EXTENDED_REPLY_MAGIC = 0x6E8A278C
 
 CMD_READ = 0
 CMD_WRITE = 1
@@ -122,12 +129,14 @@ CMD_FLAG_NO_HOLE = 1 << 1
 CMD_FLAG_DF = 1 << 2
 CMD_FLAG_REQ_ONE = 1 << 3
 CMD_FLAG_FAST_ZERO = 1 << 4
+CMD_FLAG_PAYLOAD_LEN = 1 << 5  #: of extended headers
 
 REPLY_FLAG_DONE = 1 << 0
 REPLY_TYPE_NONE = 0
 REPLY_TYPE_OFFSET_DATA = 1
 REPLY_TYPE_OFFSET_HOLE = 2
 REPLY_TYPE_BLOCK_STATUS = 5
+REPLY_TYPE_BLOCK_STATUS_EXT = 6
 REPLY_TYPE_ERROR_BIT = 1 << 15
 REPLY_TYPE_ERROR = REPLY_TYPE_ERROR_BIT + 1
 REPLY_TYPE_ERROR_OFFSET = REPLY_TYPE_ERROR_BIT + 2
@@ -137,6 +146,7 @@ STATE_ZERO = 1 << 1
 
 CONTEXT_ALLOCATION = "base:allocation"
 CONTEXT_QEMU_DEPTH = "qemu:allocation-depth"
+CONTEXT_QEMU_BITMAP = "qemu:dirty-bitmap:"  #: before the bitmap's name
 
 # -- errors on the wire; the protocol's numbers, which are Linux's
 
@@ -157,6 +167,21 @@ def errno_of(wire: int) -> int:
     return _ERRNO.get(wire, errno.EINVAL)
 
 
+_WIRE = {
+    errno.EROFS: 1,
+    errno.EACCES: 1,
+    errno.EFBIG: 28,
+    errno.EDQUOT: 28,
+    errno.ENOTSUP: 95,
+    **{number: wire for wire, number in _ERRNO.items()},
+}
+
+
+def wire_of(number: int) -> int:
+    """Return the number on the wire of one of the system's errors; what the protocol does not know is EIO."""
+    return _WIRE.get(number, 5)
+
+
 # -- limits
 
 #: Longest string, the protocol's.
@@ -173,6 +198,14 @@ MAX_STATUS_PAYLOAD = 4 << 20
 MAX_ERROR_CHUNKS = 1024
 #: Pieces out of order that a reply to a read may be in. Ours.
 MAX_PIECES = 4096
+#: Longest payload of an option that a server keeps: the name of an export and some dozen queries. Ours.
+MAX_OPTION_PAYLOAD = 128 << 10
+#: Longest one that it reads to its end, to say that it is too long. Ours.
+MAX_SKIPPED_OPTION = 4 << 20
+#: Options of one client. Ours; nbdkit's limit is the same.
+MAX_OPTIONS = 1024
+#: Metadata contexts that one client may choose. Ours.
+MAX_CONTEXTS = 256
 #: Longest error chunk: number, length, message, offset.
 MAX_ERROR_PAYLOAD = 4 + 2 + MAX_STRING + 8
 

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from cowhand.block.links.reading import images_of_loop, is_broken, local_targets
+from cowhand.block.links.records import BACKING, Link
 from cowhand.block.node.guard import KeptState
 from cowhand.chain.places import around, block_devices
 from cowhand.chain.tree import Reference, Tree
 from cowhand.core.identity import Identity, identify
+from cowhand.drivers import REGISTRY
 
 BLOCK_DEVICES = "block devices"
 
@@ -68,6 +71,13 @@ class Search:
                     identity = identify(reference.path)
                     if identity not in apart:
                         found.setdefault(identity, reference)
+            changed = {identify(path) for path in names}
+            for path in part:
+                if (
+                    identify(path) not in changed
+                ):  # an image that shows the same, but for one who finds it by another name
+                    elsewhere = self.tree.read_otherwise(path, (*names, *part))
+                    found |= {Identity("name", name=one.path): one for one in elsewhere}
             for reference in found.values():
                 for upper in self.tree.descendants(reference.path):
                     identity = identify(upper.path)
@@ -77,11 +87,22 @@ class Search:
         missed = tuple(self.tree.unreadable) if names else ()
         return Dependents(tuple(found.values()), tuple(further.values()), tuple(states), looked, missed)
 
+    def misled(self, image: str, backing: str) -> list[Reference]:
+        """Return the links to *image* for which *backing*, a name in its header, would mean another file than for *image* itself."""
+        link = Link(BACKING, backing)
+        own = {identify(target) for target in local_targets(image, link)}
+        # A name that means the same everywhere needs no look.
+        if local_targets(image, link) == local_targets("/nowhere/image", link):
+            return []
+        self.tree.look(around([image], self._look_in))
+        return [
+            Reference(name, "", backing, None, tuple(local_targets(name, link)))
+            for name in self.tree.links_to(image)
+            if {identify(target) for target in local_targets(name, link)} != own and not is_broken(name, REGISTRY)
+        ]
+
     def _below(self, path: str) -> set[Identity | None]:
         """Return the identities of what *path* reads through, where that comes back to *path*: those of a loop's images; else nothing."""
-        from cowhand.block.links.reading import images_of_loop
-        from cowhand.drivers import REGISTRY
-
         return set(images_of_loop(path, REGISTRY))
 
 

@@ -36,7 +36,10 @@ class DependentsGuard:
 
     def look(self, change: Change) -> Dependents:
         """Return what depends on the files of *change*."""
-        return self._search.of(change.files, change.part, change.states)
+        found = self._search.of(change.files, change.part, change.states)
+        if change.renamed is None:
+            return found
+        return found._replace(overlays=(*found.overlays, *self._search.misled(*change.renamed)))
 
     def refuse(self, change: Change, *, force: bool = False) -> None:
         """Raise OverlaysExist or SearchIncomplete unless *change* harms nothing, or *force* is set (here or for the guard: then warn)."""
@@ -52,7 +55,8 @@ class DependentsGuard:
             self._warn(error.message)
 
     def _problem(self, change: Change, found: Dependents) -> CowhandError | None:
-        path = next((state.path for state in change.states), None) if not change.files else change.files[0]
+        concerned = (*change.files, *(state.path for state in change.states), *(change.renamed or ())[:1])
+        path = concerned[0] if concerned else None
         affected = [*(one.path for one in found.overlays), *found.names()[len(found.paths) :]]
         if affected:
             return OverlaysExist(

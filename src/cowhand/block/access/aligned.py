@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from cowhand.block.access.range_locks import RangeLocks
-from cowhand.block.node.node import BlockNode, Request, one_by_one
+from cowhand.block.node.node import BlockNode, Failures, Request, one_by_one
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, aligned
 from cowhand.core.errors import NotSupported
 
@@ -133,5 +133,5 @@ class AlignedAccess:
     def flush(self) -> None:
         self.node.flush()
 
-    def submit(self, batch: Sequence[Request]) -> None:
-        one_by_one(self, batch)
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
+        return one_by_one(self, batch)

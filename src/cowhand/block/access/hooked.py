@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cowhand.block.node.node import READ, WRITE_REQUEST, BlockNode, Hook, Request
+from cowhand.block.node.node import READ, WRITE_REQUEST, BlockNode, Failures, Hook, Request
 from cowhand.core.buffers import Buffer
 
 
@@ -44,9 +44,9 @@ class HookedAccess:
         finally:
             self.fire(offset, length)
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         try:
-            self.node.submit(batch)
+            return self.node.submit(batch)
         finally:
             # Hooks one after the other, each with all requests: small ones feel every call.
             for hook in list(self._hooks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cowhand.block.node.node import WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, BlockNode, Request, Zeroing
+from cowhand.block.node.node import WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, BlockNode, Failures, Request, Zeroing
 from cowhand.core.buffers import Buffer, is_zero
 
 
@@ -35,9 +35,9 @@ class DetectingAccess:
         else:
             self.access.write(offset, buffers, fua)
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         kind = ZERO_UNMAP if self.unmap else ZERO_REQUEST
-        self.access.submit(
+        failures: Failures | None = self.access.submit(
             [
                 (kind, request[1], len(request[2]))
                 if request[0] == WRITE_REQUEST and len(request[2]) and self._only_zeroes((request[2],))
@@ -45,3 +45,4 @@ class DetectingAccess:
                 for request in batch
             ]
         )
+        return failures

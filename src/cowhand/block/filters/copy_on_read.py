@@ -90,7 +90,15 @@ class CopyOnReadNode(PassingFilter):
             offset = batch.end
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
-        length = len(buffer)
+        self.populate(offset, len(buffer))
+        self.below.read_into(offset, buffer)
+
+    def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Return (offset, length) of what is still to be copied of a range."""
+        return [(begin, end - begin) for begin, end, _ in self._missing(offset, length)]
+
+    def populate(self, offset: int, length: int) -> int:
+        """Copy what the top image does not hold of a range, in whole clusters; return how many bytes that were."""
         missing = list(self._missing(offset, length)) if self.writable and length else []
         unit = getattr(skip_filters(self.below.node), "allocation_unit", 1)
         done = 0
@@ -100,7 +108,7 @@ class CopyOnReadNode(PassingFilter):
             for start in range(begin, end, step):
                 self._copy(start, min(step, end - start))
             done = max(done, end)
-        self.below.read_into(offset, buffer)
+        return sum(end - begin for begin, end, _ in missing)
 
     def _copy(self, offset: int, length: int) -> None:
         with self._ranges.hold(offset, length):

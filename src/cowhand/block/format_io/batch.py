@@ -11,13 +11,13 @@ Loops over plain tuples and lists with as few calls as possible: a request of 4 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from cowhand.block.format_io import readahead
 from cowhand.block.format_io.batch_data import put
 from cowhand.block.format_io.batch_rows import SINGLY, UnitWrites
-from cowhand.block.node.node import READ, WRITE_REQUEST, Request, one_by_one
+from cowhand.block.node.node import READ, WRITE_REQUEST, Failures, Request, one_by_one
 from cowhand.core.errors import CowhandError
 from cowhand.core.extents import DATA
 
@@ -33,19 +33,16 @@ _preadv = getattr(os, "preadv", None)
 _pwritev = getattr(os, "pwritev", None)
 
 
-def submit(node: MappedFormat, batch: Sequence[Request]) -> None:
-    """Do *batch* on *node*; the first error is raised after the rest has ended."""
+def submit(node: MappedFormat, batch: Sequence[Request]) -> Failures | None:
+    """Do *batch* on *node*; return those that failed, or None."""
     if node.event_sink is not None or _preadv is None or _pwritev is None:
-        one_by_one(node, batch)
-        return
-    failure: Exception | None = None
+        return one_by_one(node, batch)
     index, count = 0, len(batch)
-    gathered = _Gathered(node, count)
+    gathered = _Gathered(node, batch)
     if count > 1 and (places := node.places(batch)) is not None:
-        failure = gathered.allocate(_one_after_another(node, batch, places, gathered))
-        if failure is not None:
-            raise failure
-        return
+        _one_after_another(node, batch, places, gathered)
+        gathered.allocate()
+        return gathered.failures or None
     look = node.map
     read_mask, read_flags = node.DIRECT_READ
     write_mask, write_flags = node.DIRECT_WRITE
@@ -75,29 +72,27 @@ def submit(node: MappedFormat, batch: Sequence[Request]) -> None:
                             node.changed = True
         except OSError:
             done = 0
-        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
-            failure = failure or error
+        except Exception as error:  # noqa: BLE001 - the caller is told which one it was
+            gathered.failures[index] = error
             done = 1
         if not done:
-            failure = gathered.take_or_do(batch[index], failure)
+            gathered.take_or_do(index)
         index += done or 1
-    failure = gathered.allocate(failure)
-    if failure is not None:
-        raise failure
+    gathered.allocate()
+    return gathered.failures or None
 
 
 def _one_after_another(
     node: MappedFormat, batch: Sequence[Request], places: tuple[int, list[int]], gathered: _Gathered
-) -> Exception | None:
-    """Do *batch*, all reads or all writes of which no two adjoin, at their *places*; return the first error."""
-    failure: Exception | None = None
+) -> None:
+    """Do *batch*, all reads or all writes of which no two adjoin, at their *places*."""
     descriptor, hosts = places
     writing = batch[0][0] != READ
     move: Any = _pwritev if writing else _preadv
     flags = 0 if writing else readahead.NOWAIT
     wanted, unit, writes = gathered.wanted, gathered.unit, gathered.writes
     try:
-        for request, host in zip(batch, hosts, strict=True):
+        for index, (request, host) in enumerate(zip(batch, hosts, strict=True)):
             if host >= 0 and not (writes.numbers and writes.touches(request[1], request[1] + len(request[2]))):
                 what = request[2]
                 try:
@@ -112,8 +107,8 @@ def _one_after_another(
                         if isinstance(error, BlockingIOError):
                             cold = [(at, len(each[2])) for each, at in zip(batch, hosts, strict=True) if at >= 0]
                             readahead.announce(descriptor, cold[: readahead.MOST])
-                except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
-                    failure = failure or error
+                except Exception as error:  # noqa: BLE001 - the caller is told which one it was
+                    gathered.failures[index] = error
                     continue
             elif host == NEEDS_SPACE and wanted:
                 _, offset, what = request
@@ -123,55 +118,63 @@ def _one_after_another(
                     continue
                 if writes.join(number, offset, what):
                     continue
-            failure = gathered.take_or_do(request, failure, empty=host == NEEDS_SPACE)
+            gathered.take_or_do(index, empty=host == NEEDS_SPACE)
             writes = gathered.writes
     finally:
         # After the writes: a flush that begins before they have ended does not count for them.
         if writing:
             node.changed = True
-    return failure
 
 
 class _Gathered:
-    """The writes of a batch that need space, until all are done together."""
+    """The writes of a batch that need space, until all are done together; and what of the batch failed."""
 
-    def __init__(self, node: MappedFormat, count: int) -> None:
+    def __init__(self, node: MappedFormat, batch: Sequence[Request]) -> None:
         self.node = node
+        self.batch = batch
+        self.failures: Failures = {}
         self.unit = node.allocation_unit
-        self.wanted = node.writable and not node.detects_zeroes and count > 1
+        self.wanted = node.writable and not node.detects_zeroes and len(batch) > 1
         self.writes = UnitWrites(self.unit, node.copy_unit)
 
-    def take_or_do(self, request: Request, failure: Exception | None, *, empty: bool = False) -> Exception | None:
-        """Keep *request* for later if it is such a write (*empty*: it looked so), or do it now; return *failure*, or else the first error."""
+    def blame(self, offset: int, what: Any, error: Exception) -> None:
+        """Note that the write of *what* at *offset* failed. Rows do not know indices: on the way without errors nothing needs them."""
+        for index, (kind, begin, buffer) in enumerate(self.batch):
+            if begin == offset and buffer is what and kind == WRITE_REQUEST:
+                self.failures.setdefault(index, error)
+
+    def take_or_do(self, index: int, *, empty: bool = False) -> None:
+        """Keep the request at *index* for later if it is such a write (*empty*: it looked so), or do it now."""
+        request = self.batch[index]
         kind, offset, what = request
         try:
             if self.wanted and kind == WRITE_REQUEST and (empty or _needs_unit(self.node, offset, len(what))):
                 number = offset // self.unit
                 if number not in self.writes.numbers:
                     self.writes.add(number, offset, what)
-                    return failure
+                    return
                 if self.writes.join(number, offset, what):
-                    return failure
-                failure = self.allocate(failure)
+                    return
+                self.allocate()
                 # The unit has a place now; a part of it may still need one.
                 if _needs_unit(self.node, offset, len(what)):
                     self.writes.add(number, offset, what)
-                    return failure
+                    return
             if self.writes.offsets and _meets(self.writes, kind, offset, what):
                 # One that comes later in the batch finds what it would have found if they had been done one by one.
-                failure = self.allocate(failure)
-            one_by_one(self.node, (request,))
-        except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
-            failure = failure or error
-        return failure
+                self.allocate()
+            failed = one_by_one(self.node, (request,))
+            if failed is not None:
+                self.failures[index] = failed[0]
+        except Exception as error:  # noqa: BLE001 - the caller is told which one it was
+            self.failures[index] = error
 
-    def allocate(self, failure: Exception | None) -> Exception | None:
-        """Do the writes that were kept; return *failure*, or else the first error."""
+    def allocate(self) -> None:
+        """Do the writes that were kept."""
         writes = self.writes
         if writes.offsets:
             self.writes = UnitWrites(self.unit, writes.part)
-            failure = _allocate(cast("FormatNode", self.node), writes, failure)  # what is writable is one
-        return failure
+            _allocate(cast("FormatNode", self.node), writes, self.blame)  # what is writable is one
 
 
 def _meets(writes: UnitWrites, kind: int, offset: int, what: Any) -> bool:
@@ -196,8 +199,8 @@ def _claim(node: FormatNode, writes: UnitWrites) -> bool:
         return False  # each by itself meets the same, and tells of it
 
 
-def _allocate(node: FormatNode, writes: UnitWrites, failure: Exception | None) -> Exception | None:
-    """Do *writes*: reserve, put the bytes, link; then one by one what could not be done so. Return *failure*, or else the first error."""
+def _allocate(node: FormatNode, writes: UnitWrites, blame: Callable[[int, Any, Exception], None]) -> None:
+    """Do *writes*: reserve, put the bytes, link; then one by one what could not be done so. *blame* hears of each that failed."""
     singly: Iterable[int] = range(len(writes.offsets))
     if _claim(node, writes):
         failures: dict[int, Exception] = {}
@@ -209,20 +212,22 @@ def _allocate(node: FormatNode, writes: UnitWrites, failure: Exception | None) -
         singly = [row for row, host in enumerate(writes.hosts) if host == SINGLY] if SINGLY in writes.hosts else []
         for row, met in failures.items():
             if len(writes.requests(row)) == 1 or not isinstance(met, CowhandError):
-                failure = failure or met
+                for offset, what in writes.requests(row):
+                    blame(offset, what, met)
             else:
                 singly.append(row)  # whose fault it is is found out, and the others get what is theirs
         try:
             node.finish_writes(writes, failures)
         except CowhandError as poisoned:
-            failure = failure or poisoned
+            for row in range(len(writes.offsets)):
+                for offset, what in writes.requests(row):
+                    blame(offset, what, poisoned)
     for row in singly:
         for offset, what in writes.requests(row):
             try:
                 node.write(offset, (what,))
-            except Exception as error:  # noqa: BLE001 - the first is raised after the rest has ended
-                failure = failure or error
-    return failure
+            except Exception as error:  # noqa: BLE001 - the caller is told which one it was
+                blame(offset, what, error)
 
 
 def _together(

@@ -36,6 +36,8 @@ _DIRTY_PAGES = 256
 _RUN_BLOCKS = 256
 #: Entries that are worth an import of numpy.
 _MANY = 1 << 16
+#: Parts of new blocks that need not be written, in a new image without a backing file.
+_SPARE = 4096
 _LITTLE = sys.byteorder == "little"
 
 
@@ -117,6 +119,10 @@ class BlockTableFormat(FormatNode):
         """Return the entry that names *place*, a block's; the reverse of :meth:`place`."""
         return (place - self.base) // self.scale
 
+    def empty_entry(self) -> int:
+        """Return the entry of a block that is not stored."""
+        return next(raw for raw, place in self.special.items() if place == UNALLOCATED)
+
     def new_page(self, index: int) -> int:
         """Take space for page *index*, which the file has not; return where. With the lock held."""
         raise NotSupported(f"driver '{self.driver}' has its whole table from the beginning")
@@ -134,6 +140,15 @@ class BlockTableFormat(FormatNode):
         unit = self.stride
         return max(self.data_from, -(-(self.file.node.size - self.base) // unit) * unit + self.base)
 
+    def end_of_blocks(self) -> int:
+        """Return where the block ends that lies last in the file; 0 where there is none."""
+        end = 0
+        for index in range(-(-self.entry_count // self.per_page)):
+            entries = self.page(index).entries
+            places = [self.place(raw) for raw in set(entries or ())]
+            end = max([end, *(place + self.allocation_unit for place in places if ZEROED < place < PACKED)])
+        return end
+
     def before_barrier(self) -> None:
         """Write what has to be stable before any entry that was changed is (a header's counter, a footer). In a flush."""
 
@@ -142,13 +157,9 @@ class BlockTableFormat(FormatNode):
         for piece in pieces:
             self.file.write(piece.host, (piece.data,))
 
-    def write_upper(self) -> None:
-        """Write what names pages that are new; they are stable. In a flush."""
-
-    @property
-    def upper_changed(self) -> bool:
-        """Whether :meth:`write_upper` has something to do."""
-        return False
+    def upper_changes(self) -> list[tuple[int, bytes]]:
+        """Return what names pages that are new, (offset in the file, bytes), to be written once these are stable. With the lock held."""
+        return []
 
     # -- the mapping
 
@@ -276,15 +287,15 @@ class BlockTableFormat(FormatNode):
         if len(part) > 1 and step is not None and part[-1] == first + step * (len(part) - 1):
             alike = array(self.word, range(first, first + step * len(part), step)) if step else None
             if part == alike if alike is not None else part.count(first) == len(part):
-                if not self._stored(place, self._end_of_blocks() - (unit * (len(part) - 1))):
+                if not self._stored(place, self._limit() - (unit * (len(part) - 1))):
                     part = part[:1]
-                if self._stored(place, self._end_of_blocks()):
+                if self._stored(place, self._limit()):
                     self._add_row(batch, start, unit * len(part), place)
                     return True
                 return False
         if len(part) > 64 and (many or "numpy" in sys.modules):
             return self._add_columns(batch, part, start)
-        limit = self._end_of_blocks()
+        limit = self._limit()
         for raw in part:
             place = self.place(raw)
             if batch.full or not self._stored(place, limit):
@@ -293,7 +304,7 @@ class BlockTableFormat(FormatNode):
             start += unit
         return True
 
-    def _end_of_blocks(self) -> int:
+    def _limit(self) -> int:
         return max(self.file.node.size, self._end)
 
     def _stored(self, place: int, limit: int) -> bool:
@@ -311,7 +322,7 @@ class BlockTableFormat(FormatNode):
         places = self.places_of(numpy.frombuffer(part, dtype=numpy.dtype(f"u{part.itemsize}")))
         kinds = numpy.where(places <= ZEROED, places, numpy.where(places >= PACKED, numpy.uint64(3), numpy.uint64(2)))
         plain = kinds == 2
-        bad = plain & ((places < self.data_from) | (places >= self._end_of_blocks()))
+        bad = plain & ((places < self.data_from) | (places >= self._limit()))
         good = True
         if bad.any():
             count = int(bad.argmax())
@@ -363,14 +374,25 @@ class BlockTableFormat(FormatNode):
             self._handed_out = max(self._handed_out, self._end)
             page.pins += 1
             blank = place == ZEROED or (place == UNALLOCATED and self.backing is None)
-            return Reservation(
+            reservation = Reservation(
                 first * unit, count * unit, kind, self.file, host, fresh=fresh, blank=blank, state=(page, slot, count)
             )
+            if fresh and blank:
+                # What surrounds the bytes reads as zeroes before and after, by itself.
+                reservation.begin, reservation.end = offset, min(reservation.end, offset + length)
+            return reservation
         if kind is Kind.EMPTY or (kind in (Kind.ZERO, Kind.ZERO_UNMAP) and self.zero_entry is not None):
             page = self._stored_page(index, page) if kind is not Kind.EMPTY or page.entries is not None else page
             page.pins += 1
             return Reservation(first * unit, count * unit, kind, state=(page, slot, count))
         raise NotSupported(f"driver '{self.driver}' has no entry for this", path=self.filename, offset=offset)
+
+    def spare(self, reservation: Reservation, begin: int, end: int) -> bool:
+        return reservation.fresh and reservation.blank
+
+    @property
+    def spare_unit(self) -> int:
+        return self.allocation_unit if self.backing is not None else min(self.allocation_unit, _SPARE)
 
     def _alike(self, page: Page, slot: int, count: int) -> int:
         """Return how many of *count* blocks from *slot* on are without a place, as the first one is."""
@@ -384,8 +406,7 @@ class BlockTableFormat(FormatNode):
         if page.entries is None:
             host = self.new_page(index)
             count = min(self.per_page, self.entry_count - index * self.per_page)
-            empty = next(raw for raw, place in self.special.items() if place == UNALLOCATED)
-            page = self.pages[index] = Page(array(self.word, [empty]) * count, host)
+            page = self.pages[index] = Page(array(self.word, [self.empty_entry()]) * count, host)
             page.touch(0, count)
             self._dirty[index] = page
         return page
@@ -398,8 +419,7 @@ class BlockTableFormat(FormatNode):
                 step = self.stride // self.scale
                 page.entries[slot : slot + count] = array(self.word, range(raw, raw + step * count, step))
             elif reservation.kind is Kind.EMPTY:
-                empty = next(raw for raw, place in self.special.items() if place == UNALLOCATED)
-                page.entries[slot : slot + count] = array(self.word, [empty]) * count
+                page.entries[slot : slot + count] = array(self.word, [self.empty_entry()]) * count
             else:
                 assert self.zero_entry is not None
                 page.entries[slot : slot + count] = array(self.word, [self.zero_entry]) * count
@@ -427,7 +447,7 @@ class BlockTableFormat(FormatNode):
                 if self.file.node.size < self._end:
                     # Under the lock nobody takes space, so that nothing is cut off that is being written behind the end.
                     self.file.node.resize(self._end)
-                upper = self.upper_changed
+                upper = self.upper_changes()
             try:
                 if pieces or upper:
                     self.before_barrier()
@@ -435,7 +455,8 @@ class BlockTableFormat(FormatNode):
                     self.write_entries(pieces)
                     if upper:
                         self.file.flush()
-                        self.write_upper()
+                        for host, data in upper:
+                            self.file.write(host, (data,))
                 self.file.flush()
             except BaseException as error:
                 # What of the table is in the file is not known: nothing may be built on it.

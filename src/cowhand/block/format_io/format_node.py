@@ -35,6 +35,11 @@ class FormatNode(ReservingNode, MappedFormat):
     #: Guest bytes are stored in another form than their own (see :meth:`encode`).
     encodes: bool = False
 
+    @property
+    def spare_unit(self) -> int:
+        """Parts of new units that :meth:`spare` can leave out begin and end at its multiples."""
+        return self.copy_unit
+
     def __init__(self, options: NodeOptions) -> None:
         super().__init__(options)
         self.detects_zeroes = options.detect_zeroes != "off"

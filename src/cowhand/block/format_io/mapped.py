@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from cowhand.block.node.node import BlockNode, Child, Request, Role
+from cowhand.block.node.node import BlockNode, Child, Failures, Request, Role
 from cowhand.block.node.options import NodeOptions
 from cowhand.core.buffers import Buffer, fill_zero
 from cowhand.core.errors import AccessDenied, CowhandError, InvalidArgument, InvalidFormat, NotSupported, ReadOnly
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: flags of a run whose bytes can be read where they lie, and those that forbid it
 PLAIN_RUN = DATA | OFFSET
 PLAIN_MASK = DATA | OFFSET | COMPRESSED | ENCODED | ZERO
+#: Stands for the backing file that the header names, where the user says nothing.
+RECORDED = object()
 
 
 class MappedFormat(BlockNode):
@@ -56,6 +58,24 @@ class MappedFormat(BlockNode):
     def start(self, opening: Opening, given: dict[str, Any]) -> None:
         """Read and check the header, and open what else belongs to the image; see :meth:`BlockNode.open`. Raises InvalidFormat."""
         raise NotSupported(f"driver '{self.driver}' cannot be opened by options")
+
+    def open_backing(self, opening: Opening, given: Any, name: str | None, format: str | None) -> None:
+        """Open what lies below: *given* is None or "" for nothing, RECORDED for what the header names (*name*, *format*), or what the user says."""
+        if isinstance(given, dict) and not opening.with_backing and opening.nesting and not opening.implied:
+            opening.backing(self, given)  # only the topmost image is opened alone, and what the user describes is there
+            return
+        if isinstance(given, dict) and not opening.with_backing:
+            raise InvalidArgument(
+                f"Block format '{self.driver}' does not support the option 'backing.{next(iter(given))}'"
+            )
+        if given is None or given == "" or not opening.with_backing:
+            return
+        if isinstance(given, dict) and name and not {"file", "filename"} & given.keys():
+            opening.implicit_backing(self, name, format, given)
+        elif given is not RECORDED:
+            opening.backing(self, given)
+        elif name:
+            opening.implicit_backing(self, name, format)
 
     @abstractmethod
     def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:
@@ -224,10 +244,10 @@ class MappedFormat(BlockNode):
         """Raise unless changes may be made."""
         raise ReadOnly(f"'{self.filename}' is open for reading only", path=self.filename)
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         from cowhand.block.format_io.batch import submit
 
-        submit(self, batch)
+        return submit(self, batch)
 
 
 class ReadOnlyFormat(MappedFormat):

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.format_io.blank_file import make_empty
 from cowhand.block.node.create_options import FILE_OPTIONS, CreateOption
-from cowhand.block.node.node import DISCARD, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, BlockNode, Child, Request, Role
+from cowhand.block.node.node import (
+    DISCARD,
+    WRITE_REQUEST,
+    ZERO_REQUEST,
+    ZERO_UNMAP,
+    BlockNode,
+    Child,
+    Failures,
+    Request,
+    Role,
+)
 from cowhand.block.node.options import NodeOptions, option
 from cowhand.block.opening.signatures import looks_like_a_format
 from cowhand.core.buffers import Buffer
@@ -188,15 +198,14 @@ class RawNode(BlockNode):
             self.event_sink("flush_to_disk")
         self.file.flush()
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         if self.offset or self.event_sink is not None or self.probed:
             guarded = self.event_sink is not None or any(o < 512 and k in _CHANGES for k, o, _ in batch)
             if guarded:
-                super().submit(batch)
-                return
+                return super().submit(batch)
             if self.offset:
                 batch = [(kind, offset + self.offset if kind != 5 else 0, what) for kind, offset, what in batch]
-        self.file.submit(batch)
+        return self.file.submit(batch)
 
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
         self.file.node.read_vmstate(offset, buffer)

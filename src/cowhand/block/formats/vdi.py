@@ -105,12 +105,7 @@ class VdiNode(BlockTableFormat):
         return flags | RECURSE if self._kind == STATIC and flags & DATA else flags
 
     def free_from(self) -> int:
-        blocks = 0
-        for index in range(-(-self.entry_count // self.per_page)):
-            entries = self.page(index).entries
-            assert entries is not None
-            blocks = max([blocks, *(entry + 1 for entry in set(entries) if entry < _DISCARDED)])
-        return self.base + blocks * self.stride
+        return max(self.base, self.end_of_blocks())
 
     def before_barrier(self) -> None:
         # Programs take a new block where this counter says: it must never be less than what the map uses.

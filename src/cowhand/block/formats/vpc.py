@@ -196,12 +196,7 @@ class VpcNode(BlockTableFormat):
     def free_from(self) -> int:
         if self.fixed:
             return self.file.node.size
-        end = -(-self.data_from // SECTOR) * SECTOR
-        for index in range(-(-self.entry_count // self.per_page)):
-            entries = self.page(index).entries
-            assert entries is not None
-            end = max([end, *(raw * SECTOR + self.stride for raw in set(entries) if raw != _NO_BLOCK)])
-        return end
+        return max(-(-self.data_from // SECTOR) * SECTOR, self.end_of_blocks())
 
     def reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
         if self.fixed:

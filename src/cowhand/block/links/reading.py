@@ -17,7 +17,7 @@ from cowhand.core.identity import Identity, identify_name
 if TYPE_CHECKING:
     from cowhand.block.opening.registry import Registry
 
-#: Readers for formats that no built-in driver claims; a driver's own stands in its entry of the registry.
+#: Readers for formats whose driver names none in its entry of the registry, and for those that have no driver.
 _READERS = {
     "qcow": "cowhand.block.links.qcow2",
     "qed": "cowhand.block.links.qed",
@@ -48,10 +48,10 @@ def read_links(path: str, registry: Registry) -> Found:
     try:
         head = os.pread(descriptor, PROBE_SIZE, 0)
         entry = registry.probe(head, path)
-        name, module = entry.name, entry.links
+        name = entry.name
         if name == "raw":
             name = looks_like_a_format(head) or "raw"
-            module = _READERS.get(name, "")
+        module = entry.links or _READERS.get(name, "")
         if not module:
             return Found(name, [])
         links: list[Link] = importlib.import_module(module).links(Reader(descriptor, path))

@@ -26,13 +26,15 @@ class Change(NamedTuple):
     """What an operation is going to change for others.
 
     ``doing`` says what it does ("committing into base.qcow2"). ``files``: the local files whose content others will read otherwise. ``part``: files
-    of images that the operation itself takes care of. ``states``: internal snapshots that read through what changes.
+    of images that the operation itself takes care of. ``states``: internal snapshots that read through what changes. ``renamed``: an image, and the
+    name of a backing file that its header is going to have. For a link to the image in another folder a relative name means another file.
     """
 
     doing: str
     files: tuple[str, ...] = ()
     part: tuple[str, ...] = ()
     states: tuple[KeptState, ...] = ()
+    renamed: tuple[str, str] | None = None
 
 
 def change_of(node: BlockNode, doing: str) -> Change:

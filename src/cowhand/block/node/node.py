@@ -43,6 +43,8 @@ PERMISSION_NAMES = {
 #: (READ, offset, writable buffer), (WRITE, offset, buffer), (ZERO, offset, length), (ZERO_UNMAP, offset, length),
 #: (DISCARD, offset, length), (FLUSH, 0, 0)
 Request: TypeAlias = tuple[int, int, Any]
+#: What of a batch failed: {index of the request: error}.
+Failures: TypeAlias = dict[int, Exception]
 READ, WRITE_REQUEST, ZERO_REQUEST, ZERO_UNMAP, DISCARD, FLUSH = range(6)
 
 
@@ -160,6 +162,8 @@ class BlockNode(ABC):
     detects_zeroes: bool = False
     #: Requests may wait here of the node's own accord, see :meth:`hurry`.
     delays: ClassVar[bool] = False
+    #: Whether a node without children does its requests at once: no other machine, user or limit is waited for.
+    immediate: bool = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
     zero_when_new: bool = True
 
@@ -297,9 +301,12 @@ class BlockNode(ABC):
     def hurry(self, on: bool) -> None:
         """Let requests pass that wait here of the node's own accord, until it is taken back: somebody waits for their end."""
 
-    def submit(self, batch: Sequence[Request]) -> None:
-        """Do many requests, in any order and overlap that separate threads could have; the first error is raised after the rest has ended."""
-        one_by_one(self, batch)
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
+        """Do many requests, in any order and overlap that separate threads could have; return those that failed, or None.
+
+        What is raised instead says that none of them can be relied on.
+        """
+        return one_by_one(self, batch)
 
     # -- what is where
 
@@ -355,6 +362,14 @@ class BlockNode(ABC):
         """Return a new read-only node, used by nobody yet, that shows a snapshot."""
         raise self._no_snapshots()
 
+    def change_backing(self, name: str | None, format: str | None) -> None:
+        """Record another backing file in the image, *name* with its *format* (None: no backing file any more); the open graph stays as it is."""
+        raise NotSupported(
+            f"format '{self.driver}' cannot record another backing file",
+            qemu="Operation not supported",
+            path=self.filename,
+        )
+
     def bitmap_keeper(self) -> Any:
         """Return what keeps persistent bitmaps in this layer: ``add``, ``remove``, ``touch`` of (node, name, ...), ``possible`` and
         ``broken_reason`` of (node); None: nothing does."""
@@ -404,10 +419,10 @@ class BlockNode(ABC):
         return f"<{self.driver} {self.name} {self.filename!r}>"
 
 
-def one_by_one(access: Any, batch: Sequence[Request]) -> None:
-    """Do the requests of *batch* through *access* (a node, or a way to one) singly; the first error is raised after the rest has ended."""
-    failure: Exception | None = None
-    for kind, offset, what in batch:
+def one_by_one(access: Any, batch: Sequence[Request]) -> Failures | None:
+    """Do the requests of *batch* through *access* (a node, or a way to one) singly; return those that failed, or None."""
+    failures: Failures | None = None
+    for index, (kind, offset, what) in enumerate(batch):
         try:
             if kind == READ:
                 access.read_into(offset, what)
@@ -421,10 +436,11 @@ def one_by_one(access: Any, batch: Sequence[Request]) -> None:
                 access.discard(offset, what)
             else:
                 access.flush()
-        except Exception as error:  # noqa: BLE001 - raised below
-            failure = failure or error
-    if failure is not None:
-        raise failure
+        except Exception as error:  # noqa: BLE001 - the caller is told which one it was
+            if failures is None:
+                failures = {}
+            failures[index] = error
+    return failures
 
 
 class Edge:
@@ -448,7 +464,7 @@ class Edge:
     write_zeroes: Callable[..., None]
     discard: Callable[[int, int], None]
     flush: Callable[[], None]
-    submit: Callable[[Sequence[Request]], None]
+    submit: Callable[[Sequence[Request]], Failures | None]
 
     def __init__(self, name: str, role: Role) -> None:
         self.name = name

@@ -35,7 +35,7 @@ def parse_json_name(name: str) -> dict[str, Any]:
         if not text.strip():
             raise InvalidArgument("Could not parse the JSON options: Expecting a JSON value", path=where) from None
         rest = text[getattr(error, "pos", 0) :].strip()
-        reason = str(error) if rest else "premature EOI"
+        reason = f"stray '{rest[:40]}'" if rest else "premature EOI"
         raise InvalidArgument(f"Could not parse the JSON options: JSON parse error, {reason}", path=where) from None
     if not isinstance(given, dict):
         raise InvalidArgument("Invalid JSON object given", path=where)

@@ -42,6 +42,7 @@ class MemoryNode(BlockNode):
     """
 
     driver: ClassVar[str] = "memory"
+    immediate = True
     options_class: ClassVar[type[NodeOptions]] = MemoryOptions
 
     def __init__(self, options: MemoryOptions | None = None, content: Buffer = b"") -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cowhand.block.node.node import READ, BlockNode, Capabilities, Request, Zeroing
+from cowhand.block.node.node import READ, BlockNode, Capabilities, Failures, Request, Zeroing
 from cowhand.block.node.options import NodeOptions, option, strong_options
 from cowhand.core.buffers import Buffer, fill_zero
 from cowhand.core.errors import InvalidArgument
@@ -47,6 +47,7 @@ class NullNode(BlockNode):
     def __init__(self, options: NullOptions) -> None:
         super().__init__(options)
         self._delay = options.latency_ns / 1e9
+        self.immediate = not self._delay
         self.capabilities = Capabilities(writable=self.writable, zeroes=Zeroing.NATIVE, discard=True, fua=True)
 
     @classmethod
@@ -107,12 +108,13 @@ class NullNode(BlockNode):
     def flush(self) -> None:
         self._wait()
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         self._wait()  # the requests of a batch are in flight together
         if self.options.read_zeroes:
             for kind, _, what in batch:
                 if kind == READ:
                     fill_zero(memoryview(what))
+        return None
 
     def map_batch(self, offset: int, length: int) -> ExtentBatch:
         batch = ExtentBatch()

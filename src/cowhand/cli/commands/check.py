@@ -1,7 +1,7 @@
 """Look for damage and lost space in an image, and repair it if asked to.
 
 Damage endangers data; lost space does not. Without --repair nothing is written. A repair first writes an undo log beside the image,
-from which --undo takes the repair back as long as nobody has written to the image since. The exit code is 0 for a sound image,
+from which --undo takes the repair back, once, as long as nothing was written to the image since. The exit code is 0 for a sound image,
 7 for lost space, 8 for damage.
 """
 
@@ -78,9 +78,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if result.failure is not None:
         if repair == "leaks" and result.failure.hint is None:
             result.failure.hint = (
-                f"It may be that only all can be repaired: copy the image, then: cowhand check -r all {args.image}"
+                f"Lost space cannot be given back here before damage is repaired: cowhand check -r all {args.image} "
+                f"({undo_words(args)})"
             )
-        raise result.failure.within("the check could not come to its end")
+        raise result.failure.within("the check could not be completed")
     if args.dry_run and args.repair:
         _plan(args, context, result)
     else:
@@ -179,12 +180,26 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
+def undo_words(args: argparse.Namespace) -> str:
+    """Return how a repair of the image can be taken back."""
+    from cowhand.cli.commands.check_repair import free_name
+    from cowhand.image.create import local_path
+
+    path = local_path(args.image)
+    if path is None:
+        return "no undo log: a repair of what is no file of this machine cannot be taken back, so copy it first"
+    if args.no_log:
+        return "copy the image first: without an undo log (--no-log) a repair cannot be taken back"
+    log = args.log or free_name(path)
+    return f"it first writes an undo log, from which it can be taken back: cowhand check --undo {log} {args.image}"
+
+
 def advice(args: argparse.Namespace, result: CheckResult) -> str:
     """Return what to do next, or nothing."""
     if args.repair is not None or result.check_errors:
         return ""
     if result.corruptions:
-        return f"Copy the image, then: cowhand check -r all {args.image}"
+        return f"Copy the image, then: cowhand check -r all {args.image} ({undo_words(args)})"
     return f"To get the space back: cowhand check -r leaks {args.image}" if result.leaks else ""
 
 
@@ -198,6 +213,6 @@ def _plan(args: argparse.Namespace, context: Context, result: CheckResult) -> No
         reads=[Touch(args.image, "all tables")],
         writes=[Touch(args.image, what)] if damaged or result.leaks else [],
         warnings=["entries that contradict themselves are cleared: what they named reads as zeroes"] if damaged else [],
-        undo="copy the image first" if damaged else "not needed: no data is touched",
+        undo=undo_words(args),
     )
     show(plan, context.out)

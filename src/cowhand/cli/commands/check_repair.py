@@ -29,22 +29,25 @@ def run(args: argparse.Namespace, context: Context) -> int:
         return _undo(args, context, path)
     if args.plan:
         return _plan(args, context, path)
-    log = args.log or _free_name(path)
+    log = args.log or free_name(path)
     if os.path.lexists(log):
         raise InvalidArgument(f"'{log}' exists", hint="Choose another name for the undo log.")
     result, changed = rescue.repair_logged(path, args.repair, log, format=args.format)
     result.filename = args.image
     if result.failure is not None:
         if args.repair == "leaks" and result.failure.hint is None:
-            result.failure.hint = f"It may be that only all can be repaired: cowhand check -r all {args.image}"
+            result.failure.hint = (
+                f"Lost space cannot be given back here before damage is repaired: cowhand check -r all {args.image} "
+                f"({check.undo_words(args)})"
+            )
         if changed:
             context.out.note(f"what was done can be undone: cowhand check --undo {log} {args.image}")
-        raise result.failure.within("the check could not come to its end")
+        raise result.failure.within("the check could not be completed")
     check.tell(args, context, result, log if changed else None)
     return check.exit_code(result)
 
 
-def _free_name(path: str) -> str:
+def free_name(path: str) -> str:
     """Return ``PATH.undo``, or the first of ``PATH.undo.1``, ... that no file has."""
     names = (f"{path}.undo" + (f".{number}" if number else "") for number in count())
     return next(name for name in names if not os.path.lexists(name))
@@ -53,15 +56,16 @@ def _free_name(path: str) -> str:
 def _undo(args: argparse.Namespace, context: Context, path: str) -> int:
     if args.repair or args.plan:
         raise InvalidArgument("a repair is either done or undone", hint="Give --undo alone.")
+    undone = rescue.undo_repair(args.undo, path, force=args.force, dry_run=args.dry_run)
     if args.dry_run:
         from cowhand.cli.plan import Plan, Touch, show
 
         plan = Plan(
             action=f"undo the repair of {args.image}", reads=[Touch(args.undo, "what was there before")],
-            writes=[Touch(args.image, "what the repair changed")], undo=f"cowhand check -r all {args.image}",
+            writes=[Touch(args.image, "what the repair changed")] if undone else [], undo=f"cowhand check -r all {args.image}",
+            warnings=[] if undone else ["the image is as it was before the repair: there is nothing to undo"],
         )  # fmt: skip
         return show(plan, context.out)
-    undone = rescue.undo_repair(args.undo, path, force=args.force)
     if context.out.json:
         context.out.document({"filename": args.image, "log": args.undo, "undone": undone})
     else:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     for name in args.image:
         found = _hash(name, algorithm, args, context)
         documents.append({"filename": name, "algorithm": algorithm, "digest": found.digest, "virtual-size": found.size})
-        context.out.line(_line(name, algorithm, found.digest, tag=args.tag or algorithm.startswith("tree-")))
+        context.out.data(_line(name, algorithm, found.digest, tag=args.tag or algorithm.startswith("tree-")))
     if context.out.json:
         context.out.document(documents)
     return 0
@@ -147,7 +147,10 @@ def _verify(args: argparse.Namespace, context: Context) -> int:
             problem = str(error.message)
             failed += 1
         documents.append({"filename": line.name, "algorithm": line.algorithm, "ok": good, "problem": problem})
-        context.out.line(f"{line.name}: " + ("OK" if good else "FAILED" if problem is None else f"FAILED: {problem}"))
+        if good:
+            context.out.line(f"{line.name}: OK")
+        elif not context.out.json:
+            context.out.fault(f"{line.name}: FAILED" + (f": {problem}" if problem is not None else ""))
     if context.out.json:
         context.out.document(documents)
     for count, words in ((different, "did not match"), (failed, "could not be read")):

@@ -1,7 +1,8 @@
 """Copy a disk, or several one behind the other, into a new image.
 
-The new image appears under its name when it is complete; an existing one is overwritten only if you insist (--overwrite), or
-written in place with -n. Without -O the format is what the target's name ends with (.qcow2), or raw.
+The new image appears under its name when it is complete; an existing one is overwritten only if you insist
+(--overwrite), or written in place with -n. What is overwritten stays until the new image is complete. Without -O the
+format is what the target's name ends with (.qcow2), or raw.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WRITES = True
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="+", help="image to copy; several are put one behind the other")
-    parser.add_argument("target", help="image to make")
+    parser.add_argument("target", help="image to make; - writes raw bytes to standard output")
     arguments.add_format(parser, "the sources")
     parser.add_argument("-O", "--target-format", metavar="FMT", help="format of the new image")
     parser.add_argument(
@@ -125,11 +126,15 @@ def _tuning(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Convert."""
-    from cowhand.cli.guard import guard_of, refuse_existing
+    from cowhand.cli.guard import guard_of, refuse_existing, tidy
+    from cowhand.cli.standard_output import is_stream
 
     _check(args)
+    if is_stream(args.target):
+        return _to_stream(args, context)
     there = refuse_existing(args.target, args.overwrite or args.no_create)
     policy = _refuse_unsafe(args) if args.untrusted else None
+    tidy(context, args.target, remove=not args.dry_run)
     if args.dry_run:
         return _plan(args, context, there)
     from cowhand.copy.ops.convert import convert
@@ -170,6 +175,39 @@ def run(args: argparse.Namespace, context: Context) -> int:
     _warn_of_losses(args, context)
     if args.verify:
         _verify(args, result, context)
+    return _tell(args, result, context)
+
+
+def _to_stream(args: argparse.Namespace, context: Context) -> int:
+    """Write raw bytes to standard output, or a pipe: what asks for more than their order is refused."""
+    from cowhand.cli.standard_output import opened
+    from cowhand.copy.ops.stream import stream
+
+    wrong = {
+        "-n": args.no_create, "-B": args.backing, "-c": args.compress, "-o": args.option, "--encrypt": args.encrypt,
+        "--snapshots": args.snapshots, "--bitmaps": args.bitmaps, "--verify": args.verify, "--dry-run": args.dry_run,
+    }  # fmt: skip
+    for option, given in wrong.items():
+        if given:
+            raise InvalidArgument(f"{option} means nothing where the target is a stream of bytes ('{args.target}')")
+    policy = _refuse_unsafe(args) if args.untrusted else None
+    with opened(args.target, args.target_format, context) as descriptor:
+        result = stream(
+            args.source,
+            descriptor,
+            name="standard output" if args.target == "-" else args.target,
+            source_format=args.format,
+            snapshot=args.snapshot,
+            salvage=args.salvage,
+            rate_limit=args.rate_limit,
+            source_cache=args.source_cache,
+            force_share=args.force_share,
+            policy=policy,
+            progress=context.progress(f"{os.path.basename(args.source[0])} → {args.target}"),
+            cancel=context.cancel,
+            warn=context.out.warn,
+        )
+    _warn_of_losses(args, context)
     return _tell(args, result, context)
 
 
@@ -331,7 +369,7 @@ def _tell(args: argparse.Namespace, result: ConvertResult, context: Context) -> 
 
 
 def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
-    from cowhand.cli.guard import dependents
+    from cowhand.cli.guard import dependents, in_place_warning
     from cowhand.cli.plan import Plan, Touch, show
     from cowhand.plans.dependents import Dependents
 
@@ -341,16 +379,25 @@ def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
     needed = max((required for _, required in amounts), default=0) if len(amounts) == 1 else None
     if args.backing:
         reads.append(Touch(args.backing, "header of the base"))
+    in_place = in_place_warning(args.target, backing=args.backing) if there and not args.no_create else []
     plan = Plan(
         action=f"copy {', '.join(args.source)} into {args.target}, {format}",
         reads=reads,
-        writes=[Touch(args.target, "its present content would be lost" if there else "new image, at most", needed)],
+        writes=[Touch(args.target, _fate(args, there), needed)],
         moves=sum(data for data, _ in amounts),
         dependents=dependents(args.target, args) if there else Dependents(),
-        warnings=_space_warning(args.target, needed or 0),
+        warnings=[*in_place, *_space_warning(args.target, needed or 0)],
         undo="none: what the target holds now would be gone" if there else f"delete {args.target}",
     )
     return show(plan, context.out)
+
+
+def _fate(args: argparse.Namespace, there: bool) -> str:
+    if not there:
+        return "new image, at most"
+    if args.no_create:
+        return "written in place, its present content would be lost"
+    return "its present content would be lost when the new image is complete, which takes at most"
 
 
 def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]:

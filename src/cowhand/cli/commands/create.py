@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         return _explain(args.format or "qcow2", context)
     if args.image is None:
         raise arguments.Usage("the new image needs a name", hint="See: cowhand create --help")
-    from cowhand.cli.guard import guard_of, refuse_existing
+    from cowhand.cli.guard import guard_of, refuse_existing, tidy
     from cowhand.image.create import prepare
 
     creation = prepare(
@@ -72,9 +72,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
         open_backing=not args.unsafe,
     )
     there = refuse_existing(args.image, args.overwrite)
+    tidy(context, args.image, remove=not args.dry_run)
     if args.dry_run:
         return _plan(args, context, creation, there)
-    creation.run(overwrite=args.overwrite, guard=guard_of(args, context))
+    creation.run(overwrite=args.overwrite, warn=context.out.warn, guard=guard_of(args, context))
     if context.out.json:
         context.out.document(_document(creation))
         return 0
@@ -104,14 +105,20 @@ def _document(creation: Creation) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, context: Context, creation: Creation, there: bool) -> int:
-    from cowhand.cli.guard import dependents
+    from cowhand.cli.guard import dependents, in_place_warning
     from cowhand.cli.plan import Plan, Touch, show
     from cowhand.plans.dependents import Dependents
 
     plan = Plan(
         action=f"create {creation.filename}, {creation.format.name}, {format_size(creation.size)}",
         reads=[Touch(args.backing, "header of the base")] if args.backing and not args.unsafe else [],
-        writes=[Touch(creation.filename, "its present content would be lost" if there else "new file")],
+        writes=[
+            Touch(
+                creation.filename,
+                "its present content would be lost when the new image is complete" if there else "new file",
+            )
+        ],
+        warnings=in_place_warning(creation.filename, backing=args.backing) if there else [],
         dependents=dependents(args.image, args) if there else Dependents(),
         undo="none: what the file holds now would be gone" if there else f"delete {creation.filename}",
     )

@@ -1,6 +1,7 @@
 """Copy a range of blocks of one image into a new one. The operands are those of dd(1).
 
-count= counts from the beginning of the source, as in qemu-img: count - skip blocks are copied. Zeroes are left out.
+of=- writes raw bytes to standard output. count= counts from the beginning of the source, as in qemu-img: count - skip
+blocks are copied. Zeroes are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from cowhand.core.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context
+    from cowhand.copy.ops.convert import ConvertResult
 
 EXAMPLES = """\
   cowhand dd if=disk.qcow2 of=start.raw bs=1M count=16        the first 16 MiB
@@ -59,10 +61,14 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Copy the blocks."""
     given = operands(args.operand)
     source, target = given["if"], given["of"]
-    format = arguments.format_for(target, args.target_format)
-    from cowhand.cli.guard import guard_of, refuse_existing
+    from cowhand.cli.guard import guard_of, refuse_existing, tidy
+    from cowhand.cli.standard_output import is_stream
 
+    if is_stream(target):
+        return _to_stream(args, context, given)
+    format = arguments.format_for(target, args.target_format)
     there = refuse_existing(target, args.overwrite)
+    tidy(context, target, remove=not args.dry_run)
     if args.dry_run:
         return _plan(args, context, given, format, there)
     from cowhand.copy.ops.dd import dd
@@ -82,6 +88,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
         warn=context.out.warn,
         guard=guard_of(args, context),
     )
+    return _tell(result, context)
+
+
+def _tell(result: ConvertResult, context: Context) -> int:
     if context.out.json:
         document = {"filename": result.filename, "format": result.format, "virtual-size": result.size}
         context.out.document({**document, "copied": result.copied, "zeroes": result.zeroes})
@@ -90,9 +100,35 @@ def run(args: argparse.Namespace, context: Context) -> int:
     return 0
 
 
+def _to_stream(args: argparse.Namespace, context: Context, given: dict[str, str]) -> int:
+    """Write the blocks as raw bytes to standard output, or a pipe."""
+    from cowhand.cli.standard_output import opened
+    from cowhand.copy.ops.stream import stream
+
+    if args.dry_run:
+        raise InvalidArgument("--dry-run means nothing where the target is a stream of bytes")
+    block = parse_size(given.get("bs", "512"))
+    if not block:
+        raise InvalidArgument("blocks of 0 bytes are not copied", hint="Give bs= a size, such as bs=1M.")
+    with opened(given["of"], args.target_format, context) as descriptor:
+        result = stream(
+            given["if"],
+            descriptor,
+            name="standard output" if given["of"] == "-" else given["of"],
+            source_format=args.format,
+            begin=parse_size(given.get("skip", "0")) * block,
+            end=parse_size(given["count"]) * block if "count" in given else None,
+            force_share=args.force_share,
+            progress=context.progress(f"{os.path.basename(given['if'])} → {given['of']}"),
+            cancel=context.cancel,
+            warn=context.out.warn,
+        )
+    return _tell(result, context)
+
+
 def _plan(args: argparse.Namespace, context: Context, given: dict[str, str], format: str, there: bool) -> int:
     import cowhand
-    from cowhand.cli.guard import dependents
+    from cowhand.cli.guard import dependents, in_place_warning
     from cowhand.cli.plan import Plan, Touch, show
     from cowhand.core.extents import by_content
     from cowhand.plans.dependents import Dependents
@@ -105,9 +141,15 @@ def _plan(args: argparse.Namespace, context: Context, given: dict[str, str], for
     plan = Plan(
         action=f"copy {format_size(end - begin)} of {given['if']} into {given['of']}, {format}",
         reads=[Touch(given["if"], f"data from {begin:#x} to {end:#x}", data)],
-        writes=[Touch(given["of"], "its present content would be lost" if there else "new image")],
+        writes=[
+            Touch(
+                given["of"],
+                "its present content would be lost when the new image is complete" if there else "new image",
+            )
+        ],
         moves=data,
         dependents=dependents(given["of"], args) if there else Dependents(),
+        warnings=in_place_warning(given["of"]) if there else [],
         undo="none: what the target holds now would be gone" if there else f"delete {given['of']}",
     )
     return show(plan, context.out)

@@ -115,13 +115,13 @@ class Scanner:
         found = [given] if given in names else [full for full in names if full.startswith(given)]
         if not found or (found != [given] and given in self._grammar.later):
             names = self._grammar.later
-            found = [full for full in names if full == given or (program.since("10.1") and full.startswith(given))]
+            found = [full for full in names if full == given or (program.since("10.0") and full.startswith(given))]
             if given in names:
                 found = [given]
         if len({names[full] for full in found}) > 1:
-            raise self._error("ambiguous", f"--{given}", word, found)
+            raise self._error("ambiguous", word, word, found)
         if not found:
-            raise self._error("unknown", f"--{given}", word)
+            raise self._error("unknown", word, word)
         key = names[found[0]]
         takes = key.endswith("=") or self._grammar.short.get(key, False)
         if not takes:
@@ -151,9 +151,9 @@ def options(grammar: Grammar, words: Sequence[str], positional: list[str]) -> It
     try:
         yield from scanner
     except OptionError as error:
-        if program.since("10.1"):
+        if program.since("10.0"):
             program.plain(error.in_libc_words(program.asked()))
-            program.plain(f"Try '{program.asked()} --help' for more information")
+            program.plain(program.help_hint())
             raise Failure from error
         if error.kind == "missing":
             raise UsageFailure(f"missing argument for option '{error.element}'") from error
@@ -168,10 +168,19 @@ def one_image(positional: Sequence[str]) -> str:
     return positional[0]
 
 
+def early_output_format(text: str) -> str:
+    """Return ``--output``'s argument *text*; since 10.0 a wrong one is refused where it stands, before what follows it."""
+    if program.since("10.0"):
+        output_format(text)
+    return text
+
+
 def output_format(text: str) -> bool:
     """Return whether ``--output``'s argument asks for JSON."""
     if text not in ("human", "json"):
-        if program.since("10.1"):
-            raise UsageFailure(f"--output expects 'human' or 'json', not '{text}'")
+        if program.since("10.0"):
+            raise UsageFailure(
+                f"--output expects 'human' or 'json'{'' if program.is_debian_10_0() else ','} not '{text}'"
+            )
         raise Failure("--output must be used with human or json as argument.")
     return text == "json"

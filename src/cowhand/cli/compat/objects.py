@@ -6,8 +6,10 @@ import json
 import re
 from typing import Any
 
+from cowhand.cli.compat import program
 from cowhand.cli.compat.optionstrings import parse
 from cowhand.cli.compat.program import Failure
+from cowhand.cli.compat.wording import end_place
 
 #: Properties of each type that has a meaning here.
 TYPES = {
@@ -82,6 +84,8 @@ def _parse(text: str) -> dict[str, Any]:
             given = json.loads(text)
         except (ValueError, RecursionError) as error:
             at_end = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
+            if program.since("11") and at_end:
+                raise Failure(f"{end_place(text)}: JSON parse error, premature end of input") from None
             raise Failure("JSON parse error" + (", premature EOI" if at_end else "")) from None
         return dict(given)
     out: dict[str, Any] = {}

@@ -142,10 +142,19 @@ def print_help(format: str, filename: str | None) -> None:
         print("Specify the target filename to include those options.")
 
 
+#: What later versions tell of options that are understood always: name → (since, text).
+_LATER_HELP = {"keep_data_file": ("11", "Assume the external data file already exists and do not overwrite it")}
+
+
+def _help_of(option: CreateOption) -> str:
+    since, text = _LATER_HELP.get(option.name, ("", ""))
+    return option.help or (text if since and program.since(since) else "")
+
+
 def help_lines(known: Iterable[CreateOption]) -> list[str]:
     """Return one line an option, in the alphabet's order."""
     return [
-        f"  {f'{option.name}=<{_KINDS[option.kind]}>':<22} - {option.help}"
+        f"  {f'{option.name}=<{_KINDS[option.kind]}>':<22} - {_help_of(option)}"
         for option in sorted(known, key=lambda o: o.name)
-        if option.help  # later versions' are understood, and not told of
+        if _help_of(option)  # later versions' are understood, and not told of
     ]

@@ -10,15 +10,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-#: Versions whose text and JSON can be printed, and the release that is named for each.
-PROFILES = {"7.2": "7.2.22", "8.2": "8.2.10", "10.1": "10.1.5", "10.2": "10.2.2"}
-DEFAULT_PROFILE = "7.2"
-#: Names the version, where the command line does not.
-COMPAT_VARIABLE = "COWHAND_COMPAT"
+from cowhand.cli.compat import profiles
 
 _RAW = "cowhand.raw"
 _name = "cowhand"
-_profile = DEFAULT_PROFILE
+_profile = profiles.NEWEST
+_release = profiles.PROFILES[profiles.NEWEST]
 _command = ""
 
 
@@ -40,24 +37,35 @@ class UsageFailure(Failure):
     """A failure that points to the help."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, hint=f"Try '{asked()} --help' for more information")
+        super().__init__(message, hint=help_hint())
 
 
 def use_profile(version: str) -> None:
     """Print as *version* of QEMU does. Raises Failure for one that is not known."""
-    global _profile
-    if version not in PROFILES:
-        raise Failure(f"Unknown version '{version}' to be compatible with (one of {', '.join(PROFILES)})")
-    _profile = version
+    global _profile, _release
+    try:
+        _profile = profiles.profile_of(version)
+    except profiles.UnknownVersion as error:
+        raise Failure(str(error)) from error
+    # A whole release is named as it was asked for: scripts compare it.
+    _release = version if version.count(".") >= 2 else profiles.PROFILES[_profile]
+
+
+def _use_configured_profile(arguments: Sequence[str]) -> None:
+    use_profile(profiles.NEWEST)
+    if any(word == "--compat" or word.startswith("--compat=") for word in arguments):
+        return  # what would be set wrongly elsewhere does not matter
+    try:
+        version = profiles.configured()
+    except profiles.BadConfiguration as error:
+        raise Failure(str(error)) from error
+    if version is not None:
+        use_profile(version)
 
 
 def since(version: str) -> bool:
     """Tell whether text and JSON are those of *version* or a later one."""
-    return _number(_profile) >= _number(version)
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
+    return profiles.number(_profile) >= profiles.number(version)
 
 
 def enter(command: str) -> None:
@@ -67,8 +75,18 @@ def enter(command: str) -> None:
 
 
 def asked() -> str:
-    """Return what a hint tells the user to ask for help: the tool, since 10.1 with its command."""
-    return f"{_name} {_command}" if _command and since("10.1") else _name
+    """Return what a hint tells the user to ask for help: the tool, since 10.0 with its command."""
+    return f"{_name} {_command}" if _command and since("10.0") else _name
+
+
+def help_hint() -> str:
+    """Return the line that points to the help."""
+    return f"Try '{asked()} --help' for {'more info' if is_debian_10_0() else 'more information'}"
+
+
+def is_debian_10_0() -> bool:
+    """Tell whether the words are those of 10.1's command line in the early form that Debian 13 has."""
+    return _profile == "10.0"
 
 
 def name() -> str:
@@ -78,6 +96,9 @@ def name() -> str:
 
 def error(message: str, hint: str = "") -> None:
     """Print an error; *hint* goes below it as it is."""
+    from cowhand.cli.compat import wording
+
+    message = wording.in_words_of(_profile, message)
     tail = f"\n{hint}" if hint else ""
     sys.stderr.write(f"{_name}: {message}{tail}\n")
     sys.stderr.flush()
@@ -105,7 +126,7 @@ def version_lines() -> str:
     """Return what ``--version`` prints: scripts look for the number."""
     from cowhand.__about__ import __version__
 
-    return f"{_name} version {PROFILES[_profile]} (cowhand {__version__})\nCopyright (c) the cowhand developers; MIT licence"
+    return f"{_name} version {_release} (cowhand {__version__})\nCopyright (c) the cowhand developers; MIT licence"
 
 
 def _raw(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -117,8 +138,8 @@ def _raw(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def start(argument: str, fallback: str) -> None:
     """Take the tool's name from ``argv[0]`` and prepare the standard streams; *fallback* is for ``python -m``."""
-    global _name, _profile, _command
-    _profile, _command = DEFAULT_PROFILE, ""
+    global _name, _command
+    _command = ""
     _name = os.path.basename(argument) or fallback
     if _name.startswith("__"):
         _name = fallback
@@ -148,7 +169,7 @@ def run(tool: Callable[[Sequence[str]], int], arguments: Sequence[str], fallback
 
     try:
         try:
-            use_profile(os.environ.get(COMPAT_VARIABLE) or DEFAULT_PROFILE)
+            _use_configured_profile(arguments)
             status = tool(arguments)
         except Failure as failure:
             status = failure.status

@@ -53,7 +53,7 @@ class Sink:
         self.unit = disk.root.limits.request_alignment
         self.part = self.unit
         if isinstance(disk.root, FormatNode):
-            self.unit, self.part = disk.root.allocation_unit, disk.root.copy_unit
+            self.unit, self.part = disk.root.allocation_unit, disk.root.spare_unit
         self.grain = max(self.grain, self.part) if self.grain else 0
         self.ahead = SpaceAhead(0)
         self.behind: WriteBehind | None = None

@@ -51,8 +51,8 @@ def convert(
     backing_format: str | None = None,
     skip_create: bool = False,
     target_is_zero: bool = False,
-    check_target: bool = True,
     overwrite: bool = False,
+    like_qemu: bool = False,
     snapshot: str | SnapshotInfo | None = None,
     compressed: bool = False,
     compression_level: int | None = None,
@@ -80,9 +80,10 @@ def convert(
     """Copy the content of *sources*, one behind the other, into *target*.
 
     A new target of *target_format* (default raw) is made with *options*; it appears under its name when it is complete, and never in place of
-    another file unless *overwrite* is set (that one is then written in place). With *skip_create* (-n) an existing image, or an open disk, is
-    written in place; *target_is_zero* promises that it reads as zeroes, which *check_target* looks
-    into as far as that is cheap: where it does not, zeroes are written. *backing* and *backing_format* (-B, -F) leave to the backing file
+    another file unless *overwrite* is set. That one, too, stays until the new one is complete; a device, or a file that cannot be replaced, is
+    written in place, which *warn* hears before, and so is everything with *like_qemu*. With *skip_create* (-n) an existing image, or an open disk, is
+    written in place; *target_is_zero* promises that it reads as zeroes, which is looked into as far as that
+    is cheap (not with *like_qemu*): where it does not, zeroes are written. *backing* and *backing_format* (-B, -F) leave to the backing file
     what the source's own layer does not allocate. *snapshot* reads the (one) source at an internal snapshot.
 
     *sparse_size* (-S): runs of zeroes of at least so many bytes are left out; 0 writes every byte. *compressed* stores compressed clusters,
@@ -119,8 +120,8 @@ def convert(
         backing_format=backing_format,
         skip_create=skip_create or isinstance(target, Disk),
         target_is_zero=target_is_zero,
-        check_target=check_target,
         overwrite=overwrite,
+        like_qemu=like_qemu,
         snapshot=snapshot,
         snapshots=snapshots,
         bitmaps=bitmaps,
@@ -222,8 +223,13 @@ class _Conversion:
                 guard=guard,
             )
         from cowhand.copy.ops.space import check_space
+        from cowhand.image.replacing import reason_for_place
 
-        check_space(self._source, creation, self.settings, overwrite=request.overwrite, warn=self._warn)
+        in_place = request.like_qemu or (
+            creation.local is not None
+            and reason_for_place(creation.local, names_relative=creation.names_relative) is not None
+        )
+        check_space(self._source, creation, self.settings, in_place=in_place, warn=self._warn)
         try:
             return create_target(
                 creation,
@@ -231,6 +237,8 @@ class _Conversion:
                 cache=cache,
                 policy=policy,
                 discard=discard,
+                like_qemu=request.like_qemu,
+                warn=self._warn,
                 force=force,
                 guard=guard,
             )
@@ -268,7 +276,7 @@ class _Conversion:
         """Tell whether *disk* may be taken to read as zeroes; where not, they are written. Unchecked the user's word counts, as in QEMU."""
         from cowhand.copy.ops.zero_promise import broken_promise
 
-        if not self.request.check_target:
+        if self.request.like_qemu:
             return disk.root.zero_when_new
         why = broken_promise(disk)
         if why is not None:

@@ -37,6 +37,7 @@ def dd(
     count: int | str | None = None,
     skip: int | str = 0,
     overwrite: bool = False,
+    like_qemu: bool = False,
     cache: str = "unsafe",
     force_share: bool = False,
     policy: Policy | None = None,
@@ -50,7 +51,8 @@ def dd(
     """Copy blocks *skip* to *count* of *source* into a new image *target*.
 
     As in qemu-img, and unlike dd(1), *count* counts from the beginning of the source, so that count - skip blocks are copied. To skip past the end
-    gives an empty image and a warning. Zeroes are left out. The target appears when it is complete; *overwrite*, *force* and *guard* are those of
+    gives an empty image and a warning. Zeroes are left out. The target appears when it is complete; *overwrite*, *like_qemu*, *force* and *guard*
+    are those of
     ``convert``.
     """
     block = parse_size(block_size)
@@ -67,7 +69,14 @@ def dd(
         creation = prepare(target, target_format, end - first, registry=registry, policy=policy)
         part = Source([Part(disk, first, end - first)])
         with create_target(
-            creation, overwrite=overwrite, cache=cache, policy=policy, force=force, guard=guard
+            creation,
+            overwrite=overwrite,
+            cache=cache,
+            policy=policy,
+            like_qemu=like_qemu,
+            warn=warn,
+            force=force,
+            guard=guard,
         ) as destination:
             moved = transfer(part, destination, Settings(), progress=progress, cancel=cancel)
     return ConvertResult(creation.filename, creation.format.name, part.size, moved.data, moved.zero, moved.skip)

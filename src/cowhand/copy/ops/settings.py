@@ -46,8 +46,8 @@ class Request(NamedTuple):
     backing_format: str | None
     skip_create: bool
     target_is_zero: bool
-    check_target: bool
     overwrite: bool
+    like_qemu: bool
     snapshot: str | SnapshotInfo | None
     snapshots: bool
     bitmaps: bool

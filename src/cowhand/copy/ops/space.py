@@ -34,11 +34,12 @@ def free_bytes(path: str) -> int | None:
 
 
 def check_space(
-    source: Source, creation: Creation, settings: Settings, *, overwrite: bool, warn: Callable[[str], None] | None
+    source: Source, creation: Creation, settings: Settings, *, in_place: bool, warn: Callable[[str], None] | None
 ) -> None:
     """Raise NoSpace when the target certainly does not fit; tell *warn* when it may not.
 
-    It is certain only where every byte is going to be written: without a search for zeroes, or with preallocation.
+    What is replaced, not written *in_place*, keeps its space until the target is complete. It is certain only where every byte is going to be
+    written: without a search for zeroes, or with preallocation.
     """
     path = local_path(creation.filename)
     if path is None or creation.protocol.name != "file":
@@ -46,7 +47,7 @@ def check_space(
     free = free_bytes(path)
     if free is None:
         return
-    if os.path.exists(path):
+    if in_place and os.path.exists(path):
         free += os.stat(path).st_blocks * 512
     certain = not settings.compressed and (
         settings.sparse_size == 0 or creation.options.get("preallocation") in ("falloc", "full")

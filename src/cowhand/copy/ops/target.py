@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.disk import Disk
 from cowhand.block.format_io.format_node import FormatNode
 from cowhand.core.errors import CowhandError, InvalidArgument
-from cowhand.image.create import Creation, local_path
+from cowhand.image.create import Creation
 
 if TYPE_CHECKING:
     from cowhand.block.node.guard import Guard
     from cowhand.block.opening.policy import Policy
-    from cowhand.image.new_file import NewFile
+    from cowhand.image.placement import Placement
 
 
 class Target:
-    """A target while it is being written. As a context manager: left in peace the image is closed and appears; left with an error, a new
-    file is removed, and an existing one stays as it was written so far.
+    """A target while it is being written. As a context manager: left in peace the image is closed and appears; left with an error, what is
+    new is removed, and what stands in its place stays.
 
     ``disk`` is open for writing, ``is_new`` tells that it reads as zeroes where nothing was written (unless it has a backing file).
     """
 
     def __init__(
-        self, disk: Disk, *, is_new: bool, owned: bool, file: NewFile | None = None, durable: bool = False
+        self, disk: Disk, *, is_new: bool, owned: bool, place: Placement | None = None, durable: bool = False
     ) -> None:
         self.disk = disk
         self.is_new = is_new
         self._owned = owned
-        self._file = file
+        self._place = place
         self._durable = durable
 
     def __enter__(self) -> Target:
@@ -46,18 +46,18 @@ class Target:
                 self.disk.close()
             elif error is None:
                 self.disk.flush()
-            if error is None and self._file is not None:
-                self._file.appear(durable=self._durable)
+            if error is None and self._place is not None:
+                self._place.appear(durable=self._durable)
         except CowhandError as second:
             if error is None:
                 failure = second
                 raise
             error.add_note(f"closing '{self.disk.name}' failed too: {second}")
         finally:
-            if self._file is not None:
+            if self._place is not None:
                 if isinstance(failure, CowhandError):
-                    self._file.rename_in(failure)
-                self._file.discard()
+                    self._place.rename_in(failure)
+                self._place.discard()
 
 
 def create_target(
@@ -67,44 +67,41 @@ def create_target(
     cache: str,
     policy: Policy | None = None,
     discard: bool = True,
+    like_qemu: bool = False,
+    warn: Callable[[str], None] | None = None,
     force: bool = False,
     guard: Guard | None = None,
 ) -> Target:
     """Make the image that *creation* describes and return it open; on an error nothing new is left.
 
-    With *overwrite* an existing file is emptied and formatted in place: its links, owner, labels and holders count. *guard* and
-    *force* are as for ``create``.
+    With *overwrite* an existing file stays what it is until the new one is complete and takes its place; where that is not possible, and always
+    with *like_qemu*, it is emptied and formatted in place. *warn* hears of the former. Arguments as for :meth:`Creation.run`.
     """
-    if guard is not None and (overwrite or not os.path.lexists(local_path(creation.filename) or "")):
-        creation.refuse_harm(guard, force=force)
-    creation.check_places(overwrite=overwrite)
-    path = local_path(creation.filename)
-    if path is None or os.path.lexists(path):
-        creation.run(overwrite=overwrite)
-        disk = _open(creation.filename, creation.format.name, cache, policy, discard, creation.opening_options())
-        # A device or an export keeps its bytes; a format that maps its clusters does not show them.
-        if creation.protocol.name == "file":
-            zeroed = not creation.options.get("keep_data_file")
-        else:
-            zeroed = isinstance(disk.root, FormatNode) and not creation.options.get("data_file")
-        return Target(disk, is_new=zeroed, owned=True)
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        creation.run()  # says in its own words that the folder is not there
-    from cowhand.image.new_file import NewFile
+    from cowhand.image.placement import Placement
 
-    file = NewFile(path)
+    if guard is not None and (overwrite or not os.path.lexists(creation.local or "")):
+        creation.refuse_harm(guard, force=force)
+
+    creation.check_places(overwrite=overwrite)
+    durable = cache != "unsafe"
+    place = Placement(creation, overwrite=overwrite, like_qemu=like_qemu, warn=warn)
     try:
-        creation.write(file.temporary, fresh=True, durable=cache != "unsafe")
-        disk = _open(file.temporary, creation.format.name, cache, policy, discard, creation.opening_options())
+        creation.write(place, durable=durable)
+        options = creation.opening_options()
+        if place.data_path is not None:
+            options["data-file"] = {"driver": "file", "filename": place.data_path}
+        disk = _open(place.path, creation.format.name, cache, policy, discard, options)
     except BaseException as error:
         if isinstance(error, CowhandError):
-            file.rename_in(error)
-        file.discard()
+            place.rename_in(error)
+        place.discard()
         raise
-    # A data file that was kept may hold anything.
-    return Target(
-        disk, is_new=not creation.options.get("keep_data_file"), owned=True, file=file, durable=cache != "unsafe"
-    )
+    # A device or an export keeps its bytes, and a format that maps its clusters does not show them; a data file that was kept may hold anything.
+    if creation.protocol.name == "file":
+        zeroed = not creation.options.get("keep_data_file")
+    else:
+        zeroed = isinstance(disk.root, FormatNode) and not creation.options.get("data_file")
+    return Target(disk, is_new=zeroed, owned=True, place=place, durable=durable)
 
 
 def existing_target(

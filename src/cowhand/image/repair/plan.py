@@ -98,20 +98,26 @@ def repair_logged(
     return result, True
 
 
-def undo_repair(log: str, path: str, *, force: bool = False) -> bool:
+def undo_repair(log: str, path: str, *, force: bool = False, dry_run: bool = False) -> bool:
     """Undo the repair of the image at *path* that *log* tells of; False when the image is as it was before the repair already.
 
-    Raises ImageChanged, and nothing is written, when the image is not as the repair left it (whole, or interrupted); *force* only says that the
-    file's time does not matter. A crash in the middle does no harm: do it again.
+    Raises ImageChanged, and nothing is written, when the image is not as the repair left it (whole, or interrupted), and UndoLogUsed when the log did
+    its work already; *force* only says that the file's time does not matter. With *dry_run* all of that is found out, and nothing is written. A
+    crash in the middle does no harm: do it again.
     """
     undo = UndoLog(log)
+    undo.check_unused()
     with open_file(path) as disk:
         modified = os.stat(path).st_mtime_ns if os.path.isfile(path) else None
-        if not undo.verify(disk, modified, force=force):
-            return False
-        note(log, "undoing")
-        undo.apply(disk)
-    return True
+        found = undo.verify(disk, modified, force=force)
+        if dry_run:
+            return found
+        if found:
+            note(log, "undoing")
+            undo.apply(disk)
+    if found or "undoing" in undo.notes:  # a crash may have come between the last byte and the note
+        note(log, "undone")
+    return found
 
 
 def _opened(file: BlockNode, format: str | None, *, writable: bool) -> Disk:

@@ -7,7 +7,7 @@
     versions    for each sector of the changed ranges: a byte with their number, then 8 bytes of BLAKE2b of every content it was given
     32 bytes    SHA-256 of all that is above
     lines       what happened since, each between two newlines: "done MTIME_NS" when the repair was complete, "undoing" before the first
-                byte is put back; one that a crash cut off counts for nothing
+                byte is put back, "undone" when all is; one that a crash cut off counts for nothing
 
 A log that ends before its SHA-256 belongs to a repair that had not begun. Whatever a crash left of a repair, or of its undoing, each sector
 has one of the contents that the log knows; then everything is put back. Any other content means that somebody wrote to the image since.
@@ -19,12 +19,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, BinaryIO
 
 from cowhand.block.disk import Disk
 from cowhand.block.node.node import CONSISTENT_READ
 from cowhand.core.errors import CowhandError, ImageExists, InvalidFormat, NotSupported, from_os_error
+from cowhand.image.new_file import NewFile
 from cowhand.image.shadow.recording import FLUSH, RESIZE, SECTOR, WRITE, RehearsalNode
 
 _MAGIC = b"cowhand undo log 1\n"
@@ -37,6 +37,13 @@ class ImageChanged(CowhandError):
     """The image is not as a repair left it, so the repair cannot be undone."""
 
     code = "image-changed"
+    exit_code = 9
+
+
+class UndoLogUsed(CowhandError):
+    """The repair that the log tells of was undone already; what the image holds now is something else."""
+
+    code = "undo-log-used"
     exit_code = 9
 
 
@@ -107,31 +114,20 @@ def write_log(path: str, disk: Disk, image: str, rehearsal: RehearsalNode) -> No
             content = rehearsal.content(step)
             for at in range(0, step.length, SECTOR):
                 versions.setdefault((step.offset + at) // SECTOR, []).append(_short(content[at : at + SECTOR]))
-    made = False
     try:
-        with open(path, "xb") as file:
-            made = True
+        # Nothing is repaired yet: a part of a log would only be in the way of the next one, so it has its name when it is whole.
+        with NewFile(path) as new, open(new.descriptor, "wb", closefd=False) as file:
             digest = hashlib.sha256()
             for piece in _log_pieces(disk, line, changed, versions):
                 digest.update(piece)
                 file.write(piece)
             file.write(digest.digest())
             _stable(file)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        if made:
-            # Nothing was repaired: a part of a log would only be in the way of the next one.
-            with suppress(OSError):
-                os.unlink(path)
-        if isinstance(error, FileExistsError):
-            raise ImageExists(f"'{path}' exists", path=path, hint="Choose another name for the log (--log).") from error
-        if isinstance(error, OSError) and not isinstance(error, CowhandError):
-            raise from_os_error(error, path, doing="writing the undo log") from error
-        raise
+            new.appear(durable=True)
+    except ImageExists as error:
+        raise ImageExists(f"'{path}' exists", path=path, hint="Choose another name for the log (--log).") from error
+    except OSError as error:
+        raise from_os_error(error, path, doing="writing the undo log") from error
 
 
 def _log_pieces(
@@ -220,6 +216,14 @@ class UndoLog:
                 "the undo log is not complete: the repair had not begun, so there is nothing to undo", path=self.path
             )
         return data
+
+    def check_unused(self) -> None:
+        """Raise UndoLogUsed when the repair was undone completely: since then the image has a life of its own."""
+        if "undone" in self.notes:
+            raise UndoLogUsed(
+                f"the repair of '{self.image}' was undone with this log already", path=self.path,
+                hint="There is nothing more to undo with it: it can be deleted. A new repair writes a new log.",
+            )  # fmt: skip
 
     def verify(self, disk: Disk, modified: int | None, *, force: bool = False) -> bool:
         """Look whether *disk* is as the repair left it, even in the middle; False when it is as before the repair, all of it.

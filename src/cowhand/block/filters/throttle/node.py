@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.filters.base import PassingFilter
 from cowhand.block.filters.throttle import groups
-from cowhand.block.node.node import READ, ZERO_REQUEST, Reopening, Request
+from cowhand.block.node.node import READ, ZERO_REQUEST, Failures, Reopening, Request
 from cowhand.block.node.options import NodeOptions, option
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import InvalidArgument
@@ -118,10 +118,10 @@ class ThrottleNode(PassingFilter):
         self._admit(True, length)
         self.below.discard(offset, length)
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         # Each one is admitted by itself; what has passed goes down together.
         for kind, _, what in batch:
             length = what if kind >= ZERO_REQUEST else len(what)
             if length:
                 self._admit(kind != READ, length)
-        self.below.submit(batch)
+        return self.below.submit(batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cowhand.block.format_io.mapped import RECORDED
 from cowhand.block.formats.qcow2.cluster.mapping import Mapping
 from cowhand.block.formats.qcow2.metadata.options import check_options
 from cowhand.block.formats.qcow2.metadata.writeback import WriteBack
@@ -15,7 +16,7 @@ from cowhand.block.formats.qcow2.ondisk import header as headers, layout as L
 from cowhand.block.formats.qcow2.refcount.allocator import Allocator
 from cowhand.block.formats.qcow2.refcount.refcounts import Refcounts
 from cowhand.block.node.node import Capabilities, Child, Limits, Role, Zeroing
-from cowhand.core.errors import ImageCorrupt, InvalidArgument, InvalidFormat, UnsupportedFeature
+from cowhand.core.errors import ImageCorrupt, InvalidFormat, UnsupportedFeature
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -26,8 +27,6 @@ _SUBCLUSTER_SHIFT = 5
 
 _SECTOR = 512  #: QEMU's disks are made of whole ones
 
-_RECORDED: Any = object()  #: for "backing": the file that the header names
-
 
 def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None:
     """Connect *node*, which is new, to the files that *given* or the image itself names, and load it; what *given* names is taken out of it.
@@ -37,7 +36,7 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
     file = given.pop("file", None)
     if file is None:
         raise InvalidFormat("a qcow2 image needs a 'file'", qemu='A block device must be specified for "file"')
-    backing, encrypt = given.pop("backing", _RECORDED), given.pop("encrypt", None)
+    backing, encrypt = given.pop("backing", RECORDED), given.pop("encrypt", None)
     opening.track(node)
     node.file = opening.child(node, "file", file, Role.PRIMARY)
     node.data_child = node.file
@@ -50,25 +49,7 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
         from cowhand.block.formats.qcow2.cluster import encryption
 
         node.be_encrypted(encryption.configure(node, encrypt, unlocked=opening.unlocks))
-    _open_backing(node, opening, backing)
-
-
-def _open_backing(node: Qcow2Node, opening: Opening, backing: Any) -> None:
-    """Open what lies below *node*: *backing* is None or "" for nothing, _RECORDED for what the header names, a name, or a description."""
-    header = node.header
-    if isinstance(backing, dict) and not opening.with_backing and opening.nesting and not opening.implied:
-        opening.backing(node, backing)  # only the topmost image is opened alone, and what the user describes is there
-        return
-    if isinstance(backing, dict) and not opening.with_backing:
-        raise InvalidArgument(f"Block format 'qcow2' does not support the option 'backing.{next(iter(backing))}'")
-    if backing is None or backing == "" or not opening.with_backing:
-        return
-    if isinstance(backing, dict) and header.backing_name and not {"file", "filename"} & backing.keys():
-        opening.implicit_backing(node, header.backing_name, header.backing_format, backing)
-    elif backing is not _RECORDED:
-        opening.backing(node, backing)
-    elif header.backing_name:
-        opening.implicit_backing(node, header.backing_name, header.backing_format)
+    node.open_backing(opening, backing, node.header.backing_name, node.header.backing_format)
 
 
 def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) -> None:

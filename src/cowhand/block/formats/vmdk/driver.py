@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.format_io.format_node import FormatNode
+from cowhand.block.format_io.mapped import RECORDED
 from cowhand.block.format_io.reservations import Kind, Reservation
 from cowhand.block.formats.vmdk import layout
 from cowhand.block.formats.vmdk.extents import FlatExtent, SparseExtent
@@ -89,7 +90,7 @@ class VmdkNode(FormatNode):
         else:
             self._open_extents(opening, described)
         self._arrange()
-        self._open_parent(opening, given.pop("backing", ...))
+        self._open_parent(opening, given.pop("backing", RECORDED))
         self._set_capabilities()
 
     def _read_text(self, offset: int, size: int) -> bytes:
@@ -165,12 +166,8 @@ class VmdkNode(FormatNode):
         self.backing_name = (
             self.descriptor.values.get("parentFileNameHint") if self.parent_cid != layout.NO_PARENT else None
         )
-        if not opening.with_backing or given is None:
-            return
-        if given is not ... and not (isinstance(given, Mapping) and "driver" not in given and "filename" not in given):
-            opening.backing(self, given)
-        elif self.backing_name:
-            opening.implicit_backing(self, self.backing_name, "vmdk", given if given is not ... else None)
+        self.open_backing(opening, given, self.backing_name, "vmdk")
+        if given is RECORDED and self.backing_name and opening.with_backing:
             opening.afterwards(self._check_parent)
 
     def _check_parent(self) -> None:

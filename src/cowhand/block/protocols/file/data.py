@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.format_io import readahead
-from cowhand.block.node.node import READ, WRITE_REQUEST, BlockNode, Request
+from cowhand.block.node.node import READ, WRITE_REQUEST, BlockNode, Failures, Request
 from cowhand.core import syscalls
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, fill_zero, give, take
 from cowhand.core.errors import CowhandError, IOFailed, NotSupported, Poisoned, from_os_error
@@ -299,8 +299,8 @@ class DescriptorNode(BlockNode):
 
     # -- many at once
 
-    def submit(self, batch: Sequence[Request]) -> None:
-        failure: CowhandError | None = None
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
+        failures: Failures = {}
         index, count = 0, len(batch)
         if count > 1 and batch[0][0] == READ and not self.direct and readahead.is_cold(self.fd, batch[0][1]):
             wanted = [(offset, len(what)) for kind, offset, what in batch[: readahead.MOST] if kind == READ]
@@ -311,26 +311,31 @@ class DescriptorNode(BlockNode):
             try:
                 if kind == READ:
                     if index < count and batch[index][1] == offset + len(what) and batch[index][0] == READ:
-                        index = self._read_run(batch, index - 1)
+                        index = self._read_run(batch, index - 1, failures)
                     elif _preadv(self.fd, (what,), offset) != len(what):
                         self.read_into(offset, what)
                 elif kind == WRITE_REQUEST:
                     if index < count and batch[index][1] == offset + len(what) and batch[index][0] == WRITE_REQUEST:
-                        start, (index, buffers) = offset, _adjacent(batch, index - 1)
-                        self.write(start, buffers)
+                        index = self._write_run(batch, index - 1, failures)
                     else:
                         self.write(offset, (what,))
                 else:
-                    super().submit(((kind, offset, what),))
+                    self._singly(batch, index - 1, index, failures)
             except CowhandError as error:
-                failure = failure or error
+                failures[index - 1] = error
             except (OSError, OverflowError) as error:
                 # Once more by the way that knows what to do about it.
-                failure = self._read_again(offset, what, error, failure)
-        if failure is not None:
-            raise failure
+                again = self._read_again(offset, what, error)
+                if again is not None:
+                    failures[index - 1] = again
+        return failures or None
 
-    def _read_run(self, batch: Sequence[Request], first: int) -> int:
+    def _singly(self, batch: Sequence[Request], first: int, end: int, failures: Failures) -> None:
+        """Do the requests from *first* to *end* one by one."""
+        for index, error in (super().submit(batch[first:end]) or {}).items():
+            failures[first + index] = error
+
+    def _read_run(self, batch: Sequence[Request], first: int, failures: Failures) -> int:
         """Read requests that lie side by side in one call; return the index of the next one."""
         offset = batch[first][1]
         index, buffers = _adjacent(batch, first)
@@ -339,17 +344,25 @@ class DescriptorNode(BlockNode):
         except (OSError, OverflowError):
             done = -1
         if done != batch[index - 1][1] + len(batch[index - 1][2]) - offset:
-            super().submit(batch[first:index])
+            self._singly(batch, first, index, failures)
         return index
 
-    def _read_again(
-        self, offset: int, what: Buffer, error: Exception, failure: CowhandError | None
-    ) -> CowhandError | None:
+    def _write_run(self, batch: Sequence[Request], first: int, failures: Failures) -> int:
+        """Write requests that lie side by side in one call; return the index of the next one."""
+        index, buffers = _adjacent(batch, first)
+        try:
+            self.write(batch[first][1], buffers)
+        except CowhandError:
+            # None of them has a result yet: singly, to blame the right one and to complete the others.
+            self._singly(batch, first, index, failures)
+        return index
+
+    def _read_again(self, offset: int, what: Buffer, error: Exception) -> CowhandError | None:
         try:
             self.read_into(offset, what)
         except CowhandError as again:
-            return failure or again.with_traceback(error.__traceback__)
-        return failure
+            return again.with_traceback(error.__traceback__)
+        return None
 
 
 #: macOS has no fdatasync, and its fsync does not reach the medium, but that is what there is without F_FULLFSYNC on every flush.

@@ -78,6 +78,7 @@ class FileNode(DescriptorNode):
     """
 
     driver: ClassVar[str] = "file"
+    immediate = True
     options_class: ClassVar[type[NodeOptions]] = FileOptions
     options: FileOptions
     is_device: ClassVar[bool] = False

@@ -18,9 +18,11 @@ from cowhand.block.node.node import (
     ZERO_UNMAP,
     BlockNode,
     Capabilities,
+    Failures,
     Limits,
     Request,
     Zeroing,
+    one_by_one,
 )
 from cowhand.block.protocols.nbd.connection import Order
 from cowhand.block.protocols.nbd.options import NbdOptions, address_of, server_of, with_server
@@ -339,33 +341,57 @@ class NbdNode(BlockNode):
             raise self._error(order.pending)
         self._flushed = changed
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def submit(self, batch: Sequence[Request]) -> Failures | None:
         orders: list[Order] = []
-        failure: CowhandError | None = None
-        flushes = changes = False
-        for kind, offset, what in batch:
+        ends: list[int] = []  #: of each request, behind its last order
+        failures: Failures = {}
+        flushes: list[int] = []
+        changes = False
+        for index, (kind, offset, what) in enumerate(batch):
             changes |= kind not in (READ, FLUSH)
             try:
                 if kind == READ:
                     self._reads(orders, offset, what)
                 elif kind == WRITE_REQUEST:
                     self._writes(orders, offset, (what,), 0)
+                elif kind == FLUSH:
+                    flushes.append(index)
+                elif what > LONG_REQUEST or (kind != DISCARD and not self._export.flags & FLAG_SEND_WRITE_ZEROES):
+                    # Of many requests to the server, which are sent some at a time.
+                    failures.update(
+                        (index, error) for error in (one_by_one(self, ((kind, offset, what),)) or {}).values()
+                    )
                 elif kind == DISCARD:
                     self._discards(orders, offset, what)
-                elif kind == FLUSH:
-                    flushes = True
                 else:
                     self._zeroes(orders, offset, what, 0 if kind == ZERO_UNMAP else CMD_FLAG_NO_HOLE)
             except CowhandError as error:
-                failure = failure or error
-        if changes:
-            self._change(orders)
-        else:
-            self._run(orders)
+                failures[index] = error
+            ends.append(len(orders))
+        lost: CowhandError | None = None
+        try:
+            if orders:
+                self._session.run(orders)
+        except CowhandError as error:
+            lost = error
+        finally:
+            if changes:
+                self._changed = next(self._changes)
+        begin = 0
+        for index, end in enumerate(ends):
+            for order in orders[begin:end]:
+                if not order.pending.done:
+                    assert lost is not None
+                    failures.setdefault(index, lost)
+                elif order.pending.failure is not None:
+                    failures.setdefault(index, self._error(order.pending))
+            begin = end
         if flushes:
-            self.flush()
-        if failure is not None:
-            raise failure
+            try:
+                self.flush()
+            except CowhandError as error:
+                failures.update((index, error) for index in flushes)
+        return failures or None
 
     # -- what is where
 

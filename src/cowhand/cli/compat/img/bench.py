@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowhand.block.node.options import CACHE_MODES
+from cowhand.cli.compat import program
 from cowhand.cli.compat.arguments import one_image
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.program import Failure
-from cowhand.cli.compat.sizes import size_argument
+from cowhand.cli.compat.sizes import number_argument, size_argument
 from cowhand.core.errors import CowhandError, OutOfRange
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class _Line:
     def _take(self, key: str, value: str) -> None:
         match key:
             case "c":
-                self.count = _number("request count", value, _UINT_MAX)
+                later = program.since("10.0")
+                self.count = _number("request count", value, _INT_MAX if later else _UINT_MAX, 1 if later else 0)
             case "d":
                 self.depth = _number("queue depth", value, _INT_MAX, lowest=1)
             case "f":
@@ -84,9 +86,9 @@ class _Line:
             case "o":
                 self.offset = size_argument("offset", value)
             case "s":
-                self.size = size_argument("buffer size", value, 0, _INT_MAX)
+                self.size = size_argument("buffer size", value, 1 if program.since("10.0") else 0, _INT_MAX)
             case "S":
-                self.step = size_argument("step_size", value, 0, _INT_MAX)
+                self.step = size_argument("step size" if program.since("10.0") else "step_size", value, 0, _INT_MAX)
             case "t":
                 if value not in CACHE_MODES:
                     raise Failure("Invalid cache mode")
@@ -100,6 +102,8 @@ class _Line:
 
 
 def _number(what: str, text: str, highest: int, lowest: int = 0) -> int:
+    if program.since("10.0"):
+        return number_argument(what, text, lowest, highest)
     try:
         value = int(text.lstrip(), 0)
     except ValueError:
@@ -158,8 +162,10 @@ def _batches(disk: Disk, line: _Line) -> Iterator[list[Request]]:
     while sent < line.count:
         batch.append((kind, offset, views[len(batch) % len(views)]))
         offset += line.step
-        if offset >= disk.size:
-            offset %= max(disk.size, 1)
+        # From the end it goes on at the beginning, since 10.2 so that every request lies inside.
+        turn = max(disk.size - line.size, 1) if program.since("10.2") else max(disk.size, 1)
+        if offset >= turn:
+            offset %= turn
         sent += 1
         flush = line.interval and sent % line.interval == 0
         if len(batch) >= line.depth or (flush and drain):

@@ -26,6 +26,8 @@ def run(words: Sequence[str]) -> int:
     image_opts = False
     actions: list[tuple[str, str]] = []
     long = {name: name for name in _ACTIONS if name != "merge"}
+    if program.since("11"):
+        long["remove-all"] = "remove-all"
     command = Command(
         words,
         "b:f:F:g:h",
@@ -53,16 +55,19 @@ def run(words: Sequence[str]) -> int:
             case _:
                 actions.append((key, value))
     chosen = [key for key, _ in actions]
+    nameless = set(chosen) == {"remove-all"}
+    remove_all = "--remove-all, " if program.since("11") else ""
     for wrong, message in (
-        (not actions, "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge"),
+        (not actions, f"Need at least one of --add, --remove, {remove_all}--clear, --enable, --disable, or --merge"),
         (granularity and "add" not in chosen, "granularity only supported with --add"),
         (source_format is not None and source_name is None, "-F only supported with -b"),
         (source_name is not None and "merge" not in chosen, "Merge bitmap source file only supported with --merge"),
-        (len(command.positional) != 2, "Expecting filename and bitmap name"),
+        (nameless and len(command.positional) != 1, "Expecting filename"),
+        (not nameless and len(command.positional) != 2, "Expecting filename and bitmap name"),
     ):
         if wrong:
             raise Failure(message)
-    filename, name = command.positional
+    filename, name = [*command.positional, ""][:2]
     with ExitStack() as stack:
         disk = stack.enter_context(
             open_image(filename, format=format, image_opts=image_opts, writable=True, backing=False)
@@ -90,6 +95,9 @@ def _do(key: str, value: str, disk: Disk, source: Disk, name: str, granularity: 
             bitmaps.add_bitmap(disk, name, granularity=granularity & 0xFFFFFFFF if granularity else None)
         case "remove":
             bitmaps.remove_bitmap(disk, name)
+        case "remove-all":
+            for bitmap in list(bitmaps.list_bitmaps(disk)):
+                bitmaps.remove_bitmap(disk, bitmap.name)
         case "clear":
             bitmaps.clear_bitmap(disk, name)
         case "enable" | "disable":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block.node.options import CACHE_MODES
 from cowhand.cli.compat import program
-from cowhand.cli.compat.arguments import one_image, output_format
+from cowhand.cli.compat.arguments import early_output_format, one_image, output_format
 from cowhand.cli.compat.images import cache_mode, describe, open_image, warn_of_raw
 from cowhand.cli.compat.img.command import Command, failing_as
 from cowhand.cli.compat.program import Failure, UsageFailure
@@ -37,8 +37,9 @@ def run(words: Sequence[str]) -> int:
                 format = value
             case "r":
                 if value not in ("leaks", "all"):
-                    if program.since("10.1"):
-                        raise UsageFailure(f"--repair (-r) expects 'leaks' or 'all', not '{value}'")
+                    if program.since("10.0"):
+                        comma = "" if program.is_debian_10_0() else ","
+                        raise UsageFailure(f"--repair (-r) expects 'leaks' or 'all'{comma} not '{value}'")
                     raise UsageFailure(f"Unknown option value for -r (expecting 'leaks' or 'all'): {value}")
                 repair = value
             case "T":
@@ -48,7 +49,7 @@ def run(words: Sequence[str]) -> int:
             case "U":
                 force_share = True
             case "output":
-                output = value
+                output = early_output_format(value)
             case "image-opts":
                 image_opts = True
     name = one_image(command.positional)

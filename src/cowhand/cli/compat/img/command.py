@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat import program
-from cowhand.cli.compat.arguments import Grammar, options
+from cowhand.cli.compat.arguments import Grammar, OptionError, options
 from cowhand.cli.compat.img import show_help
 from cowhand.cli.compat.img.longnames import LATER_LETTERS, LONG_NAMES
 from cowhand.cli.compat.objects import Objects
@@ -32,15 +32,27 @@ class Command:
         if program.since("10.1"):
             self._letters = LATER_LETTERS.get(self._name, {})
             short += "".join(f"{letter}:" for letter in self._letters)
-        self._long = {"help": "h", "object": "object=", **(long or {})}
+        self._long = {"help": "h", **(long or {}), "object": "object="}
+        self._short = short
         self._grammar = Grammar(short, self._long, later=LONG_NAMES.get(self._name))
         self.positional: list[str] = []
         self.objects = Objects()
 
+    def first_argument(self) -> int | None:
+        """Return where in the words the first one stands that is no option and belongs to none; None where a wrong option comes before."""
+        grammar = Grammar(self._short, self._long, permute=False, later=LONG_NAMES.get(self._name))
+        scanner = grammar.scan(self._words)
+        try:
+            for _ in scanner:
+                pass
+        except OptionError:
+            return None
+        return scanner.index if scanner.index < len(self._words) else None
+
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for key, value in options(self._grammar, self._words, self.positional):
             if key == "h":
-                if program.since("10.1"):
+                if program.since("10.0"):
                     from cowhand.cli.compat.img.help import text_of
 
                     print(text_of(self._name, self._grammar.short, self._long))

@@ -12,7 +12,7 @@ from cowhand.cli.compat.img.command import Command, ProgressLine
 from cowhand.cli.compat.img.snapshotnames import Wanted
 from cowhand.cli.compat.optionstrings import CreateOptions, known_options, print_help
 from cowhand.cli.compat.program import Failure
-from cowhand.cli.compat.sizes import size_argument
+from cowhand.cli.compat.sizes import number_argument, size_argument
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class _Line:
                 self.sparse = size_argument("buffer size for sparse output", value)
                 if self.sparse % SECTOR or self.sparse > _MAX_SPARSE:
                     raise Failure(_SPARSE)
+            case "m" if program.since("10.0"):
+                self.workers = number_argument("number of coroutines", value, 1, 16)
             case "m":
                 if not value.isdecimal() or not 1 <= int(value) <= 16:
                     raise Failure(_WORKERS)
@@ -220,8 +222,8 @@ def _convert(
             backing=backing,
             backing_format=backing_format,
             target_is_zero="target_is_zero" in flags,
-            check_target=False,
             overwrite=True,
+            like_qemu=True,
             snapshot=snapshot,
             compressed="compressed" in flags,
             sparse_size=_DEFAULT_SPARSE if line.sparse is None else line.sparse,

@@ -64,7 +64,7 @@ def run(words: Sequence[str]) -> int:
         if not quiet:
             print(creation.line(), flush=True)
         try:
-            creation.run(overwrite=True)
+            creation.run(overwrite=True, like_qemu=True)
         except CowhandError as error:
             if format != "raw":
                 _remove_stub(filename)

@@ -91,6 +91,7 @@ def run(words: Sequence[str]) -> int:
                 count=operands.count,
                 skip=operands.skip,
                 overwrite=True,
+                like_qemu=True,
                 warn=warnings.append,
             )
     if warnings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cowhand.cli.compat.arguments import one_image, output_format
+from cowhand.cli.compat.arguments import early_output_format, one_image, output_format
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.records import as_text, image_info
@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> int:
             case "f":
                 format = value
             case "output":
-                output = value
+                output = early_output_format(value)
             case "chain":
                 chain = True
             case "limits":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cowhand.block.graph.block_status import layered, skip_filters
 from cowhand.block.opening.filenames import bottom
 from cowhand.cli.compat import program
-from cowhand.cli.compat.arguments import one_image, output_format
+from cowhand.cli.compat.arguments import early_output_format, one_image, output_format
 from cowhand.cli.compat.images import open_image
 from cowhand.cli.compat.img.command import Command
 from cowhand.cli.compat.img.records import SECTOR, whole_sectors
@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> int:
             case "U":
                 force_share = True
             case "output":
-                output = value
+                output = early_output_format(value)
             case "image-opts":
                 image_opts = True
             case "s":

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 #: The value of a snapshot's instruction count where none was recorded.
 _NO_ICOUNT = (1 << 64) - 1
 _DIRTY = 1
+_PAGE = 4096
+#: How many buffers one request may have (IOV_MAX).
+_MAX_IOV = 1024
 #: Drivers of files, of which there is something to tell on some file systems.
 _FILES = ("file", "host_device")
 #: QEMU knows of whole ones alone.
@@ -39,9 +42,7 @@ def image_info(node: BlockNode, *, limits: bool = False) -> dict[str, Any]:
         if getattr(source, "cluster_size", 0):
             out["cluster-size"] = source.cluster_size
         out["dirty-flag"] = bool(getattr(getattr(source, "header", None), "incompatible", 0) & _DIRTY)
-    header: Any = getattr(node, "header", None)
-    method: int = getattr(header, "crypt_method", 0)
-    if method or node.driver == "luks":
+    if _crypt_method(node) or node.driver == "luks":
         out["encrypted"] = True
     out |= _backing(node)
     snapshots = [snapshot_info(item) for item in getattr(node, "snapshots", ())]
@@ -49,35 +50,54 @@ def image_info(node: BlockNode, *, limits: bool = False) -> dict[str, Any]:
         out["snapshots"] = snapshots
     specific = node.format_specific()
     if specific:
-        out["format-specific"] = {"type": node.driver, "data": dict(specific)}
+        out["format-specific"] = {"type": node.driver, "data": _as_told(specific)}
+    elif node.driver in _FILES and program.since("8.2"):
+        out["format-specific"] = {"type": "file", "data": {}}
     if limits:
         out["limits"] = _limits(node)
     if program.since("8.2"):
         out["children"] = [
-            {"name": name, "info": _child_info(child.node, limits)}
-            for name, child in node.children.items()
+            {"name": name, "info": image_info(child.node, limits=limits)}
+            for name, child in reversed(node.children.items())  # QEMU puts each in front of the others
             if name != "backing"
         ]
     return out
 
 
-def _child_info(node: BlockNode, limits: bool) -> dict[str, Any]:
-    out = image_info(node, limits=limits)
-    if node.driver in _FILES:
-        out["format-specific"] = {"type": "file", "data": {}}
-    return out
+def _as_told(specific: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a driver tells without what the version that is asked for does not know."""
+    told = dict(specific)
+    if not program.since("9.2"):
+        told.pop("detached-header", None)
+        if "encrypt" in told:
+            told["encrypt"] = {key: value for key, value in told["encrypt"].items() if key != "detached-header"}
+    return told
+
+
+def _crypt_method(node: BlockNode) -> int:
+    method: int = getattr(getattr(node, "header", None), "crypt_method", 0)
+    return method
 
 
 def _limits(node: BlockNode) -> dict[str, Any]:
     """Return the BlockLimitsInfo document of *node*; what has no limit is left out."""
     known = node.limits
+    below = node
+    while below.driver not in _FILES and below.primary is not None:
+        below = below.primary.node
+    # A format answers for single bytes, but for one that was guessed to be raw and one that is encrypted.
+    whole = below is node or node.driver == "luks" or _crypt_method(node) or (node.driver == "raw" and node.probed)
     out = {
-        "request-alignment": known.request_alignment,
+        "request-alignment": known.request_alignment if whole else 1,
         "discard-alignment": known.discard_alignment,
         "write-zeroes-alignment": known.zero_alignment,
-        "opt-transfer": known.preferred_io,
     }
-    return {name: value for name, value in out.items() if name == "request-alignment" or value > 1}
+    out = {name: value for name, value in out.items() if name == "request-alignment" or value > 1}
+    return out | {
+        "min-mem-alignment": below.limits.request_alignment,
+        "opt-mem-alignment": max(_PAGE, below.limits.request_alignment),
+        "max-iov": _MAX_IOV,
+    }
 
 
 def _informed(node: BlockNode) -> Any:
@@ -126,15 +146,22 @@ def snapshot_info(record: Any) -> dict[str, Any]:
 
 def snapshot_table(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the lines of a list of SnapshotInfo documents."""
-    yield f"{'ID':<9} {'TAG':<16}{'VM SIZE':>9}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
+    later = program.since("9.2")
+    if later:
+        yield f"{'ID':<7} {'TAG':<16} {'VM_SIZE':>8} {'DATE':>19} {'VM_CLOCK':>15} {'ICOUNT':>10}"
+    else:
+        yield f"{'ID':<9} {'TAG':<16}{'VM SIZE':>9}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
     for one in snapshots:
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["date-sec"]))
         seconds = one["vm-clock-sec"]
         milliseconds = one["vm-clock-nsec"] // 1_000_000
-        clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
+        clock = f"{seconds // 3600:0{4 if later else 2}}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
         size = human(one["vm-state-size"])
-        ident, name = _padded(one["id"], 9), _padded(one["name"], 16)
-        yield f"{ident} {name}{size:>9}{date:>20}{clock:>13}{one.get('icount', ''):>11}"
+        ident, name = _padded(one["id"], 7 if later else 9), _padded(one["name"], 16)
+        if later:
+            yield f"{ident} {name} {size:>8} {date:>19} {clock:>15} {one.get('icount', '--'):>10}"
+        else:
+            yield f"{ident} {name}{size:>9}{date:>20}{clock:>13}{one.get('icount', ''):>11}"
 
 
 def _padded(text: str, width: int) -> str:
@@ -143,54 +170,49 @@ def _padded(text: str, width: int) -> str:
 
 
 def as_text(info: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that describe an ImageInfo document."""
+    """Yield the lines that describe an ImageInfo document, and since 8.2 what lies below the image."""
+    yield from _node_text(info, "", protocol=False)
+    yield from _children(info, "", 1)
+
+
+def _node_text(info: Mapping[str, Any], indent: str, *, protocol: bool) -> Iterator[str]:
+    """Yield the lines of one node; *protocol*: of one that only stores another's bytes."""
     size = info["virtual-size"]
-    yield f"image: {info['filename']}"
-    yield f"file format: {info['format']}"
-    yield f"virtual size: {human(size)} ({size} bytes)"
-    yield f"disk size: {human(info['actual-size']) if 'actual-size' in info else 'unavailable'}"
+    yield f"{indent}{'filename' if protocol else 'image'}: {info['filename']}"
+    yield f"{indent}{'protocol type' if protocol else 'file format'}: {info['format']}"
+    yield f"{indent}{'file length' if protocol else 'virtual size'}: {human(size)} ({size} bytes)"
+    yield f"{indent}disk size: {human(info['actual-size']) if 'actual-size' in info else 'unavailable'}"
     if info.get("encrypted"):
-        yield "encrypted: yes"
+        yield f"{indent}encrypted: yes"
     if "cluster-size" in info:
-        yield f"cluster_size: {info['cluster-size']}"
+        yield f"{indent}cluster_size: {info['cluster-size']}"
     if info.get("dirty-flag"):
-        yield "cleanly shut down: no"
+        yield f"{indent}cleanly shut down: no"
     if "backing-filename" in info:
-        yield "backing file: " + _backing_words(info)
+        yield f"{indent}backing file: {_backing_words(info)}"
         if "backing-filename-format" in info:
-            yield f"backing file format: {info['backing-filename-format']}"
+            yield f"{indent}backing file format: {info['backing-filename-format']}"
+    depth = len(indent) // 4 + 1
     if "limits" in info:
-        yield "Block limits:"
-        yield from tree(info["limits"], 1)
+        yield f"{indent}Block limits:"
+        yield from tree(info["limits"], depth)
     if "snapshots" in info:
-        yield "Snapshot list:"
-        yield from snapshot_table(info["snapshots"])
-    if "format-specific" in info:
-        yield "Format specific information:"
-        yield from tree(info["format-specific"]["data"], 1)
-    yield from _children(info, "")
+        yield f"{indent}Snapshot list:"
+        for line in snapshot_table(info["snapshots"]):
+            yield indent + line
+    specific = info.get("format-specific", {}).get("data")
+    if specific:
+        yield f"{indent}Format specific information:"
+        yield from tree(specific, depth)
 
 
-def _children(info: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Yield the blocks that tell of the nodes below, each with its way from the top."""
+def _children(info: Mapping[str, Any], path: str, depth: int) -> Iterator[str]:
+    """Yield the blocks that tell of the nodes below, each with its way from the top, and indented as deep as it lies."""
     for child in info.get("children", ()):
         below, place = child["info"], f"{path}/{child['name']}"
-        size, bare = below["virtual-size"], not below["children"]
-        yield f"Child node '{place}':"
-        yield f"    filename: {below['filename']}"
-        yield f"    {'protocol type' if bare else 'file format'}: {below['format']}"
-        yield f"    {'file length' if bare else 'virtual size'}: {human(size)} ({size} bytes)"
-        yield f"    disk size: {human(below['actual-size']) if 'actual-size' in below else 'unavailable'}"
-        if "cluster-size" in below:
-            yield f"    cluster_size: {below['cluster-size']}"
-        if "limits" in below:
-            yield "    Block limits:"
-            yield from tree(below["limits"], 2)
-        specific = below.get("format-specific", {}).get("data")
-        if specific:
-            yield "    Format specific information:"
-            yield from tree(specific, 2)
-        yield from _children(below, place)
+        yield f"{'    ' * (depth - 1)}Child node '{place}':"
+        yield from _node_text(below, "    " * depth, protocol=not below["children"])
+        yield from _children(below, place, depth + 1)
 
 
 def _backing_words(info: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from cowhand.cli.compat import program
@@ -11,6 +12,8 @@ from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure, UsageFailure
 from cowhand.cli.compat.sizes import MAX_SIZE, size_option
 
+_SHORT = "f:hq"
+_LONG = {"image-opts": "image-opts", "preallocation": "preallocation=", "shrink": "shrink"}
 PREALLOCATION = ("off", "metadata", "falloc", "full")
 
 
@@ -21,19 +24,28 @@ def preallocation_mode(text: str) -> str:
     return text
 
 
+def _without_size(words: Sequence[str]) -> tuple[Sequence[str], str | None]:
+    """Return the words that are scanned for options, and the size if it is not one of them: it may begin with a dash.
+
+    It is the last word; since 10.0 a number with a dash right after the name, and otherwise an argument like any other.
+    """
+    if not program.since("10.0"):
+        if len(words) < 3:
+            raise UsageFailure("Not enough arguments")
+        return words[:-1], words[-1]
+    place = Command(words, _SHORT, _LONG).first_argument()
+    if place is not None and re.match(r"-[0-9]", "".join(words[place + 1 : place + 2])):
+        return [*words[: place + 1], *words[place + 2 :]], words[place + 1]
+    return words, None
+
+
 def run(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    if program.since("10.1") and words[-1] in ("-h", "--help"):
-        words = [*words, ""]
-    if len(words) < 3:
-        raise UsageFailure("Not enough arguments")
-    size = words[-1]  # taken before the options, since it may begin with a dash
+    words, size = _without_size(words)
     format = None
     quiet = image_opts = shrink = False
     preallocation = "off"
-    command = Command(
-        words[:-1], "f:hq", {"image-opts": "image-opts", "preallocation": "preallocation=", "shrink": "shrink"}
-    )
+    command = Command(words, _SHORT, _LONG)
     for key, value in command:
         match key:
             case "f":
@@ -46,7 +58,13 @@ def run(words: Sequence[str]) -> int:
                 preallocation = preallocation_mode(value)
             case "shrink":
                 shrink = True
-    if len(command.positional) != 1:
+    names = command.positional
+    if size is None and len(names) > 1:
+        size = names.pop(1)
+    if len(names) > 1 and program.since("10.0"):
+        plain = "--" not in words[1:]
+        raise UsageFailure("Extra argument(s) in command line" if plain else "Expecting image file name and size")
+    if len(names) != 1 or size is None:
         raise UsageFailure("Expecting image file name and size")
     sign = size[:1] if size[:1] in ("+", "-") else ""
     amount = size_option("size", size[len(sign) :])

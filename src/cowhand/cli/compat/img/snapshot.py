@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> int:
     action = name = ""
     format = None
     image_opts = force_share = False
-    short = "la:c:d:hqU" + ("f:" if program.since("10.1") else "")
+    short = "la:c:d:hqU" + ("f:" if program.since("10.0") else "")
     command = Command(words, short, {"image-opts": "image-opts", "force-share": "U"})
     for key, value in command:
         match key:
@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> int:
             case "image-opts":
                 image_opts = True
     image = one_image(command.positional)
-    if not action and program.since("10.1"):
+    if not action and program.since("10.0"):
         action = "l"
     with open_image(
         image, format=format, image_opts=image_opts, writable=action != "l", force_share=force_share
@@ -81,7 +81,8 @@ def _create(disk: Disk, name: str) -> None:
             return
     except CowhandError as error:
         number = error.number
-    raise Failure(f"Could not create snapshot '{name}': -{number} ({os.strerror(number)})")
+    reason = os.strerror(number) if program.since("9.2") else f"-{number} ({os.strerror(number)})"
+    raise Failure(f"Could not create snapshot '{name}': {reason}")
 
 
 def _apply(disk: Disk, name: str) -> None:

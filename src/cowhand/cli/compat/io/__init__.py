@@ -27,7 +27,7 @@ _LONG = {
     "object": "object=",
     "image-opts": "image-opts",
 }
-_GRAMMAR = Grammar("hVc:d:f:rsnCmki:t:T:U", _LONG)
+_GRAMMAR = Grammar("hVc:d:f:rsnCmki:t:T:U", _LONG, later={"compat": "compat="})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +53,8 @@ def _run(arguments: Sequence[str]) -> int:
                 case "V":
                     print(program.version_lines())
                     return 0
+                case "compat":
+                    program.use_profile(value)
                 case "c":
                     commands.append(value)
                 case "f":

@@ -37,7 +37,7 @@ def aio_read(session: Session, words: Sequence[str]) -> bool:
     positional: list[str] = []
     flags: set[str] = set()
     byte = None
-    for key, value in parsing.options(words, "CiP:qv", positional):
+    for key, value in parsing.options(words, "CiP:qv", positional, registered=True):
         if key == "P":
             byte = parsing.pattern(value)
         elif key == "i":
@@ -67,7 +67,7 @@ def aio_write(session: Session, words: Sequence[str]) -> bool:
     positional: list[str] = []
     flags: set[str] = set()
     byte = DEFAULT_PATTERN
-    for key, value in parsing.options(words, "CfiP:quz", positional):
+    for key, value in parsing.options(words, "CfiP:quz", positional, registered=True):
         if key == "P":
             byte = parsing.pattern(value)
         elif key == "i":
@@ -103,6 +103,26 @@ def aio_write(session: Session, words: Sequence[str]) -> bool:
             statistics("wrote", timer, offset, count, count, terse="C" in flags)
 
     session.background.start(_request(work, "aio_write", show))
+    return True
+
+
+def aio_discard(session: Session, words: Sequence[str]) -> bool:
+    """Discard a range in the background."""
+    positional: list[str] = []
+    flags = {key for key, _ in parsing.options(words, "Cq", positional)}
+    if len(positional) != 2:
+        raise UsageComplaint
+    offset, count = number(positional[0]), number(positional[1])
+    disk = the_disk(session)
+
+    def show(timer: Timer) -> None:
+        if "q" not in flags:
+            statistics("discarded ", timer, offset, count, count, terse="C" in flags)
+
+    def work() -> None:
+        disk.discard(offset, room(disk, offset, count))
+
+    session.background.start(_request(work, "aio_discard", show))
     return True
 
 

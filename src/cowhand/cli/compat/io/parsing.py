@@ -23,8 +23,12 @@ class UsageComplaint(Complaint):
     """A command was used wrongly: its usage is shown."""
 
 
-def options(words: Sequence[str], short: str, positional: list[str]) -> list[tuple[str, str]]:
+def options(
+    words: Sequence[str], short: str, positional: list[str], *, registered: bool = False
+) -> list[tuple[str, str]]:
     """Return the options of a command line and fill *positional*. Raises UsageComplaint after the C library's message."""
+    if registered and program.since("8.2"):
+        short += "r"  # buffers registered before: nothing changes here
     scanner = Grammar(short).scan(words)
     try:
         found = list(scanner)

@@ -98,7 +98,7 @@ def alloc(session: Session, words: Sequence[str]) -> bool:
 def help_command(session: Session, words: Sequence[str]) -> bool:
     """Print one line a command, or everything about one."""
     if len(words) == 1:
-        for command in table.COMMANDS:
+        for command in table.known():
             print(table.usage(command.name, command))
         print("\nUse 'help commandname' for extended help.")
         return True

@@ -48,7 +48,7 @@ def read(session: Session, words: Sequence[str]) -> bool:
     flags: set[str] = set()
     byte = length = None
     begin = 0
-    for key, value in parsing.options(words, "bCl:pP:qs:v", positional):
+    for key, value in parsing.options(words, "bCl:pP:qs:v", positional, registered=True):
         if key == "P":
             byte = parsing.pattern(value)
         elif key == "l":
@@ -134,7 +134,7 @@ def readv(session: Session, words: Sequence[str]) -> bool:
     positional: list[str] = []
     flags: set[str] = set()
     byte = None
-    for key, value in parsing.options(words, "CP:qv", positional):
+    for key, value in parsing.options(words, "CP:qv", positional, registered=True):
         if key == "P":
             byte = parsing.pattern(value)
         flags.add(key)
@@ -157,7 +157,7 @@ def write(session: Session, words: Sequence[str]) -> bool:
     positional: list[str] = []
     flags: set[str] = set()
     byte, source = DEFAULT_PATTERN, None
-    for key, value in parsing.options(words, "bcCfnpP:qs:uz", positional):
+    for key, value in parsing.options(words, "bcCfnpP:qs:uz", positional, registered=True):
         if key == "P":
             byte = parsing.pattern(value)
         elif key == "s":
@@ -246,7 +246,7 @@ def writev(session: Session, words: Sequence[str]) -> bool:
     positional: list[str] = []
     flags: set[str] = set()
     byte = DEFAULT_PATTERN
-    for key, value in parsing.options(words, "CfqP:", positional):
+    for key, value in parsing.options(words, "CfqP:", positional, registered=True):
         if key == "P":
             byte = parsing.pattern(value)
         flags.add(key)

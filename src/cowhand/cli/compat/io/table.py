@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
+
+from cowhand.cli.compat import program
 
 if TYPE_CHECKING:
     from cowhand.cli.compat.io.session import Session
@@ -25,6 +27,7 @@ class Command(NamedTuple):
     arguments: str
     summary: str
     needs: int
+    since: str = ""
 
     def takes(self, count: int) -> bool:
         """Tell whether *count* words may follow the command, options included."""
@@ -49,6 +52,7 @@ class Command(NamedTuple):
 # fmt: off
 COMMANDS = (
     Command("abort", "", "control", "abort", 0, 0, "", "simulate a program crash using abort(3)", NOTHING),
+    Command("aio_discard", "", "aio", "aio_discard", 2, None, "[-Cq] off len", "asynchronously discards a number of bytes", CHANGES, "10.0"),
     Command("aio_flush", "", "aio", "aio_flush", 0, 0, "", "completes all outstanding aio requests", FILE),
     Command("aio_read", "", "aio", "aio_read", 2, None, "[-Ciqv] [-P pattern] off len [len..]", "asynchronously reads a number of bytes", FILE),
     Command("aio_write", "", "aio", "aio_write", 2, None, "[-Cfiquz] [-P pattern] off len [len..]",
@@ -76,6 +80,12 @@ COMMANDS = (
     Command("wait_break", "", "control", "wait_break", 1, 1, "tag", "waits for the suspension of a request", FILE),
     Command("write", "w", "requests", "write", 2, None, "[-bcCfnquz] [-P pattern | -s source_file] off len", f"writes {_AT}", CHANGES),
     Command("writev", "", "requests", "writev", 2, None, "[-Cfq] [-P pattern] off len [len..]", f"writes {_AT}", CHANGES),
+    Command("zone_append", "", "zones", "zone", 3, 4, "offset len [len..]", "append write a number of bytes at a specified offset", FILE, "8.2"),
+    Command("zone_close", "", "zones", "zone", 2, 2, "offset len", "close a range of zones in zone block device", FILE, "8.2"),
+    Command("zone_finish", "", "zones", "zone", 2, 2, "offset len", "finish a range of zones in zone block device", FILE, "8.2"),
+    Command("zone_open", "", "zones", "zone", 2, 2, "offset len", "explicit open a range of zones in zone block device", FILE, "8.2"),
+    Command("zone_report", "", "zones", "zone", 2, 2, "offset number", "report zone information", FILE, "8.2"),
+    Command("zone_reset", "", "zones", "zone", 2, 2, "offset len", "reset a zone write pointer in zone block device", FILE, "8.2"),
 )
 # fmt: on
 
@@ -148,6 +158,11 @@ EXTENDED = {
 
 {_STATISTICS}
 """,
+    "aio_discard": f"""
+ Says in the background that len bytes at off are not needed any more.{_BACKGROUND}
+
+{_STATISTICS}
+""",
     "open": """
  Opens an image for the commands that follow.
 
@@ -174,11 +189,22 @@ EXTENDED = {
 }
 
 
+#: Commands that take -r, for buffers that are registered before, since 8.2's profile. It changes nothing here.
+_REGISTERED = ("aio_read", "aio_write", "read", "readv", "write", "writev")
+
+
+def known() -> Iterator[Command]:
+    """Yield the commands of the version that is asked for."""
+    for command in COMMANDS:
+        if not command.since or program.since(command.since):
+            yield command
+
+
 def find(name: str) -> Command | None:
     """Return the command of that name or short name."""
     if not name:
         return None
-    for command in COMMANDS:
+    for command in known():
         if name in (command.name, command.alias):
             return command
     return None
@@ -186,5 +212,8 @@ def find(name: str) -> Command | None:
 
 def usage(called: str, command: Command) -> str:
     """Return the line that tells how *command* is used; *called* is the name that was used."""
-    gap = f"{command.arguments} " if command.arguments or command.name == "map" else ""
+    arguments = command.arguments
+    if command.name in _REGISTERED and program.since("8.2"):
+        arguments = arguments.replace("q", "qr", 1)
+    gap = f"{arguments} " if command.arguments or command.name == "map" else ""
     return f"{called} {gap}-- {command.summary}"

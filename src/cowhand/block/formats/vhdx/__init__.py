@@ -1,0 +1,1 @@
+"""Hyper-V's virtual hard disks, version 2."""

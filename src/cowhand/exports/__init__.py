@@ -1,0 +1,1 @@
+"""Exports: a disk, given to other programs. Each kind is a package of its own."""

@@ -1,0 +1,1 @@
+"""Jobs on disks that are in use: backup, mirror, stream, commit."""
