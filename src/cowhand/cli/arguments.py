@@ -64,6 +64,15 @@ def add_secrets(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_no_locks(parser: argparse.ArgumentParser) -> None:
+    """Add ``--no-locks``: the way on where the file system has none."""
+    parser.add_argument(
+        "--no-locks",
+        action="store_true",
+        help="write images also where the file system has no locks: nothing else may be using them",
+    )
+
+
 def add_encrypt(parser: argparse.ArgumentParser) -> None:
     """Add ``--encrypt``: make the new image an encrypted one."""
     parser.add_argument("--encrypt", action="store_true", help="encrypt the new image with LUKS")

@@ -143,9 +143,11 @@ def build_parser(name: str, module: ModuleType) -> Parser:
     module.configure(parser)
     parser.explain()
     if name != "completion":
-        from cowhand.cli.arguments import add_secrets
+        from cowhand.cli.arguments import add_no_locks, add_secrets
 
         add_secrets(parser)
+        if getattr(module, "WRITES", False) or hasattr(module, "writes"):
+            add_no_locks(parser)
     return parser
 
 

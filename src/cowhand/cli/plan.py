@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 from cowhand.cli.output import Output
 from cowhand.core.units import format_size
+from cowhand.image.create import local_path
 from cowhand.plans.plan import Plan, Touch
 
 __all__ = ["Plan", "Touch", "show"]
@@ -14,8 +18,27 @@ def _line(item: Touch) -> str:
     return f"{item.path} ({item.what}{amount})"
 
 
+def _forbidden(plan: Plan) -> list[str]:
+    """Return sentences on the files that would be written and may not be, and on folders in which none can be made."""
+    found = []
+    for path in dict.fromkeys(item.path for item in plan.writes):
+        local = local_path(path)
+        if local is None or not local:
+            continue
+        name = local if os.path.exists(local) else os.path.dirname(os.path.realpath(local)) or "."
+        if os.path.exists(name) and not os.access(name, os.W_OK):
+            reason = "the file system is mounted read-only" if _is_read_only(name) else "permission denied"
+            found.append(f"{path} may not be written: {reason}")
+    return found
+
+
+def _is_read_only(path: str) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def show(plan: Plan, out: Output) -> int:
-    """Print *plan* and return the exit code of a dry run."""
+    """Print *plan*, and what would keep it from being done, and return the exit code of a dry run."""
+    plan = replace(plan, warnings=[*plan.warnings, *_forbidden(plan)])
     if out.json:
         out.document(plan.document())
         return 0

@@ -305,4 +305,16 @@ def from_os_error(error: OSError | OverflowError, path: str | None = None, *, do
     kind = _BY_ERRNO.get(number, IOFailed)
     reason = os.strerror(number)
     text = f"{doing} failed: {reason}" if doing else reason
-    return kind(text, qemu=reason, errno=number, path=path)
+    return kind(text, qemu=reason, errno=number, path=path, hint=_cause(number, path))
+
+
+def _cause(number: int, path: str | None) -> str | None:
+    """Return what lies behind an errno which tells too little, where the system knows more."""
+    if number not in (_errno.EFBIG, _errno.EROFS, _errno.EDQUOT, _errno.ENOSPC) or path is None:
+        return None
+    from cowhand.core import mounts
+
+    try:
+        return mounts.cause_of(number, path)
+    except (OSError, ValueError):
+        return None

@@ -16,6 +16,8 @@ SUFFIX = ".cowhand-new"
 #: Ends the name of an image that stands aside while its successor and the successor's data file take their names.
 ASIDE = ".cowhand-old"
 _NAME_MAX = 255
+#: The files that this process is making: {temporary name: name that it will have}.
+being_made: dict[str, str] = {}
 _OWN = re.compile(r"\..*\.([0-9a-f]{4})[0-9a-f]{8}" + re.escape(SUFFIX), re.DOTALL)
 
 
@@ -36,6 +38,11 @@ def temporary_name(path: str) -> str:
     # Cut in bytes, since that is what the limit counts.
     kept = os.fsencode(name)[: min(longest, _NAME_MAX) - len(mark) - 1]
     return os.path.join(folder, "." + os.fsdecode(kept) + mark)
+
+
+def final_name(path: str) -> str:
+    """Return the name that the file *path* will have: its own, unless this process is making it under a temporary one."""
+    return being_made.get(path, path)
 
 
 def is_unfinished(name: str) -> bool:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cowhand.core.errors import CowhandError, ImageExists, InvalidArgument, from_os_error
-from cowhand.core.unfinished import ASIDE, SUFFIX, is_unfinished, temporary_name
+from cowhand.core.unfinished import ASIDE, SUFFIX, being_made, is_unfinished, temporary_name
 
 if TYPE_CHECKING:
     from cowhand.block.locking.image_lock import Holder
@@ -25,8 +25,6 @@ SECTOR = 512
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
-#: Names of the files that this process is making now.
-_unfinished: set[str] = set()
 
 
 class NewFile:
@@ -88,7 +86,7 @@ class NewFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         self._open = True
         while True:
-            _unfinished.add(self.temporary)
+            being_made[self.temporary] = self.path
             try:
                 self.descriptor = os.open(self.temporary, flags, 0o600 if self.replaces else 0o644)
             except ValueError as error:  # a NUL in the name
@@ -100,7 +98,7 @@ class NewFile:
                 break
             # Between the two steps another process took it for something left behind.
             os.close(self.descriptor)
-            _unfinished.discard(self.temporary)
+            being_made.pop(self.temporary, None)
             self.temporary = temporary_name(self.path)
         if self.replaces:
             adopt(self._old, self.descriptor, self.given)
@@ -176,7 +174,7 @@ class NewFile:
             self._release()
 
     def _release(self) -> None:
-        _unfinished.discard(self.temporary)
+        being_made.pop(self.temporary, None)
         holder, self._holder = self._holder, None
         if holder is not None:
             holder.release()
@@ -241,7 +239,7 @@ def write_whole(path: str, content: bytes, *, replace: bool = False, doing: str 
 
 def discard_all() -> None:
     """Remove every file that this process is making: for a process that leaves at once, whatever its threads are doing."""
-    for name in tuple(_unfinished):
+    for name in tuple(being_made):
         with suppress(OSError):
             os.unlink(name)
 

@@ -7,7 +7,7 @@ any moment, and after a crash at any point: the commit is simply begun anew. Onl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from cowhand.copy.engine.engine import WORKERS, Engine
 from cowhand.copy.engine.plan import Policy
 from cowhand.copy.engine.sink import choose
 from cowhand.copy.engine.source import SECTOR, Source
+from cowhand.copy.ops.room import Room, require as require_room, room_for
 from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
@@ -125,6 +126,7 @@ def commit(
             layers = open_layers(top, above, format=format, cache=cache, policy=policy, writable=not drop)
         if guard is not None:
             guard.refuse(change_of(layers.top.root, layers.above), force=force)
+        require_room(room_of(layers), layers.base.filename, "what is to be committed", warn=warn)
         moved, grown = copy_down(layers, rate_limit=rate_limit, progress=progress, cancel=cancel)
         emptied = not drop and empty(layers.top, cancel, warn)
         return CommitResult(layers.base.filename, moved.data, moved.zero, grown, emptied)
@@ -193,6 +195,36 @@ def open_layers(
     return Layers(disk, base, above)
 
 
+def room_of(layers: Layers) -> Room | None:
+    """Return the room for what lies above the base in it, None where it is enough, or nothing is known. Nothing is changed."""
+    base = layers.base
+    source = Source([layers.top], depth=layers.above, exact=True)
+    unit = base.root.allocation_unit if isinstance(base.root, FormatNode) else 1
+
+    def runs() -> Iterator[plan.Run]:
+        return source.runs(Policy(unit=unit, skip_unallocated=True, skip_zero_from=base.size))
+
+    return room_for(base, runs, plan.totals(runs()).data)
+
+
+def look_for_room(
+    top: str | os.PathLike[str] | Mapping[str, Any],
+    above: int = 1,
+    *,
+    format: str | None = None,
+    policy: OpenPolicy | None = None,
+) -> Room | None:
+    """Return what :func:`room_of` tells of a chain that is opened for reading only. Raises CowhandError."""
+    from cowhand.image.open import open_image
+
+    with open_image(top, format=format, policy=policy) as disk:
+        node = _layer(disk.root, above)
+        if node is None:
+            return None
+        with Disk(node) as base:
+            return room_of(Layers(disk, base, above))
+
+
 def copy_down(
     layers: Layers,
     *,
@@ -203,6 +235,7 @@ def copy_down(
     """Write what lies above the base into it, stable on return; return the bytes of each kind, and whether the base grew. Raises CowhandError."""
     rate = parse_size(rate_limit)
     top, base = layers.top, layers.base
+    Source([top], depth=layers.above, exact=True).require_whole()
     size_before = base.size
     grown = top.size > size_before
     if grown:
@@ -225,7 +258,7 @@ def _layer(root: BlockNode, above: int) -> BlockNode | None:
 
 def _names(given: str, layer: BlockNode, above: BlockNode, as_in_header: bool) -> bool:
     """Tell whether *given* means *layer*, which lies under *above*."""
-    if given == getattr(getattr(above, "header", None), "backing_name", None):
+    if above.backing_link is not None and given == above.backing_link[0]:
         return True
     candidates = [os.path.join(os.path.dirname(location(above)), given)]
     if not as_in_header:

@@ -26,7 +26,7 @@ from cowhand.core.progress import CancelToken, Progress
 from cowhand.drivers import REGISTRY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from cowhand.block.node.guard import Change, Guard
     from cowhand.block.node.node import BlockNode
@@ -67,6 +67,7 @@ def rebase(
     policy: Policy | None = None,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
+    warn: Callable[[str], None] | None = None,
     force: bool = False,
     guard: Guard | None = None,
 ) -> RebaseResult:
@@ -75,7 +76,7 @@ def rebase(
     *top* may be an open, writable disk. With *unsafe* (-u) only the header changes: the user knows that both hold the same, or that the old one
     is gone. With *look* everything is compared and counted, and nothing is changed. *compressed* (-c) stores what is copied in compressed
     clusters. *force_share* (-U) reads the new backing file although others may be writing it. *cancel* leaves *top* on its old backing file, with
-    a part of the data in it.
+    a part of the data in it. What is to be copied has to fit: NoSpace is raised before anything is changed, or *warn* hears that it may not.
 
     Never makes a loop: ChainLoop is raised, also with *unsafe* and with *force*, when *backing* is *top* itself or reads through it. *guard* refuses
     (OverlaysExist, SearchIncomplete) what would change what others show: internal snapshots of *top*, and with *unsafe* images that read through it;
@@ -122,6 +123,8 @@ def rebase(
                 policy=policy,
                 progress=progress,
                 cancel=cancel,
+                look_for_room=True,
+                warn=warn,
             )
         if not look:
             change(name, backing_format)
@@ -181,6 +184,8 @@ def copy_changes(
     policy: Policy | None = None,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
+    look_for_room: bool = False,
+    warn: Callable[[str], None] | None = None,
 ) -> Changes:
     """Store in *disk*, stable on return, what would read otherwise over *backing*: the first half of a rebase.
 
@@ -188,11 +193,39 @@ def copy_changes(
     """
     with ExitStack() as stack:
         below = _open_below(disk, backing, format, cache, force_share, policy, stack)
+        if look_for_room and not look:
+            _require_room(disk, below, cancel, compressed=compressed, as_bytes=as_bytes, warn=warn)
         sink = changes_sink(disk, below, compressed=compressed, look=look, as_bytes=as_bytes)
         compared = _copy(disk, below, sink, progress or Progress(), cancel)
         if not look:
             disk.flush()
         return Changes(compared, sink.copied, sink.zeroes)
+
+
+def _require_room(
+    disk: Disk,
+    below: Disk | None,
+    cancel: CancelToken | None,
+    *,
+    compressed: bool,
+    as_bytes: bool,
+    warn: Callable[[str], None] | None,
+) -> None:
+    """Raise NoSpace where what is to be copied does not fit. Where all that may differ would not, it is compared, to know."""
+    from cowhand.copy.ops.room import require, room_for
+
+    sink = changes_sink(disk, below, look=True, as_bytes=as_bytes)
+    unit = max(sink.unit, 512)
+
+    def runs() -> Iterator[plan.Run]:
+        return candidates(disk, below, unit)
+
+    room = room_for(disk, runs, plan.totals(runs()).data)
+    if room is not None:
+        _copy(disk, below, sink, Progress(), cancel)
+        # Of what does not differ nothing is stored; compressed clusters take less than is known before.
+        room = room._replace(needed=min(room.needed, sink.copied), certain=room.certain and not compressed)
+        require(room, disk.filename, "what is to be copied", warn=warn)
 
 
 def _open_below(

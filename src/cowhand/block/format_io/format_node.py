@@ -9,7 +9,7 @@ In-place writes take no lock. Everything else goes by reservations, see :mod:`co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from cowhand.block.format_io.mapped import PLAIN_MASK, MappedFormat
@@ -43,6 +43,8 @@ class FormatNode(ReservingNode, MappedFormat):
     def __init__(self, options: NodeOptions) -> None:
         super().__init__(options)
         self.detects_zeroes = options.detect_zeroes != "off"
+        #: Up to where the file of the data has to reach when tables are next written: new units were filled in part, and read as zeroes behind that.
+        self.blank_end = 0
         #: Held while encoded blocks are written in place, see :mod:`cowhand.block.format_io.encoded`.
         self.block_lock = ranked_lock(RANK_SECTOR, "sector")
 
@@ -162,6 +164,9 @@ class FormatNode(ReservingNode, MappedFormat):
             before = self._surroundings(reservation, begin, head, borrowed)
             after = self._surroundings(reservation, offset + count, tail, borrowed)
             pieces = [*before, *data, *after]
+            if tail > 0 and not after:
+                # The next write-back makes the file reach so far, once for many writes.
+                self.blank_end = max(self.blank_end, reservation.host + (end - reservation.offset))
             if self.event_sink is not None:
                 self.event_sink("write_aio")
             start = begin if before or not head else offset
@@ -310,6 +315,14 @@ class FormatNode(ReservingNode, MappedFormat):
     def make_empty(self) -> bool:
         """Let the backing file show through everywhere at once (inside a quiesce); False where that is done unit by unit. Raises CowhandError."""
         return False
+
+    def unused_space(self, end: int) -> int | None:
+        """Return the bytes before *end* of the file that new units could still be given, at most; None where that is not known."""
+        return None
+
+    def tables_needed(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Return the bytes that new units for *ranges*, (offset, length) and rising, need beside their data."""
+        return 0
 
     def write_compressed(self, offset: int, payload: Buffer) -> None:
         """Store *payload*, the encoded form of the one allocation unit at *offset*. Raises NotSupported where the unit holds data already."""

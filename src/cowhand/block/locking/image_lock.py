@@ -13,10 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from cowhand.block.node.node import ALL_PERMISSIONS, PERMISSION_NAMES
-from cowhand.core.errors import ImageInUse, NotSupported, from_os_error
+from cowhand.core.errors import CowhandError, ImageInUse, NotSupported, from_os_error
 from cowhand.core.locks import RANK_REGISTRY, ranked_lock
 
 if TYPE_CHECKING:
@@ -29,8 +30,37 @@ REFUSAL_BYTE = 200  #: QEMU's: "nobody else may use it"
 _FLOCK = struct.Struct("hhqqi0q")
 _NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
+#: How many blocks of :func:`missing_locks_allowed` are being run.
+_allowed = 0
 _registry: dict[tuple[int, int], _LockFile] = {}
 _lock = ranked_lock(RANK_REGISTRY, "image locks")
+
+
+class NoLocks(NotSupported):
+    """The file system of an image that is to be written has no locks, so that nobody else could be kept from it."""
+
+    code = "no-locks"
+
+
+@contextmanager
+def missing_locks_allowed() -> Iterator[None]:
+    """Let images be written, while the block runs, on file systems that have no locks: the caller knows that nothing else uses them.
+
+    Where there are locks they are taken as ever. Holds for every thread of the process.
+    """
+    global _allowed
+    with _lock:
+        _allowed += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _allowed -= 1
+
+
+def are_missing_locks_allowed() -> bool:
+    """Tell whether a block of :func:`missing_locks_allowed` is being run."""
+    return _allowed > 0
 
 
 class Holder:
@@ -164,18 +194,15 @@ class _LockFile:
                     hint="End that program, or open the image with locking=off if you know that it does not write.",
                     path=path,
                 ) from error
-            if error.errno in _NO_LOCKS_HERE:
-                reason = os.strerror(error.errno or 0)
-                raise NotSupported(
-                    f"the file system has no locks ({reason})", qemu=f"Failed to lock byte {byte}: {reason}", path=path
-                ) from error
-            raise from_os_error(error, path, doing="locking") from error
+            raise _locking_failed(error, byte, path) from error
 
     def _unlock(self, wanted: set[int] | list[int]) -> None:
         import fcntl
 
         for byte in list(wanted):
-            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
+            # Giving back can only fail where the locks were lost with a server: closing the descriptor ends what is left of them.
+            with suppress(OSError):
+                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
             self.held.discard(byte)
 
     def _look(self, path: str, perm: int, shared: int) -> None:
@@ -190,7 +217,10 @@ class _LockFile:
         # Asking for an exclusive lock finds everybody's locks but our own; asking takes nothing.
         byte = base + bit.bit_length() - 1
         question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-        answer = _FLOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, question))
+        try:
+            answer = _FLOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, question))
+        except OSError as error:
+            raise _locking_failed(error, byte, path) from error
         if answer[0] != fcntl.F_UNLCK:
             raise _in_use(path, bit, refused=refused, user=_named(self, byte, answer[4]) or "another process")
 
@@ -205,6 +235,19 @@ def _bytes_of(perm: int, shared: int) -> set[int]:
     """Return the bytes that somebody locks who uses *perm* and lets others have *shared*."""
     used = {PERMISSION_BYTE + bit.bit_length() - 1 for bit in _bits(perm)}
     return used | {REFUSAL_BYTE + bit.bit_length() - 1 for bit in _bits(ALL_PERMISSIONS & ~shared)}
+
+
+def _locking_failed(error: OSError, byte: int, path: str) -> CowhandError:
+    """Return what a lock call that failed stands for: a file system without locks, or what the system says."""
+    if error.errno not in _NO_LOCKS_HERE:
+        return from_os_error(error, path, doing="locking")
+    reason = os.strerror(error.errno or 0)
+    return NoLocks(
+        f"the file system of '{path}' has no locks ({reason}), so others cannot be kept from writing the image",
+        qemu=f"Failed to lock byte {byte}: {reason}",
+        hint="If nothing else uses the image, go on without locks: --no-locks (as an option of the image: file.locking=off).",
+        path=path,
+    )
 
 
 def _in_use(path: str, mask: int, *, refused: bool, user: str) -> ImageInUse:
@@ -258,7 +301,12 @@ def locked_bytes(path: str, wanted: Iterable[int]) -> dict[int, str]:
     try:
         for byte in wanted:
             question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-            answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
+            try:
+                answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
+            except OSError as error:
+                if error.errno in _NO_LOCKS_HERE:
+                    break  # nobody has locks there
+                raise
             if answer[0] != fcntl.F_UNLCK:
                 found[byte] = "write" if answer[0] == fcntl.F_WRLCK else "read"
     finally:

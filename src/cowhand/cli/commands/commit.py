@@ -109,7 +109,7 @@ def _plan(args: argparse.Namespace, context: Context, layers: list[ImageInfo]) -
     import cowhand
     from cowhand.cli.plan import Plan, Touch, show
     from cowhand.core.extents import ALLOCATED, DATA
-    from cowhand.jobs.commit import change_of
+    from cowhand.jobs.commit import change_of, look_for_room
 
     top, base = layers[0], layers[-1]
     data = zero = 0
@@ -125,13 +125,17 @@ def _plan(args: argparse.Namespace, context: Context, layers: list[ImageInfo]) -
         writes.append(Touch(base.filename, f"its length becomes {format_size(top.virtual_size)}"))
     if not keeps:
         writes.append(Touch(top.filename, "emptied when the base holds everything"))
+    room = look_for_room(args.image, len(layers) - 1, format=args.format)
     plan = Plan(
         action=f"commit {top.filename} into {base.filename}",
         reads=[Touch(info.filename, "what it stores") for info in layers[:-1]],
         writes=writes,
         moves=data,
         dependents=found,
-        warnings=[f"{info.filename} will show other data: what is committed passes it by" for info in layers[1:-1]],
+        warnings=[
+            *([f"it will not fit: {room.words()}"] if room is not None else []),
+            *(f"{info.filename} will show other data: what is committed passes it by" for info in layers[1:-1]),
+        ],
         undo="none: the base's present content is gone. Take a snapshot of it, or copy it, first",
     )
     return show(plan, context.out)

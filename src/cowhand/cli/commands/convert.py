@@ -220,8 +220,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.no_create and args.encrypt:
         raise InvalidArgument(
-            "an image that exists (-n) is as it is: copying into it does not encrypt it",
-            hint="Leave out -n to make an encrypted image, or --encrypt to write into this one.",
+            "an image that exists is encrypted already, or it is not",
+            hint="Leave out --encrypt: the passphrase is taken from --target-key-file or --target-secret.",
         )
     if args.verify and len(args.source) > 1:
         raise InvalidArgument("only a copy of one source can be verified", hint="Leave out --verify.")
@@ -229,8 +229,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _options(args: argparse.Namespace) -> dict[str, str]:
     given = arguments.driver_options(args.option)
-    if args.no_create or not (args.encrypt or args.target_secret or args.target_key_file):
-        return given  # an image that exists is opened with the passphrases that are offered
+    if args.no_create:
+        return given  # passphrases of an image that exists are offered to it when it is opened
+    if not (args.encrypt or args.target_secret or args.target_key_file):
+        return given
     from cowhand.cli.secrets import creation_options
 
     return creation_options(args, arguments.format_for(args.target, args.target_format), given)
@@ -378,6 +380,7 @@ def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
     reads = [Touch(name, "data", data) for name, (data, _) in zip(args.source, amounts, strict=True)]
     needed = max((required for _, required in amounts), default=0) if len(amounts) == 1 else None
     if args.backing:
+        _refuse_loop(args)
         reads.append(Touch(args.backing, "header of the base"))
     in_place = in_place_warning(args.target, backing=args.backing) if there and not args.no_create else []
     plan = Plan(
@@ -400,6 +403,17 @@ def _fate(args: argparse.Namespace, there: bool) -> str:
     return "its present content would be lost when the new image is complete, which takes at most"
 
 
+def _refuse_loop(args: argparse.Namespace) -> None:
+    from cowhand.block.links.reading import refuse_loop
+    from cowhand.block.links.records import BACKING, Link
+    from cowhand.drivers import REGISTRY
+    from cowhand.image.create import local_path
+
+    path = local_path(args.target)
+    if path is not None:
+        refuse_loop(path, Link(BACKING, args.backing, args.backing_format), REGISTRY, force=args.force)
+
+
 def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]:
     """Return the bytes of data that would be read, and those that the new image would need."""
     from cowhand.copy.ops.measure import measure
@@ -414,7 +428,7 @@ def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]
 
 
 def _space_warning(target: str, needed: int) -> list[str]:
-    from cowhand.copy.ops.space import free_bytes
+    from cowhand.core.mounts import free_bytes
 
     free = free_bytes(target)
     if free is None or needed <= free:

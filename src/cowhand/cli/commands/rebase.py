@@ -63,6 +63,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         force_share=args.force_share,
         progress=context.progress(f"{os.path.basename(args.image)} → {os.path.basename(args.base) or 'alone'}"),
         cancel=context.cancel,
+        warn=context.out.warn,
         guard=guard_of(args, context),
     )
     if args.dry_run:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.disk import Disk
+from cowhand.block.format_io.format_node import FormatNode
 from cowhand.copy.engine import plan
 from cowhand.copy.engine.source import SECTOR, SalvagingSource, Source
 from cowhand.copy.ops import convert_bitmaps as copying
@@ -222,14 +223,9 @@ class _Conversion:
                 force=force,
                 guard=guard,
             )
-        from cowhand.copy.ops.space import check_space
-        from cowhand.image.replacing import reason_for_place
+        from cowhand.copy.ops.space import look_for_space
 
-        in_place = request.like_qemu or (
-            creation.local is not None
-            and reason_for_place(creation.local, names_relative=creation.names_relative) is not None
-        )
-        check_space(self._source, creation, self.settings, in_place=in_place, warn=self._warn)
+        look_for_space(self._source, creation, self.settings, in_place=request.like_qemu, warn=self._warn)
         try:
             return create_target(
                 creation,
@@ -251,6 +247,8 @@ class _Conversion:
         if request.bitmaps:
             copying.check_target(target.disk)
         check_room(target.disk, self._source.size)
+        if self._creation is None:
+            self._look_for_room(target.disk, cancel)
         move = self._copy_states if request.snapshots else self._copy_content
         moved = move(target, progress, cancel)
         if request.bitmaps:
@@ -260,6 +258,24 @@ class _Conversion:
         return ConvertResult(
             name, target.disk.format, self.size, moved.data, moved.zero, moved.skip, tuple(self._unreadable)
         )
+
+    def _look_for_room(self, disk: Disk, cancel: CancelToken | None) -> None:
+        """Raise NoSpace where what is to be written into an existing image certainly does not fit; warn where it may not."""
+        from cowhand.copy.ops.room import holding_data, require, room_for
+
+        settings = self.settings
+        policy = plan.Policy(zeroes_are_data=settings.sparse_size == 0)
+        most = plan.totals(self._source.runs(policy)).data
+        room = room_for(disk, lambda: self._source.runs(policy), most)
+        if room is None:
+            return
+        if settings.sparse_size and not settings.compressed and not settings.salvage:
+            # Zeroes are left out: only reading tells how much there is beside them.
+            unit = disk.root.allocation_unit if isinstance(disk.root, FormatNode) else SECTOR * 8
+            room = room_for(disk, lambda: holding_data(self._source, self._source.runs(policy), unit, cancel), most)
+        if room is not None:
+            certain = room.certain and not settings.compressed and not settings.salvage
+            require(room._replace(certain=certain), disk.filename, "what is to be copied", warn=self._warn)
 
     def _copy_content(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> plan.Totals:
         return transfer(

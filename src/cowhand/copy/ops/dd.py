@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cowhand.copy.engine.source import Part, Source
 from cowhand.copy.ops.convert import ConvertResult
 from cowhand.copy.ops.settings import Settings
+from cowhand.copy.ops.space import look_for_space
 from cowhand.copy.ops.target import create_target
 from cowhand.copy.ops.transfer import transfer
 from cowhand.core.errors import InvalidArgument
@@ -68,6 +69,8 @@ def dd(
             first = end
         creation = prepare(target, target_format, end - first, registry=registry, policy=policy)
         part = Source([Part(disk, first, end - first)])
+        if not like_qemu:
+            look_for_space(part, creation, Settings(), warn=warn)
         with create_target(
             creation,
             overwrite=overwrite,

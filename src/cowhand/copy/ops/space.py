@@ -6,11 +6,18 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cowhand.block.format_io.format_node import FormatNode
 from cowhand.copy.engine import plan
 from cowhand.copy.engine.plan import Policy
+from cowhand.copy.ops.room import holding_data
 from cowhand.core.errors import NoSpace
+from cowhand.core.mounts import free_bytes
 from cowhand.core.units import format_size
 from cowhand.image.create import Creation, local_path
+from cowhand.image.replacing import reason_for_place
+
+#: Zeroes that are certainly left out, whatever the format.
+UNIT = 1 << 16
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -19,22 +26,13 @@ if TYPE_CHECKING:
     from cowhand.core.progress import Progress
 
 
-def free_bytes(path: str) -> int | None:
-    """Return what this user can still write to the file system of *path* (or of its folder), None where nobody can tell."""
-    if not hasattr(os, "statvfs"):
-        return None
-    for name in (path, os.path.dirname(path) or "."):
-        try:
-            found = os.statvfs(name)
-        except OSError:
-            continue
-        blocks = found.f_bfree if hasattr(os, "geteuid") and os.geteuid() == 0 else found.f_bavail
-        return blocks * found.f_frsize
-    return None
-
-
-def check_space(
-    source: Source, creation: Creation, settings: Settings, *, in_place: bool, warn: Callable[[str], None] | None
+def look_for_space(
+    source: Source,
+    creation: Creation,
+    settings: Settings,
+    *,
+    in_place: bool = False,
+    warn: Callable[[str], None] | None = None,
 ) -> None:
     """Raise NoSpace when the target certainly does not fit; tell *warn* when it may not.
 
@@ -42,12 +40,19 @@ def check_space(
     written: without a search for zeroes, or with preallocation.
     """
     path = local_path(creation.filename)
-    if path is None or creation.protocol.name != "file":
+    if path is None or creation.protocol.name not in ("file", "host_device"):
         return
-    free = free_bytes(path)
+    device = creation.protocol.name == "host_device"
+    if device and not issubclass(creation.format.load(), FormatNode):
+        return  # bytes in their places, which are there or not
+    free = _length(path) if device else free_bytes(path)
     if free is None:
         return
-    if in_place and os.path.exists(path):
+    if (
+        not device
+        and os.path.exists(path)
+        and (in_place or reason_for_place(path, names_relative=creation.names_relative))
+    ):
         free += os.stat(path).st_blocks * 512
     certain = not settings.compressed and (
         settings.sparse_size == 0 or creation.options.get("preallocation") in ("falloc", "full")
@@ -56,7 +61,12 @@ def check_space(
         return
     needed = source.size
     if not certain:
-        needed = plan.totals(source.runs(Policy(skip_unallocated="backing_file" in creation.options))).data
+        policy = Policy(skip_unallocated="backing_file" in creation.options)
+        needed = plan.totals(source.runs(policy)).data
+        if needed > free and device and not settings.compressed and not settings.salvage:
+            # What is on the device now would be gone: so it is read how much there is beside zeroes.
+            needed = sum(run.length for run in holding_data(source, source.runs(policy), UNIT))
+            certain = True
     if needed <= free:
         return
     amounts = f"{format_size(needed)} for '{path}', of which {format_size(free)} are free"
@@ -69,6 +79,20 @@ def check_space(
         )
     if warn is not None:
         warn(f"the target may not fit: up to {amounts}")
+
+
+def _length(path: str) -> int | None:
+    """Return the length of a device, None where it cannot be asked."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def explain(disk: Disk, progress: Progress) -> str | None:

@@ -70,10 +70,9 @@ def transfer(
     try:
         engine.run(runs if known else source.runs(policy))
     except NoSpace as error:
-        if error.hint is None:
-            from cowhand.copy.ops.space import explain
+        from cowhand.copy.ops.space import explain
 
-            error.hint = explain(target.disk, progress)
+        error.hint = explain(target.disk, progress) or error.hint
         raise
     progress.finish()
     return totals

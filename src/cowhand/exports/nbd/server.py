@@ -74,16 +74,17 @@ class _Client:
 
 
 class NbdServer:
-    """Serves exports on listening sockets, which become the server's. Thread-safe."""
+    """Serves exports on listening sockets, which become the server's; *default* as :class:`Exports` has it. Thread-safe."""
 
     def __init__(
         self,
         exports: Iterable[NbdExport] = (),
         *,
+        default: bool = True,
         limits: Limits | None = None,
         observer: Observer | None = None,
     ) -> None:
-        self.exports = Exports(exports)
+        self.exports = Exports(exports, default=default)
         self.limits = limits if limits is not None else Limits()
         self._observer = observer or Observer()
         self._selector = selectors.DefaultSelector()

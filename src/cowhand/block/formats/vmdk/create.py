@@ -20,6 +20,7 @@ from cowhand.block.formats.vmdk.layout import (
 )
 from cowhand.core import clock
 from cowhand.core.errors import InvalidArgument, NotSupported
+from cowhand.core.unfinished import final_name
 
 if TYPE_CHECKING:
     from cowhand.block.node.node import BlockNode
@@ -72,7 +73,7 @@ def create(file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
     """Make *file* a monolithicSparse disk of *size* bytes: header, descriptor, two directories with all their tables, then grains."""
     check(size, options)
     sectors = size // SECTOR
-    name = file.filename.rsplit("/", 1)[-1]
+    name = final_name(file.filename).rsplit("/", 1)[-1]
     tables = -(-sectors // (GRAIN * MAX_TABLE))
     table_sectors = MAX_TABLE * 4 // SECTOR
     directory_sectors = -(-tables * 4 // SECTOR)

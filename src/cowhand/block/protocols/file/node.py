@@ -19,6 +19,7 @@ from cowhand.block.protocols.file.data import DescriptorNode
 from cowhand.core import syscalls
 from cowhand.core.errors import CowhandError, InvalidArgument, IOFailed, NotSupported, from_os_error
 from cowhand.core.extents import ExtentBatch
+from cowhand.core.unfinished import is_unfinished
 
 if TYPE_CHECKING:
     from cowhand.block.locking.image_lock import Holder
@@ -275,8 +276,12 @@ class FileNode(DescriptorNode):
         try:
             holder.update(perm, shared)
         except NotSupported:
-            # A file that is only read does no harm without locks; for writing the user has to say that it is alone.
-            if self.writable or self.options.locking == "on":
+            # A file that is only read does no harm without locks, and one that is being made nobody else knows; for writing the user has to say
+            # that it is alone.
+            from cowhand.block.locking import image_lock
+
+            alone = not self.writable or is_unfinished(self.path) or image_lock.are_missing_locks_allowed()
+            if not alone or self.options.locking == "on":
                 raise
             holder.release()
             self._holder = None
@@ -311,6 +316,20 @@ class FileNode(DescriptorNode):
         if size < self.size and not shrink:
             raise InvalidArgument("the file would be cut shorter, which was not allowed", path=self.path)
         set_size(self.fd, size, preallocation, self.path, flush=lambda _: self.flush())
+
+    def extend(self, size: int, limit: int) -> None:
+        if self.failure is not None:
+            self.refuse_poisoned()
+        have = self.size
+        if have >= size:
+            return
+        try:
+            # Cuts nothing off that another thread has written since, as ftruncate(2) to this length might.
+            syscalls.allocate(self.fd, have, size - have)
+        except (
+            OSError
+        ):  # the file system cannot, or has no space: a hole does as well, behind all that is being written
+            self.resize(max(size, limit))
 
     def close(self) -> None:
         fd, self.fd, self.lane_fd = self.fd, -1, -1

@@ -14,8 +14,9 @@ from typing import Any
 from cowhand.block.node.node import ALL_PERMISSIONS, RESIZE, WRITE
 from cowhand.core import syscalls
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, aligned
-from cowhand.core.errors import InvalidArgument, IOFailed, NotSupported, from_os_error
+from cowhand.core.errors import InvalidArgument, IOFailed, NoSpace, NotSupported, from_os_error
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ZERO, ExtentBatch
+from cowhand.core.units import format_size
 
 PREALLOCATIONS = ("off", "falloc", "full")
 #: XFS allocates space for a growing image in pieces of this size (QEMU's default).
@@ -88,13 +89,13 @@ def set_size(fd: int, size: int, preallocation: str, path: str, *, flush: Callab
     try:
         if preallocation == "falloc" and size > old:
             doing = "preallocating"
-            _check_free(fd, old, size)
+            _check_free(fd, old, size, path)
             _reserve(fd, old, size - old)
         else:
             os.ftruncate(fd, size)
             if preallocation == "full":
                 doing = "preallocating"
-                _check_free(fd, old, size)
+                _check_free(fd, old, size, path)
                 write_zero_bytes(fd, old, size - old)
                 (flush or os.fsync)(fd)
         if preallocation != "full" and not old:
@@ -112,8 +113,8 @@ def set_size(fd: int, size: int, preallocation: str, path: str, *, flush: Callab
         ) from error
 
 
-def _check_free(fd: int, old: int, size: int) -> None:
-    """Raise OSError where a file of *old* bytes cannot get space up to *size*: to find out by taking it would leave none to anybody for a while."""
+def _check_free(fd: int, old: int, size: int, path: str) -> None:
+    """Raise NoSpace where a file of *old* bytes cannot get space up to *size*: to find out by taking it would leave none to anybody for a while."""
     if not hasattr(os, "fstatvfs"):
         return
     found = os.fstatvfs(fd)
@@ -121,7 +122,13 @@ def _check_free(fd: int, old: int, size: int) -> None:
     behind_end = max(0, os.fstat(fd).st_blocks * 512 - old)
     if found.f_blocks and size - old - behind_end > blocks * found.f_frsize:
         os.ftruncate(fd, size)  # what is too long for any file there is refused as that
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        free = blocks * found.f_frsize
+        needed = size - old - behind_end
+        reason = os.strerror(errno.ENOSPC)
+        raise NoSpace(
+            f"preallocating failed: {reason}", qemu=reason, path=path,
+            hint=f"{format_size(needed)} are needed and {format_size(free)} are free: {format_size(needed - free)} are missing.",
+        )  # fmt: skip
 
 
 def _fill_first_block(fd: int, size: int) -> None:

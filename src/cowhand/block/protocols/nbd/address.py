@@ -9,10 +9,12 @@ import contextlib
 import errno
 import os
 import socket
-from typing import NamedTuple
+from collections.abc import Generator
+from typing import NamedTuple, TypeVar
 
 from cowhand.core import clock
 from cowhand.core.errors import InvalidArgument, from_os_error
+from cowhand.nbd.constants import CONTEXT_ALLOCATION
 from cowhand.nbd.errors import ConnectionLost
 from cowhand.nbd.handshake import Export, negotiate
 
@@ -20,6 +22,8 @@ from cowhand.nbd.handshake import Export, negotiate
 HANDSHAKE_SECONDS = 30.0
 #: A peer whose machine is gone is noticed after about so many seconds (keepalive probes).
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+#: What comes of a conversation.
+_Answer = TypeVar("_Answer")
 _UNIX_PATH = 107  #: bytes, of sockaddr_un
 
 
@@ -54,19 +58,28 @@ class Dial:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
-    def run(self, export: str, context: str) -> tuple[socket.socket, Export]:
+    def run(
+        self, export: str, context: str = CONTEXT_ALLOCATION, *, structured: bool = True
+    ) -> tuple[socket.socket, Export]:
         """Connect and agree. Raises ConnectionLost, NegotiationRefused, ProtocolViolation, InvalidArgument; nothing stays open then."""
         sock = self._connect()
         self._socket = sock
         try:
-            if sock.family in (socket.AF_INET, socket.AF_INET6):
-                _tune(sock)
-            agreed = self._converse(sock, export, context)
+            agreed = self.converse(sock, negotiate(export, context, structured=structured))
         except BaseException:
             sock.close()
             raise
         self._socket = None  # it is the caller's now, and not for abort()
         return sock, agreed
+
+    def ask(self, conversation: Generator[bytes | int, bytes, _Answer]) -> _Answer:
+        """Connect, hold *conversation* (see :mod:`cowhand.nbd.handshake`) and hang up; return what came of it. Raises as :meth:`run` does."""
+        sock = self._connect()
+        self._socket = sock
+        try:
+            return self.converse(sock, conversation)
+        finally:
+            sock.close()
 
     # -- connecting
 
@@ -139,14 +152,16 @@ class Dial:
 
     # -- the handshake
 
-    def _converse(self, sock: socket.socket, export: str, context: str) -> Export:
-        conversation = negotiate(export, context)
+    def converse(self, sock: socket.socket, conversation: Generator[bytes | int, bytes, _Answer]) -> _Answer:
+        """Hold *conversation* over *sock*, as long as the time limit allows."""
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            _tune(sock)
         answer: bytes | None = None
         while True:
             try:
                 wanted = next(conversation) if answer is None else conversation.send(answer)
             except StopIteration as end:
-                agreed: Export = end.value
+                agreed: _Answer = end.value
                 return agreed
             answer = None
             try:
