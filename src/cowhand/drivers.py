@@ -90,7 +90,11 @@ for _entry in (
         "null-aio", "protocol", "cowhand.block.protocols.null", "NullAioNode", prefixes=("null-aio",), creatable=False
     ),
     DriverEntry(
-        "nbd", "protocol", "cowhand.block.protocols.nbd.node", "NbdNode", prefixes=("nbd", "nbd+tcp", "nbd+unix")
+        "nbd",
+        "protocol",
+        "cowhand.block.protocols.nbd.node",
+        "NbdNode",
+        prefixes=("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+unix"),
     ),
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
     DriverEntry(

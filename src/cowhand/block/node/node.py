@@ -200,6 +200,16 @@ class BlockNode(ABC):
         raise NotSupported(f"driver '{cls.driver}' cannot be opened by options")
 
     @classmethod
+    def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:
+        """Return the files beside *filename* that a new image of that name is made of; each is made by :meth:`create_extent` first."""
+        return []
+
+    @classmethod
+    def create_extent(cls, file: BlockNode, number: int, size: int, options: Mapping[str, Any]) -> None:
+        """Make the open, empty *file* the extent of that number, of an image of *size* bytes."""
+        raise NotSupported(f"driver '{cls.driver}' makes no extents")
+
+    @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
         """Return the options that a file name with this driver's prefix means (protocols and filters that have one)."""
         return {"filename": filename}
