@@ -230,7 +230,7 @@ class Opening:
         if isinstance(description, str) and self.names is not None:
             known = self.names.find(description)
             if known is None:
-                raise InvalidArgument(f"Cannot find device='' nor node-name='{description}'")
+                raise InvalidArgument(f"Cannot find device='{description}' nor node-name='{description}'")
             return graph.attach(node, name, known, role)
         if not isinstance(description, (str, Mapping)):
             raise InvalidArgument(f"Parameter '{name}' expects a description of a node")
