@@ -484,6 +484,18 @@ class Qcow2Node(MetadataNode):
 
         return store
 
+    def snapshots_failure(self) -> CowhandError | None:
+        from cowhand.block.formats.qcow2.snapshot.table import read_snapshots
+
+        # Opened for a check, or to tell of it, an image is read without them.
+        if self.snapshots or not self.header.snapshot_count:
+            return None
+        try:
+            read_snapshots(self, for_repair=False)
+        except CowhandError as error:
+            return error
+        return None
+
     def list_snapshots(self) -> list[SnapshotInfo]:
         return [snapshot.info() for snapshot in self.snapshots]
 

@@ -71,7 +71,7 @@ def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) ->
     _load_tables(node)
     from cowhand.block.formats.qcow2.snapshot.table import read_snapshots
 
-    node.snapshots, node.snapshot_table_bytes = read_snapshots(node, for_repair=for_repair)
+    node.snapshots, node.snapshot_table_bytes = read_snapshots(node, for_repair=for_repair, as_qemu=as_qemu)
     from cowhand.block.formats.qcow2.bitmap.directory import load as load_bitmaps
 
     load_bitmaps(node, as_qemu=as_qemu and not for_repair)

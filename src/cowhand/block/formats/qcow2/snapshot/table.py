@@ -273,15 +273,38 @@ def _left_out(kind: str, offset: int, **facts: int) -> Finding:
     return Finding(getattr(findings, kind), REPAIRED, offset=offset, owner="the snapshot table", **facts)
 
 
-def read_snapshots(node: Qcow2Node, *, for_repair: bool) -> tuple[list[Snapshot], int]:
+def read_snapshots(node: Qcow2Node, *, for_repair: bool, as_qemu: bool = False) -> tuple[list[Snapshot], int]:
     """Return the snapshots of *node* and the bytes of their table. Raises InvalidFormat naming entry and limit.
 
-    For a check or repair nothing is read here: the check itself reads the table, and reports what is wrong with it.
+    For a check or repair nothing is read here: the check itself reads the table, and reports what is wrong with it. *as_qemu* takes what lies
+    behind the end of the file for zeroes: snapshots without a name.
     """
-    if for_repair or not node.header.snapshot_count:
+    header = node.header
+    if for_repair or not header.snapshot_count:
         return [], 0
+    if header.snapshot_count > L.MAX_SNAPSHOTS:
+        raise InvalidFormat(
+            f"the header tells of {header.snapshot_count} snapshots, more than {L.MAX_SNAPSHOTS}",
+            qemu="Snapshot table too large", path=node.filename, offset=L.OFFSET_SNAPSHOTS, errno=27,
+            hint="A repair of everything leaves out those that are too many.",
+        )  # fmt: skip
     reading = Reading()
-    return read_table(node, reading), reading.table_bytes
+    size = node.file.node.size
+    if not as_qemu and header.snapshots_offset + header.snapshot_count * L.SNAPSHOT_HEADER.size > size:
+        raise _behind_the_end(node)
+    found = read_table(node, reading)
+    if not as_qemu and header.snapshots_offset + reading.table_bytes > size:
+        raise _behind_the_end(node)
+    return found, reading.table_bytes
+
+
+def _behind_the_end(node: Qcow2Node) -> InvalidFormat:
+    header = node.header
+    return InvalidFormat(
+        f"the table of {header.snapshot_count} snapshots at {header.snapshots_offset:#x} does not lie in the file, which may have been cut off",
+        path=node.filename, offset=header.snapshots_offset,
+        hint="Look at it with cowhand check, and get the whole file if there is one.",
+    )  # fmt: skip
 
 
 def check_l1(node: Qcow2Node, snapshot: Snapshot) -> None:
