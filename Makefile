@@ -10,13 +10,14 @@ COWHAND_REQUIRE ?= qemu-img qemu-io nbdkit nbdinfo mkfs.ext4
 endif
 export COWHAND_REQUIRE
 
-.PHONY: help setup setup-run setup-system demo test lint format bench conformance conformance-baseline docs fuzz soak clean
+.PHONY: help setup setup-run setup-system demo test test-trixie test-bookworm lint format bench conformance conformance-baseline docs fuzz soak clean
 
 help:
 	@echo "setup         a virtual environment in $(VENV) with the development tools"
 	@echo "setup-system  the Debian packages that tests use"
 	@echo "demo          a disk's life from beginning to end; writes demo/report.html"
 	@echo "test          all tests; those whose tools are absent are skipped with the reason"
+	@echo "test-trixie   .ci/run on Debian 13, in a folder of build/ (root); test-bookworm: on Debian 12; docs/debian.md"
 	@echo "lint          ruff, mypy --strict, the import contract"
 	@echo "bench         ratios against qemu-img, measured pairwise"
 	@echo "conformance   QEMU's own iotests on cowhand's tools; writes docs/conformance.md"
@@ -44,6 +45,10 @@ demo: setup-run
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+# Another release of Debian in a folder, filled by debootstrap. Needs root.
+test-trixie test-bookworm:
+	tools/debian.sh $(@:test-%=%)
 
 lint: setup
 	$(BIN)/ruff check .

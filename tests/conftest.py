@@ -16,12 +16,15 @@ import pytest
 
 from cowhand.cli.compat import profiles
 from cowhand.core import locks
+from tests import failures
+from tests.failures import pytest_runtest_makereport as pytest_runtest_makereport
 from tests.tools import programs
 
 #: Threads that a library keeps for the life of the process; nothing of cowhand's belongs here.
 _LASTING = ("execnet-", "Dummy-")
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 30.0
 
+failures.forget_ci()
 locks.enforce()
 # Processes that tests start keep their compiled bytecode, whatever the caller's surroundings say: to compile the sources takes longer than most
 # commands run.

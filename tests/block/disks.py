@@ -15,9 +15,7 @@ from cowhand.block.node.node import BlockNode, Request
 from cowhand.block.opening.opening import Opening
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.drivers import REGISTRY
-
-#: A test that waits longer than this for another thread has failed.
-PATIENCE = 20.0
+from tests.tools.patience import PATIENCE as PATIENCE  # for the tests of this folder
 
 
 def qcow2_file(size: int, **options: Any) -> MemoryNode:

@@ -39,6 +39,7 @@ from cowhand.core.extents import ExtentBatch
 from cowhand.drivers import REGISTRY
 from cowhand.testing.filters import FilterContract
 from tests.block.disks import submit
+from tests.tools.patience import PATIENCE
 from tests.tools.qemu import qemu_io, require_qemu
 
 SIZE = 1 << 20
@@ -538,7 +539,7 @@ def in_background(call: Callable[[], object]) -> Iterator[threading.Thread]:
     try:
         yield thread
     finally:
-        thread.join(10)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -572,7 +573,7 @@ def test_removing_a_breakpoint_resumes_all_that_it_stopped() -> None:
         assert node.wait_suspended("B", 10)
         node.breakpoint("pwritev", "B")
         with in_background(lambda: node.write(1, (b"2",))):
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE
             while len(node._suspended) < 2 and time.monotonic() < deadline:
                 time.sleep(0.001)
             node.remove_breakpoint("B")
@@ -591,11 +592,11 @@ def test_resume_takes_the_latest_request_of_a_tag() -> None:
         assert node.wait_suspended("T", 10)
         node.breakpoint("pwritev", "T")
         with in_background(lambda: write(2)) as second:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE
             while len(node._suspended) < 2 and time.monotonic() < deadline:
                 time.sleep(0.001)
             node.resume("T")
-            second.join(10)
+            second.join(PATIENCE)
             assert done == [2]
             node.resume("T")
     assert done == [2, 1]
@@ -636,7 +637,7 @@ def test_many_threads_and_breakpoints_lose_nobody(rng: random.Random) -> None:
     threads = [threading.Thread(target=write, args=(first,)) for first in range(4)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while any(thread.is_alive() for thread in threads) and time.monotonic() < deadline:
         for waiting in list(node._suspended):
             try:

@@ -200,7 +200,7 @@ def test_long_runs_of_sectors_are_told_without_looking_at_each() -> None:
     began = time.process_time()
     with opened(data) as disk:
         rows = [row for batch in disk.extents() for row in batch if row.flags & DATA]
-    assert time.process_time() - began < 3  # sector by sector it takes ten
+    assert time.process_time() - began < 9  # sector by sector it takes thirty: three times what it took here
     assert [(row.start, row.length) for row in rows[:2]] == [
         ((99 * 8 + 4) * SECTOR, stored[0] * SECTOR),
         (extent - SECTOR, SECTOR),

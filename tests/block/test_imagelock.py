@@ -20,6 +20,7 @@ from cowhand.block.locking import image_lock
 from cowhand.block.node.node import ALL_PERMISSIONS, CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
 from cowhand.block.protocols.file.node import FileNode, FileOptions
 from cowhand.core.errors import ImageInUse, NotSupported
+from tests.tools.patience import PATIENCE
 from tests.tools.programs import find
 from tests.tools.qemu import qemu_img, require_qemu
 
@@ -74,17 +75,17 @@ def holding(path: Path, wanted: set[int], *command: str) -> Iterator[subprocess.
         [program, *command[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while locked_bytes(path, process.pid) != wanted:
             if process.poll() is not None or time.monotonic() > deadline:
-                output = process.communicate(timeout=5)[0] if process.poll() is not None else "(it still runs)"
+                output = process.communicate(timeout=PATIENCE)[0] if process.poll() is not None else "(it still runs)"
                 pytest.fail(f"{command} holds {locked_bytes(path, process.pid)}, not {wanted}: {output}")
             time.sleep(0.01)
         yield process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
+        process.communicate(timeout=PATIENCE)
 
 
 def refused(image: Path, name: str, shared: bool) -> str:
@@ -208,7 +209,7 @@ def test_the_holder_is_named_and_its_death_frees_the_image(node: FileNode, image
         assert "-U" in text, "a reader is told how to read all the same"
         assert caught.value.errno == errno.EAGAIN
         process.kill()
-        process.wait(timeout=10)
+        process.wait(timeout=PATIENCE)
         node.update_permissions(*FORMAT_WRITER)
         assert locked_bytes(image) == {100, 101, 103, 201, 203}
 
@@ -307,7 +308,10 @@ def test_qemu_and_cowhand_exclude_each_other_alike(
                 assert f"qemu-io (process {process.pid})" in str(caught.value)
         node.update_permissions(*mine)
         done = subprocess.run(
-            [find(command[0]) or command[0], *command[1:], "-c", "length"], capture_output=True, text=True, timeout=30
+            [find(command[0]) or command[0], *command[1:], "-c", "length"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
         if fits(mine, theirs):
             assert (done.returncode, done.stderr) == (0, "")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from cowhand.core import pairs
+from tests.tools.patience import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def test_both_run_and_the_second_in_another_thread() -> None:
     meeting = threading.Barrier(2)
 
     def work() -> None:
-        meeting.wait(30)
+        meeting.wait(PATIENCE)
         where.append(threading.get_ident())
 
     for _ in range(3):

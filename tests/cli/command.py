@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from tests.tools.patience import PATIENCE
+
 #: Of the caller's surroundings that would change what is printed.
 _UNSET = ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "COWHAND_CLOCK")
 
@@ -68,7 +70,7 @@ def cowhand(*arguments: Argument, status: int = 0, cwd: Argument | None = None, 
         errors="surrogateescape",
         env=surroundings(**environment),
         cwd=cwd,
-        timeout=100,
+        timeout=PATIENCE,
     )
     told = f"{arguments}\n--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
     assert "Traceback" not in done.stderr, told

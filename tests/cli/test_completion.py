@@ -11,6 +11,7 @@ import pytest
 from cowhand.cli import completion, main, reference
 from cowhand.cli.commands import completion as command
 from tests.cli.command import cowhand
+from tests.tools.patience import PATIENCE
 
 FORMATS = ("raw", "qcow2")
 
@@ -24,7 +25,7 @@ def completed(script: Path, *words: str) -> list[str]:
     """Return what bash would offer for the last of *words*."""
     line = " ".join(f"'{word}'" for word in words)
     ask = f"source '{script}'; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _cowhand; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    done = subprocess.run(["bash", "--norc", "-c", ask], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(["bash", "--norc", "-c", ask], capture_output=True, text=True, timeout=PATIENCE, check=True)
     return done.stdout.split()
 
 
@@ -68,7 +69,7 @@ def test_script_is_read_by_its_shell(shell: str, check: str, known: list[referen
         pytest.skip(f"needs {shell}")
     path = tmp_path / "script"
     path.write_text(completion.script(shell, known, FORMATS))
-    done = subprocess.run([*check.split(), str(path)], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([*check.split(), str(path)], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -23,6 +23,7 @@ from cowhand.image.check import check
 from cowhand.image.new_file import is_unfinished
 from tests.cli.command import cowhand, start
 from tests.cli.images import MiB, content, fill, image
+from tests.tools.patience import PATIENCE
 
 SIZE = 24 * MiB
 #: Kills of each command, and of one that only reads; the seed is the test's name, COWHAND_SEED gives others.
@@ -113,7 +114,7 @@ def test_nothing_is_lost(name: str, original: Path, tmp_path: Path, rng: random.
     shutil.copytree(ready, done)
     begin = time.monotonic()
     with start(*case.arguments, cwd=done) as process:
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
     took = time.monotonic() - begin
     killed = attempt = 0
     known = Known()
@@ -125,7 +126,7 @@ def test_nothing_is_lost(name: str, original: Path, tmp_path: Path, rng: random.
         with start(*case.arguments, cwd=folder) as process:
             time.sleep(rng.uniform(0.2, 1.05) * took)
             process.kill()
-            process.communicate(timeout=60)
+            process.communicate(timeout=PATIENCE)
         if process.returncode == -9:
             killed += 1
         else:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.cli.command import cowhand
 from tests.cli.images import image
+from tests.tools.patience import PATIENCE
 from tests.tools.programs import find
 from tests.tools.qemu import require_qemu, require_qemu_nbd
 
@@ -33,7 +34,7 @@ def holding(path: Path, *command: str) -> Iterator[int]:
     assert found is not None
     process = subprocess.Popen([found, *command[1:]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE
         while not any(one["locks"] for one in holders(path)):
             assert process.poll() is None and time.monotonic() < end, "it holds nothing"
         yield process.pid

@@ -14,6 +14,7 @@ import pytest
 from cowhand.cli import main
 from tests.cli.command import cowhand, surroundings
 from tests.cli.images import MiB
+from tests.tools.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +50,7 @@ def test_the_library_example_runs(disk: Path) -> None:
     assert code is not None
     text = code[1] + "assert magic == b'\\x53\\xef'\n"
     done = subprocess.run(
-        [sys.executable, "-c", text], cwd=disk, env=surroundings(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", text], cwd=disk, env=surroundings(), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     cowhand("compare", "vm.qcow2", "copy.qcow2", cwd=disk)

@@ -12,6 +12,7 @@ import pytest
 from cowhand.cli.main import COMMANDS
 from cowhand.cli.running import EXIT_INTERNAL
 from cowhand.drivers import REGISTRY
+from tests.tools.patience import PATIENCE
 from tools import reference
 
 
@@ -63,6 +64,6 @@ def test_man_pages_format_without_a_warning(made: dict[str, str], tmp_path: Path
         path = tmp_path / Path(name).name
         path.write_text(made[name])
         done = subprocess.run(
-            ["groff", "-man", "-ww", "-Tascii", "-z", str(path)], capture_output=True, text=True, timeout=30
+            ["groff", "-man", "-ww", "-Tascii", "-z", str(path)], capture_output=True, text=True, timeout=PATIENCE
         )
         assert (done.returncode, done.stderr) == (0, "")

@@ -14,6 +14,7 @@ import pytest
 import cowhand as cowhand_library
 from cowhand.image.snapshots import create_snapshot, open_snapshot
 from tests.cli.command import command_line, cowhand, surroundings
+from tests.tools.patience import PATIENCE
 
 QUICK = "encrypt.iter-time=1"
 
@@ -131,7 +132,7 @@ def at_a_terminal(arguments: tuple[str | Path, ...], talk: list[tuple[str, str]]
     if not child:
         line = command_line(*arguments)
         os.execvpe(line[0], line, surroundings())
-    shown, pending, limit = "", list(talk), time.monotonic() + 60
+    shown, pending, limit = "", list(talk), time.monotonic() + PATIENCE
     try:
         while time.monotonic() < limit:
             if not select.select([terminal], [], [], 0.5)[0]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import cowhand
+from tests.tools.patience import PATIENCE
 
 MIB = 1 << 20
 
@@ -20,7 +21,7 @@ MIB = 1 << 20
 def run(line: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
     """Run *line* in a shell where ``cowhand`` is the one under test."""
     shell = f'cowhand() {{ "{sys.executable}" -m cowhand "$@"; }}; {line}'
-    return subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, timeout=60)
+    return subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, timeout=PATIENCE)
 
 
 @pytest.fixture

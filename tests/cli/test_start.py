@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.command import surroundings
 from tests.cli.images import MiB, fill, image
+from tests.tools.patience import PATIENCE
 
 #: Each costs as much as a whole small command, or more.
 HEAVY = {
@@ -42,7 +43,7 @@ def imported(*arguments: str, cwd: Path) -> set[str]:
         text=True,
         env=surroundings(),
         cwd=cwd,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     status, *modules = done.stderr.split()
@@ -104,5 +105,7 @@ def test_json_is_imported_by_those_who_print_it(folder: Path) -> None:
 
 def test_the_package_itself_imports_almost_nothing(folder: Path) -> None:
     text = "import sys; before = set(sys.modules); import cowhand; print(*(set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=surroundings(), timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, env=surroundings(), timeout=PATIENCE
+    )
     assert not {name for name in done.stdout.split() if name.startswith("cowhand.")} - {"cowhand.__about__"}

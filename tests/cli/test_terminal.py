@@ -15,6 +15,7 @@ from cowhand.cli.progress import Bar, Lines, duration, status
 from cowhand.core.progress import Progress
 from tests.cli.command import command_line, surroundings
 from tests.cli.images import MiB, image
+from tests.tools.patience import PATIENCE
 
 pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 
@@ -69,7 +70,7 @@ class Terminal:
         raise AssertionError(f"{words!r} did not appear: {self.text!r}")
 
     def end(self) -> int:
-        status = self.process.wait(60)
+        status = self.process.wait(PATIENCE)
         self._reader.join()
         os.close(self._master)
         return status

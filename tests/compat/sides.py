@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cowhand.cli.compat import img, io as io_tool, profiles
+from cowhand.cli.compat import img, io as io_tool, nbd as nbd_tool, profiles
+from tests.tools.patience import PATIENCE
 from tests.tools.programs import ATTEMPTS, UNSTEADY_CLOCK, find, installed_profile
 
 SCENES = Path(__file__).parent / "scenes"
-TOOLS = {"qemu-img": img.main, "qemu-io": io_tool.main}
+TOOLS = {"qemu-img": img.main, "qemu-io": io_tool.main, "qemu-nbd": nbd_tool.main}
 _CONDITION = re.compile(r"(since|before|except) (\d+(?:\.\d+)*) ")
 _ESCAPES = {"\\n": "\n", "\\t": "\t"}
 
@@ -71,7 +72,7 @@ def run_real(words: list[str], folder: Path, stdin: str = "") -> Outcome:
             cwd=folder,
             input=os.fsencode(stdin),
             capture_output=True,
-            timeout=60,
+            timeout=PATIENCE,
             env={**os.environ, "LC_ALL": "C.UTF-8", "TZ": "UTC"},
         )
         if done.returncode == 0 or UNSTEADY_CLOCK not in os.fsdecode(done.stderr):

@@ -12,6 +12,7 @@ from cowhand.cli.compat.io.background import Background
 from cowhand.cli.compat.io.parsing import Complaint, c_integer, lengths, pattern
 from cowhand.cli.compat.io.table import COMMANDS, EXTENDED
 from tests.compat.sides import Outcome, run_own
+from tests.tools.patience import PATIENCE
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_held_up_request_does_not_hold_up_the_next() -> None:
     gate = threading.Event()
 
     def waits() -> Callable[[], None]:
-        gate.wait(10)
+        gate.wait(PATIENCE)
         return lambda: None
 
     background.start(waits)

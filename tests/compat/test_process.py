@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.patience import PATIENCE
 from tests.tools.programs import find
 from tests.tools.qemu import require_qemu
 
@@ -28,7 +29,13 @@ def run(*words: str | Path, cwd: Path, stdin: bytes = b"") -> subprocess.Complet
     # Unbuffered output, which some environments ask of Python, would show what an abort has to lose.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        [*map(os.fspath, words)], cwd=cwd, input=stdin, capture_output=True, timeout=60, check=False, env=environment
+        [*map(os.fspath, words)],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+        env=environment,
     )
 
 
@@ -63,7 +70,7 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 def test_raising_a_signal_prints_first_and_aborting_does_not(tmp_path: Path) -> None:
@@ -97,7 +104,7 @@ def test_sigusr1_asks_for_progress_once(tmp_path: Path) -> None:
             # Its handler is there as soon as it writes.
             _until_written(tmp_path, process)
             process.send_signal(signal.SIGUSR1)
-            assert process.wait(60) == 0
+            assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
         lines = process.stderr.read().decode().splitlines()
@@ -108,7 +115,7 @@ def test_sigusr1_asks_for_progress_once(tmp_path: Path) -> None:
 def _until_written(folder: Path, process: subprocess.Popen[bytes]) -> None:
     import time
 
-    last = time.monotonic() + 30
+    last = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < last:
         if any(path.name not in ("disk", "qemu-img") and path.stat().st_size for path in folder.iterdir()):
             return
@@ -121,6 +128,6 @@ def test_names_are_printed_as_they_are_stored_whatever_the_encoding(tmp_path: Pa
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "cowhand.cli.compat.img", "create", name, "1M"],
-        cwd=tmp_path, capture_output=True, timeout=60, check=True, env=environment,
+        cwd=tmp_path, capture_output=True, timeout=PATIENCE, check=True, env=environment,
     )  # fmt: skip
     assert done.stdout == b"Formatting '" + os.fsencode(name) + b"', fmt=raw size=1048576\n"

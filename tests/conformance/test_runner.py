@@ -17,6 +17,7 @@ from tests.conformance.__main__ import parse_arguments
 from tests.conformance.iotests import Outcome, Runner
 from tests.conformance.matrix import Combination
 from tests.conformance.toolset import USES_VARIABLE, Toolset
+from tests.tools.patience import PATIENCE
 
 PASSED = "QEMU -- ...\n031   ...        [12:00:00] ...   ...\r031   pass       [12:00:00] [12:00:01]   0.6s  (last: 0.5s)   \nPassed all 1\n"
 FAILED = """\
@@ -98,14 +99,14 @@ def test_time_limit_ends_a_test_and_its_daemons(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     check = f"""
 import subprocess, sys, time
-daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100000)"], start_new_session=True)
 open({str(note)!r}, "w").write(str(daemon.pid))
-time.sleep(60)
+time.sleep(100000)
 """
     work = runner(tmp_path / "q", check, seconds=2.0)
     [outcome] = work.run_all(["300"], 1, lambda outcome: None)
     assert outcome.status == "timeout"
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while alive(int(note.read_text())):
         assert time.monotonic() < deadline, "the daemon is still there"
         time.sleep(0.02)
@@ -139,12 +140,12 @@ def test_stand_in_firmware_halts_at_the_reset_vector() -> None:
 def test_stand_in_answers_each_line_and_becomes_the_program(tmp_path: Path) -> None:
     path = str(tmp_path / "q")
     with socket.socket(socket.AF_UNIX) as server:
-        server.settimeout(10)
+        server.settimeout(PATIENCE)
         server.bind(path)
         server.listen()
         command = [sys.executable, standin.__file__, "/bin/echo", "/halt", "-qtest", f"unix:path={path}", "started"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.communicate(timeout=10)[0] == "started\n"
+            assert process.communicate(timeout=PATIENCE)[0] == "started\n"
         connection, _ = server.accept()
         with connection, connection.makefile("r") as answers:
             connection.sendall(b"clock_step 1\nmemset 0 1 0\n")
@@ -299,10 +300,10 @@ def test_interrupted_run_ends_its_tests_and_keeps_the_outcomes_before(tmp_path: 
     check = """
 import sys, time
 if sys.argv[-1] == "002":
-    time.sleep(60)
+    time.sleep(100000)
 print(sys.argv[-1], "pass [1:0:0] [1:0:1] 0.1s ")
 """
-    work = runner(tmp_path / "q", check, seconds=60.0)
+    work = runner(tmp_path / "q", check, seconds=100000.0)
     seen: list[str] = []
 
     class Interrupt(Exception):
@@ -312,8 +313,6 @@ print(sys.argv[-1], "pass [1:0:0] [1:0:1] 0.1s ")
         seen.append(outcome.test)
         raise Interrupt
 
-    started = time.monotonic()
     with pytest.raises(Interrupt):
         work.run_all(["001", "002", "003"], 2, report_one)
-    assert time.monotonic() - started < 30
     assert seen == ["001"]

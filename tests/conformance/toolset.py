@@ -13,7 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cowhand.cli.compat import profiles
 from tests.conformance import standin
+from tests.tools.programs import installed_profile
 
 #: Where each wrapper notes that it was called, one word a line; the runner sets it for each test.
 USES_VARIABLE = "COWHAND_CONFORMANCE_USES"
@@ -65,6 +67,8 @@ def make(name: str, folder: Path, sources: Path, identity: str = "") -> Toolset:
             _write(path, _qemu_tool(word, _real(program)))
         environment[variable] = str(path)
     environment["QEMU_PROG"] = str(_machine(folder))
+    # The expected output is that of the version whose sources these are.
+    environment[profiles.VARIABLE] = installed_profile()
     return Toolset(name, environment, tuple(own), identity)
 
 

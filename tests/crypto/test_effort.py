@@ -41,7 +41,7 @@ def test_hours_are_refused_at_once_by_slot_and_option(store: MemoryStore, lie: d
     before = time.process_time()
     with pytest.raises(UnsupportedFeature, match="key slot 0, 1 was not tried") as caught:
         volumes.unlock(_header(store, **lie), store, [b"first"], "some.luks")  # type: ignore[arg-type]
-    assert time.process_time() - before < 1
+    assert time.process_time() - before < 20  # hours, if it were tried
     assert caught.value.path == "some.luks" and caught.value.offset == 208
     assert "max-iterations" in (caught.value.hint or "")
 

@@ -19,6 +19,7 @@ from cowhand.exports.nbd.server import NbdServer, Observer
 from cowhand.nbd import constants as nbd
 from cowhand.nbd.options import encode_contexts, encode_go, encode_option
 from cowhand.nbd.requests import encode_request
+from tests.tools.patience import PATIENCE
 
 
 class Seen(Observer):
@@ -73,7 +74,7 @@ class Raw:
 
     def __init__(self, path: Path, *, flags: int = 3) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(20)
+        self.sock.settimeout(PATIENCE)
         self.sock.connect(str(path))
         assert self.receive(18) == b"NBDMAGICIHAVEOPT\0\3"
         self.sock.sendall(flags.to_bytes(4, "big"))

@@ -19,6 +19,7 @@ from cowhand.image.snapshots import create_snapshot
 from tests.fuzz.exercise import PASSPHRASE, SECRET
 from tests.fuzz.targets import COMPRESSED
 from tests.hostile import layout
+from tests.tools.patience import PATIENCE
 
 _SIZE = 256 << 10
 #: Larger inputs are kept compressed.
@@ -105,11 +106,11 @@ def _encrypted(folder: Path) -> dict[str, bytes]:
         given = ",".join(f"{name}={value}" for name, value in options.items())
         secret = f"secret,id={SECRET},data={PASSPHRASE.decode()}"
         tool = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", given, path, "64k"]
-        subprocess.run(tool, check=True, timeout=60)
+        subprocess.run(tool, check=True, timeout=PATIENCE)
         image = f"driver=qcow2,file.filename={path},encrypt.key-secret={SECRET}"
         subprocess.run(
             ["qemu-io", "--object", secret, "--image-opts", "-c", "write -P 7 5k 3k", image],
-            check=True, timeout=60, stdout=subprocess.DEVNULL,
+            check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         made[seed] = path.read_bytes()
     return made

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tests.tools.patience import PATIENCE
+
 _ROOT = Path(__file__).resolve().parents[2]
 #: Seconds by the clock after which a worker is taken to hang: a limit for deadlocks; processor time has a limit of its own.
 _HANGS_AFTER = 60.0
@@ -45,7 +47,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(20)
+            self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -69,7 +71,7 @@ class Worker:
     def last_words(self) -> str:
         """What the process wrote to its standard error."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
+            self._process.wait(PATIENCE)
         return f"the process ended ({self._process.poll()}) or hung:\n{self._errors.read_text()[-6000:]}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cowhand
+from tests.tools.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def test_names_are_those_that_the_type_checker_sees() -> None:
 
 def test_importing_it_imports_nothing_else() -> None:
     code = "import sys, cowhand; print(*sorted(name for name in sys.modules if name.startswith('cowhand')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.split() == ["cowhand", "cowhand.__about__"]
 
 

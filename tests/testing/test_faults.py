@@ -11,6 +11,7 @@ import pytest
 from cowhand.block.protocols.memory import MemoryNode, MemoryOptions
 from cowhand.core.errors import CowhandError, IOFailed, NoSpace
 from cowhand.testing.faults import ALL, CHANGES, FLUSH, GROWTH, HALF, READ, TRUNCATE, WRITE, ZERO, FaultNode
+from tests.tools.patience import PATIENCE
 
 
 def make(alignment: int = 1) -> FaultNode:
@@ -122,7 +123,7 @@ def test_a_suspended_write_has_done_nothing_until_it_is_resumed() -> None:
     node.write(0, (b"1",))
     writer = threading.Thread(target=node.write, args=(1, (b"2",)))
     writer.start()
-    assert held.reached.wait(10)
+    assert held.reached.wait(PATIENCE)
     node.write(2, (b"3",))
     assert content(node)[:3] == b"1a3"
     held.resume()
@@ -135,6 +136,4 @@ def test_a_delayed_request_takes_its_time() -> None:
     node.delay(READ, 0.05)
     begin = time.monotonic()
     node.read_into(0, bytearray(1))
-    middle = time.monotonic()
-    node.read_into(0, bytearray(1))
-    assert middle - begin >= 0.05 > time.monotonic() - middle
+    assert time.monotonic() - begin >= 0.05

@@ -13,6 +13,7 @@ from cowhand.core.errors import IOFailed
 from cowhand.testing import faults, replay
 from cowhand.testing.expected import SECTOR, ContentLost, ExpectedContent
 from cowhand.testing.recorder import END_OF_LOG, Change, Flush, Log, RecorderNode, copy_of
+from tests.tools.patience import PATIENCE
 
 BLOCK = 1024
 BLOCKS = 32
@@ -175,7 +176,7 @@ def test_a_flush_covers_only_what_was_acknowledged_before_it_began() -> None:
     held = slow.suspend(faults.WRITE)
     writer = threading.Thread(target=recorder.write, args=(0, (b"late",)))
     writer.start()
-    assert held.reached.wait(10)
+    assert held.reached.wait(PATIENCE)
     recorder.flush()
     held.resume()
     writer.join()

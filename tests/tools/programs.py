@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from cowhand.cli.compat import profiles
+from tests.tools.patience import PATIENCE
 
 #: What QEMU's tools say when the processor time of a key derivation cannot be told, which happens now and then on virtual
 #: machines; they have written nothing of use by then, and the same command succeeds the next time.
@@ -79,7 +80,7 @@ def run(
     *arguments: str | os.PathLike[str],
     check: bool = True,
     stdin: str = "",
-    timeout: float = 60.0,
+    timeout: float = PATIENCE,
     environment: dict[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Result:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tests.tools.patience import PATIENCE
 from tests.tools.programs import Result, require, run
 
 require_qemu = require("qemu-img", "qemu-io")
@@ -15,7 +16,7 @@ require_qemu_system = require("qemu-system-x86_64")
 Argument = str | os.PathLike[str]
 
 
-def qemu_img(*arguments: Argument, check: bool = True, timeout: float = 60.0) -> Result:
+def qemu_img(*arguments: Argument, check: bool = True, timeout: float = PATIENCE) -> Result:
     """Run qemu-img. Raises ProgramFailed when *check* and it fails."""
     return run("qemu-img", *arguments, check=check, timeout=timeout)
 
@@ -26,7 +27,7 @@ def qemu_io(
     format: str | None = None,
     options: tuple[str, ...] = (),
     check: bool = True,
-    timeout: float = 60.0,
+    timeout: float = PATIENCE,
 ) -> Result:
     """Run qemu-io's *commands* on *image*, in order.
 

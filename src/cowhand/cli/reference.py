@@ -79,8 +79,9 @@ def _argument(action: argparse.Action) -> Argument:
         placeholder if valued else "",
         (action.help or "").replace("%%", "%"),
         choices,
-        action.required,
-        action.nargs == "+" or type(action).__name__ == "_AppendAction",
+        # Told from what is declared: what argparse makes of "*" differs between versions of Python.
+        action.required if action.option_strings else action.nargs not in ("?", "*", argparse.REMAINDER),
+        action.nargs in ("+", "*") or type(action).__name__ == "_AppendAction",
         "" if choices else _completes(action),
     )
 

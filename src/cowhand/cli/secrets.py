@@ -48,8 +48,11 @@ def creation_options(args: argparse.Namespace, format: str, given: dict[str, str
 
 def _asked(prompt: str) -> bytes:
     import getpass
+    import signal
     import warnings
 
+    # Raised, so that the terminal shows again what is typed.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             # Rather not at all than where it is shown.
@@ -59,6 +62,8 @@ def _asked(prompt: str) -> bytes:
         raise InvalidArgument(
             "there is no terminal to ask for a passphrase", hint="Give a file with --key-file."
         ) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _new_passphrase() -> bytes:

@@ -128,6 +128,11 @@ class ExtentBatch:
         self.node += node[1:]
         self.depth.frombytes(bytes(2 * len(start) - 2))
 
+    def cut(self, count: int) -> None:
+        """Leave the first *count* rows."""
+        for name in ("start", "length", "flags", "host", "node", "depth"):
+            del getattr(self, name)[count:]
+
     def __iter__(self) -> Iterator[Extent]:
         nodes = self.nodes
         for start, length, flags, host, node, depth in zip(

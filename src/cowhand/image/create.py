@@ -108,21 +108,24 @@ class Creation:
         name: str = self.options.get("backing_file") or ""
         return bool(name) and not os.path.isabs(name) and not has_protocol(name) and not name.startswith("json:")
 
-    def refuse_harm(self, guard: Guard, *, force: bool = False) -> None:
-        """Raise ChainLoop when the image would read through itself, and what *guard* raises when others show what would be overwritten."""
+    def refuse_loop(self, *, force: bool = False) -> None:
+        """Raise ChainLoop when the image would read through itself; *force* only matters where that cannot be found out (SearchIncomplete)."""
         from cowhand.block.links.reading import refuse_loop
         from cowhand.block.links.records import BACKING, Link
 
         name = self.options.get("backing_file")
-        link = Link(BACKING, name, self.options.get("backing_fmt")) if name else None
-        # A data file, too, is written by the image: what reads through it may not lie under it.
-        for own in self._own_files():
-            if link is not None:
-                refuse_loop(own, link, self._registry, force=force)
+        if name:
+            # The data file is written by the image, too: what reads through it may not lie under it.
+            for own in self._own_files():
+                refuse_loop(own, Link(BACKING, name, self.options.get("backing_fmt")), self._registry, force=force)
+
+    def refuse_harm(self, guard: Guard, *, force: bool = False) -> None:
+        """Raise what :meth:`refuse_loop` does, and what *guard* raises when others show what would be overwritten."""
+        from cowhand.block.node.guard import Change
+
+        self.refuse_loop(force=force)
         files = tuple(own for own in self._own_files(kept=False) if os.path.exists(own))
         if files:
-            from cowhand.block.node.guard import Change
-
             guard.refuse(Change(f"overwriting '{self.filename}'", files, files), force=force)
 
     def _own_files(self, *, kept: bool = True) -> list[str]:
@@ -181,6 +184,10 @@ class Creation:
         """Raise when the image, or its data file, cannot be made: it exists and is not to be *overwritten*, or options are wrong."""
         if self.format.name == "host_device" != self.protocol.name:
             raise self._no_device()
+        if overwrite and self.local is not None:
+            from cowhand.block.locking import device_use
+
+            device_use.check(self.local)
         if self.options.get("data_file") == "":
             raise InvalidArgument("the data file has no name", qemu="Could not create '': No such file or directory")
         below = self.options.get("backing_fmt")

@@ -36,6 +36,7 @@ from cowhand.nbd.constants import (
     OPT_EXPORT_NAME,
     OPT_GO,
     OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
     OPT_STRUCTURED_REPLY,
     OPTION_MAGIC,
     REP_ACK,
@@ -58,6 +59,8 @@ from cowhand.nbd.options import OptionReply
 #: Yields bytes to send, or how many bytes are wanted; gets these.
 Conversation: TypeAlias = "Generator[bytes | int, bytes, Export]"
 _Inner: TypeAlias = "Generator[bytes | int, bytes, OptionReply]"
+#: Yielded where TLS is to begin: it is done, and empty bytes are sent back.
+START_TLS = 0
 
 
 class Export(NamedTuple):
@@ -72,40 +75,79 @@ class Export(NamedTuple):
     context: tuple[str, int] | None = None
 
 
-def negotiate(name: str, context: str = CONTEXT_ALLOCATION) -> Conversation:
-    """Ask for the export *name*, structured replies and the metadata *context*; see the module's description.
+class Greeting(NamedTuple):
+    """What a server that was reached can: ``old`` speaks the oldstyle, ``fixed`` knows options."""
 
-    A server that knows no options, structured replies or contexts is taken as it is.
+    old: bool = False
+    fixed: bool = False
+    no_zeroes: bool = False
+
+
+def negotiate(
+    name: str, context: str = CONTEXT_ALLOCATION, *, structured: bool = True, tls: bool = False
+) -> Conversation:
+    """Ask for the export *name*, structured replies and the metadata *context*, all of it encrypted with *tls*; see the module's description.
+
+    A server that knows no options, structured replies or contexts is taken as it is; so is every one without *structured*.
     """
     wanted = options.encode_string(name, "export name")
     options.encode_string(context, "x-dirty-bitmap query")
-    magic = yield 8
-    _here(magic, "initial magic")
-    if magic != INIT_MAGIC:
-        raise ProtocolViolation(f"Bad initial magic received: 0x{magic.hex()}")
-    magic = yield 8
-    _here(magic, "server magic")
-    if magic == b"\0" + OLDSTYLE_MAGIC:
+    greeting = yield from greet(tls=tls)
+    if greeting.old:
         return (yield from _oldstyle(name))
-    if magic != OPTION_MAGIC:
-        raise ProtocolViolation(f"Bad server magic received: 0x{magic.hex()}")
-    flags = int.from_bytes(_here((yield 2), "server flags"), "big")
-    fixed = bool(flags & FLAG_FIXED_NEWSTYLE)
-    no_zeroes = bool(flags & FLAG_NO_ZEROES)
-    yield struct.pack(">I", (FLAG_FIXED_NEWSTYLE if fixed else 0) | (FLAG_NO_ZEROES if no_zeroes else 0))
-    structured = False
+    wants, structured = structured, False
     chosen: tuple[str, int] | None = None
-    if fixed:
-        structured = yield from _structured()
+    if greeting.fixed:
+        structured = wants and (yield from ask_structured())
         if structured:
             chosen = yield from _context(wanted, context)
         export = yield from _go(wanted)
         if export is not None:
             return export._replace(structured=structured, context=chosen)
-    return (yield from _export_name(name, wanted, no_zeroes))._replace(structured=structured, context=chosen)
+    return (yield from _export_name(name, wanted, greeting.no_zeroes))._replace(structured=structured, context=chosen)
 
 
-def _here(data: bytes, what: str) -> bytes:
+def greet(*, tls: bool = False) -> Generator[bytes | int, bytes, Greeting]:
+    """Receive a server's greeting and answer it; with *tls* begin to encrypt, or raise NegotiationRefused."""
+    magic = yield 8
+    present(magic, "initial magic")
+    if magic != INIT_MAGIC:
+        raise ProtocolViolation(f"Bad initial magic received: 0x{magic.hex()}")
+    magic = yield 8
+    present(magic, "server magic")
+    if magic == b"\0" + OLDSTYLE_MAGIC:
+        if tls:
+            raise NegotiationRefused("Server does not support STARTTLS")
+        return Greeting(old=True)
+    if magic != OPTION_MAGIC:
+        raise ProtocolViolation(f"Bad server magic received: 0x{magic.hex()}")
+    flags = int.from_bytes(present((yield 2), "server flags"), "big")
+    fixed = bool(flags & FLAG_FIXED_NEWSTYLE)
+    no_zeroes = bool(flags & FLAG_NO_ZEROES)
+    yield struct.pack(">I", (FLAG_FIXED_NEWSTYLE if fixed else 0) | (FLAG_NO_ZEROES if no_zeroes else 0))
+    if tls:
+        if not fixed:
+            raise NegotiationRefused("Server does not support STARTTLS")
+        yield from _start_tls()
+    return Greeting(fixed=fixed, no_zeroes=no_zeroes)
+
+
+def _start_tls() -> Generator[bytes | int, bytes, None]:
+    yield options.encode_option(OPT_STARTTLS)
+    reply = yield from receive_reply(OPT_STARTTLS)
+    if reply.is_error:
+        yield from refuse(reply)
+        yield from abort()
+        raise NegotiationRefused(
+            "Server does not support STARTTLS", hint="Leave TLS out, if what is read and written may be seen by others."
+        )
+    if reply.kind != REP_ACK or reply.length:
+        yield from abort()
+        raise ProtocolViolation("Server answered STARTTLS by something else than an acknowledgement")
+    yield START_TLS
+
+
+def present(data: bytes, what: str) -> bytes:
     """Return *data*, which is *what* was to be read, unless the server hung up before."""
     if not data:
         raise ConnectionLost(
@@ -119,10 +161,10 @@ def _here(data: bytes, what: str) -> bytes:
 def _oldstyle(name: str) -> Conversation:
     if name:
         raise NegotiationRefused("Server does not support non-empty export names")
-    size, flags = struct.unpack(">QI", _here((yield 12), "export length"))
+    size, flags = struct.unpack(">QI", present((yield 12), "export length"))
     if flags & ~0xFFFF:
         raise ProtocolViolation(f"Unexpected export flags {flags:x}")
-    _here((yield 124), "reserved block")
+    present((yield 124), "reserved block")
     return _checked(Export(size, flags))
 
 
@@ -137,7 +179,7 @@ def _export_name(name: str, wanted: bytes, no_zeroes: bool) -> Conversation:
         )
     size, flags = struct.unpack(">QH", answer)
     if not no_zeroes:
-        _here((yield 124), "reserved block")
+        present((yield 124), "reserved block")
     return _checked(Export(size, flags))
 
 
@@ -158,20 +200,20 @@ def _checked(export: Export) -> Export:
 # -- options
 
 
-def _structured() -> Generator[bytes | int, bytes, bool]:
+def ask_structured() -> Generator[bytes | int, bytes, bool]:
     yield options.encode_option(OPT_STRUCTURED_REPLY)
-    reply = yield from _reply(OPT_STRUCTURED_REPLY)
+    reply = yield from receive_reply(OPT_STRUCTURED_REPLY)
     if reply.is_error:
-        yield from _refusal(reply, tolerate=True)
+        yield from refuse(reply, tolerate=True)
         return False
     if reply.kind != REP_ACK:
-        yield from _abort()
+        yield from abort()
         raise ProtocolViolation(
             f"Server answered option {OPT_STRUCTURED_REPLY} ({option_name(OPT_STRUCTURED_REPLY)}) with unexpected "
             f"reply {reply.kind:x} ({reply_name(reply.kind)})"
         )
     if reply.length:
-        yield from _abort()
+        yield from abort()
         raise ProtocolViolation(
             f"Option {OPT_STRUCTURED_REPLY} ('{option_name(OPT_STRUCTURED_REPLY)}') response length is {reply.length} (it should be zero)"
         )
@@ -182,25 +224,25 @@ def _context(wanted: bytes, context: str) -> Generator[bytes | int, bytes, tuple
     yield options.encode_option(OPT_SET_META_CONTEXT, options.encode_contexts(wanted, [context]))
     chosen: tuple[str, int] | None = None
     while True:
-        reply = yield from _reply(OPT_SET_META_CONTEXT)
+        reply = yield from receive_reply(OPT_SET_META_CONTEXT)
         if reply.is_error:
-            yield from _refusal(reply, tolerate=True)
+            yield from refuse(reply, tolerate=True)
             return None
         if reply.kind == REP_ACK:
             if reply.length:
-                yield from _abort()
+                yield from abort()
                 raise ProtocolViolation("Unexpected length to ACK response")
             return chosen
         if reply.kind != REP_META_CONTEXT:
-            yield from _abort()
-            raise ProtocolViolation(_unexpected(reply, REP_META_CONTEXT))
+            yield from abort()
+            raise ProtocolViolation(unexpected_reply(reply, REP_META_CONTEXT))
         payload = (yield reply.length) if reply.length else b""
         ident, name = options.decode_context(payload)
         if chosen is not None:
-            yield from _abort()
+            yield from abort()
             raise ProtocolViolation("Server answered with more than one context")
         if name != context:
-            yield from _abort()
+            yield from abort()
             told = options.decode_string(name.encode())
             raise ProtocolViolation(
                 f"Failed to negotiate meta context '{context}', server answered with different context '{told}'"
@@ -214,9 +256,9 @@ def _go(wanted: bytes) -> Generator[bytes | int, bytes, Export | None]:
     found: tuple[int, int] | None = None
     sizes = (0, 0, 0)
     for _ in range(MAX_OPTION_REPLIES):
-        reply = yield from _reply(OPT_GO)
+        reply = yield from receive_reply(OPT_GO)
         if reply.is_error:
-            yield from _refusal(reply)
+            yield from refuse(reply)
             return None
         if reply.kind == REP_ACK:
             if reply.length:
@@ -225,11 +267,11 @@ def _go(wanted: bytes) -> Generator[bytes | int, bytes, Export | None]:
                 raise ProtocolViolation("broken server omitted NBD_INFO_EXPORT")
             return _checked(Export(*found, *sizes))
         if reply.kind != REP_INFO:
-            raise ProtocolViolation(_unexpected(reply, REP_INFO))
+            raise ProtocolViolation(unexpected_reply(reply, REP_INFO))
         if reply.length < 2:
-            yield from _abort()
+            yield from abort()
             raise ProtocolViolation(f"NBD_REP_INFO length {reply.length} is too short")
-        payload = _here((yield reply.length), "info payload")
+        payload = present((yield reply.length), "info payload")
         kind = int.from_bytes(payload[:2], "big")
         if kind == INFO_EXPORT:
             found = options.decode_export_info(payload[2:])
@@ -238,17 +280,17 @@ def _go(wanted: bytes) -> Generator[bytes | int, bytes, Export | None]:
     raise ProtocolViolation("the server does not come to an end of telling about the export")
 
 
-def _reply(option: int) -> _Inner:
-    data = _here((yield options.REPLY_HEADER), f"reply to option {option} ({option_name(option)})")
+def receive_reply(option: int) -> _Inner:
+    data = present((yield options.REPLY_HEADER), f"reply to option {option} ({option_name(option)})")
     return options.decode_reply(data, option)
 
 
-def _abort() -> Generator[bytes | int, bytes, None]:
+def abort() -> Generator[bytes | int, bytes, None]:
     """Tell the server that this leads to nothing; its answer is not waited for."""
     yield options.encode_option(OPT_ABORT)
 
 
-def _unexpected(reply: OptionReply, expected: int) -> str:
+def unexpected_reply(reply: OptionReply, expected: int) -> str:
     return (
         f"Unexpected reply type {reply.kind} ({reply_name(reply.kind)}), expected {expected} ({reply_name(expected)})"
     )
@@ -265,12 +307,12 @@ _REFUSALS = {
 }
 
 
-def _refusal(reply: OptionReply, *, tolerate: bool = False) -> Generator[bytes | int, bytes, None]:
+def refuse(reply: OptionReply, *, tolerate: bool = False) -> Generator[bytes | int, bytes, None]:
     """Read why an option was refused, and raise; return where it only is not known, or, with *tolerate*, where nothing depends on it."""
     said = options.decode_string((yield reply.length)) if reply.length else ""
     if reply.kind == REP_ERR_UNSUP or (tolerate and reply.kind != REP_ERR_TLS_REQD):
         return
-    yield from _abort()
+    yield from abort()
     text = _REFUSALS.get(reply.kind, "Unknown error code when asking for option {}")
     text = text.format(f"{reply.option} ({option_name(reply.option)})")
     lines = [text]

@@ -11,7 +11,7 @@ from cowhand.block.links.records import BACKING, Link
 from cowhand.block.node.guard import KeptState
 from cowhand.chain.places import around, block_devices
 from cowhand.chain.tree import Reference, Tree
-from cowhand.core.identity import Identity, identify
+from cowhand.core.identity import Identity, identify, lies_on
 from cowhand.drivers import REGISTRY
 
 BLOCK_DEVICES = "block devices"
@@ -63,14 +63,11 @@ class Search:
         further: dict[Identity | None, Reference] = {}
         if names:
             self.tree.look(around([*names, *part], self._look_in), block_devices())
-            apart = {identify(path) for path in part}
-            for path in names:
-                apart |= self._below(path)
+            apart = _Apart([*part], {identity for path in names for identity in images_of_loop(path, REGISTRY)})
             for path in names:
                 for reference in self.tree.overlays(path):
-                    identity = identify(reference.path)
-                    if identity not in apart:
-                        found.setdefault(identity, reference)
+                    if reference.path not in apart:
+                        found.setdefault(identify(reference.path), reference)
             changed = {identify(path) for path in names}
             for path in part:
                 if (
@@ -81,7 +78,7 @@ class Search:
             for reference in found.values():
                 for upper in self.tree.descendants(reference.path):
                     identity = identify(upper.path)
-                    if identity not in apart and identity not in found:
+                    if identity not in found and upper.path not in apart:
                         further.setdefault(identity, upper)
         looked = (*self.tree.looked, BLOCK_DEVICES) if names else ()
         missed = tuple(self.tree.unreadable) if names else ()
@@ -101,9 +98,17 @@ class Search:
             if {identify(target) for target in local_targets(name, link)} != own and not is_broken(name, REGISTRY)
         ]
 
-    def _below(self, path: str) -> set[Identity | None]:
-        """Return the identities of what *path* reads through, where that comes back to *path*: those of a loop's images; else nothing."""
-        return set(images_of_loop(path, REGISTRY))
+
+class _Apart:
+    """Files that do not count: some, under any name, also the devices that they lie on or that lie on them, and some identities."""
+
+    def __init__(self, paths: list[str], further: set[Identity]) -> None:
+        self._own = {identify(path) for path in paths} | further
+        self._lower = {identity for path in paths for identity in lies_on(path)}
+
+    def __contains__(self, path: str) -> bool:
+        own = identify(path)
+        return own in self._own or own in self._lower or bool(lies_on(path) & self._own)
 
 
 def find_dependents(

@@ -84,6 +84,9 @@ class PassingFilter(FilterNode):
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         self.below.node.resize(size, preallocation=preallocation, shrink=shrink)
 
+    def extend(self, size: int, limit: int) -> None:
+        self.below.node.extend(size, limit)
+
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
         self.below.node.read_vmstate(offset, buffer)
 

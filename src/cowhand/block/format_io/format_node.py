@@ -43,6 +43,8 @@ class FormatNode(ReservingNode, MappedFormat):
     def __init__(self, options: NodeOptions) -> None:
         super().__init__(options)
         self.detects_zeroes = options.detect_zeroes != "off"
+        #: Up to where the file of the data has to reach when tables are next written: new units were filled in part, and read as zeroes behind that.
+        self.blank_end = 0
         #: Held while encoded blocks are written in place, see :mod:`cowhand.block.format_io.encoded`.
         self.block_lock = ranked_lock(RANK_SECTOR, "sector")
 
@@ -162,6 +164,9 @@ class FormatNode(ReservingNode, MappedFormat):
             before = self._surroundings(reservation, begin, head, borrowed)
             after = self._surroundings(reservation, offset + count, tail, borrowed)
             pieces = [*before, *data, *after]
+            if tail > 0 and not after:
+                # The next write-back makes the file reach so far, once for many writes.
+                self.blank_end = max(self.blank_end, reservation.host + (end - reservation.offset))
             if self.event_sink is not None:
                 self.event_sink("write_aio")
             start = begin if before or not head else offset

@@ -167,6 +167,8 @@ class BlockNode(ABC):
     immediate: bool = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
     zero_when_new: bool = True
+    #: Bytes that the format allocates as one, where it tells of it.
+    cluster_size: int | None = None
 
     def __init__(self, options: NodeOptions) -> None:
         self.options = options
@@ -251,6 +253,11 @@ class BlockNode(ABC):
         """The child that shows through where nothing is allocated, or None. A filter's filtered child is not one."""
         return self.children.get("backing")
 
+    @property
+    def backing_link(self) -> tuple[str, str | None] | None:
+        """The backing file that the image itself records: its name as it is written, and its format if that is recorded; None for none."""
+        return None
+
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
         """Return (needed, shared) permissions on *child* when this node's own users need *perm* and share *shared*.
 
@@ -323,6 +330,11 @@ class BlockNode(ABC):
     def host_file(self, run: Run) -> tuple[int, int] | None:
         """Return (descriptor, offset) of *run*'s bytes for the fast lane, or None: None unless a node grants it."""
         return None
+
+    def extend(self, size: int, limit: int) -> None:
+        """Make the node at least *size* bytes long while others write, not behind *limit*: all that they write stays. New bytes read as zeroes."""
+        if self.size < size:
+            self.resize(limit)
 
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
         """Fill *buffer* from the VM state, which lies outside of size, extents, convert and checksum."""

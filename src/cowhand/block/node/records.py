@@ -92,7 +92,7 @@ class Finding:
 Say: TypeAlias = Callable[[Finding], None]
 
 #: Findings that a check tells, one check of the two of a repair; what it finds beyond them is counted, but not listed.
-MAX_FINDINGS = 100_000
+MAX_FINDINGS = 20_000
 
 
 class CheckResult:

@@ -373,7 +373,8 @@ class Opening:
         entry = self.registry.probe(bytes(head), str(given.get("filename", "")))
         if entry.name == "raw":
             name = looks_like_a_format(bytes(head))
-            if name is not None:
+            # QEMU knows one version of LUKS only, and takes any other for a raw disk.
+            if name is not None and not (name == "luks" and self.policy.as_qemu):
                 raise UnsupportedFeature(
                     f"this is a {name} image, and there is no driver that reads it",
                     path=file.filename,

@@ -32,6 +32,8 @@ EXAMPLES = """\
   cowhand convert --verify -O qcow2 disk.raw disk.qcow2       read both again, and compare
 """
 WRITES = True
+#: Ranges that could not be read which are named; JSON has all.
+_RANGES_SHOWN = 10
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -127,11 +129,13 @@ def _tuning(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Convert."""
     from cowhand.cli.guard import guard_of, refuse_existing, tidy
+    from cowhand.cli.own_source import refuse_own_source
     from cowhand.cli.standard_output import is_stream
 
     _check(args)
     if is_stream(args.target):
         return _to_stream(args, context)
+    refuse_own_source(args.source, args.target, args.format)
     there = refuse_existing(args.target, args.overwrite or args.no_create)
     policy = _refuse_unsafe(args) if args.untrusted else None
     tidy(context, args.target, remove=not args.dry_run)
@@ -301,7 +305,7 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
 def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -> None:
     from cowhand.copy.ops.compare import compare
 
-    if result.unreadable:
+    if result.unreadable_ranges:
         raise InvalidArgument("a copy of what cannot be read cannot be verified; the copy was made")
     from cowhand.image.open import open_source
 
@@ -351,6 +355,8 @@ def _document(args: argparse.Namespace, result: ConvertResult) -> dict[str, Any]
         "zeroes": result.zeroes,
         "left-to-backing": result.skipped,
         "unreadable": list(result.unreadable),
+        "unreadable-ranges": [{"start": start, "length": length} for start, length in result.unreadable_ranges],
+        "unreadable-bytes": sum(length for _, length in result.unreadable_ranges),
         "verified": args.verify,
     }
 
@@ -365,11 +371,23 @@ def _tell(args: argparse.Namespace, result: ConvertResult, context: Context) -> 
         if args.verify:
             parts.append("verified")
         context.out.line(", ".join(parts))
-    for offset in result.unreadable[:10]:
-        context.out.warn(f"sector at {offset:#x} could not be read and is zero in the copy")
-    if len(result.unreadable) > 10:
-        context.out.warn(f"and {len(result.unreadable) - 10} more")
-    return 3 if result.unreadable else 0
+    if result.unreadable_ranges:
+        context.out.warn(_lost(result))
+    return 3 if result.unreadable_ranges else 0
+
+
+def _lost(result: ConvertResult) -> str:
+    """Return what salvaging could not read: how much, where, and why."""
+    ranges = result.unreadable_ranges
+    amount = format_size(sum(length for _, length in ranges))
+    places = [f"{start:#x} ({format_size(length)})" for start, length in ranges[:_RANGES_SHOWN]]
+    more = (
+        f" and {len(ranges) - _RANGES_SHOWN} more places (--output json lists all)"
+        if len(ranges) > _RANGES_SHOWN
+        else ""
+    )
+    reason = f": {result.unreadable_reason.message}" if result.unreadable_reason is not None else ""
+    return f"{amount} could not be read and {'is' if len(ranges) == 1 else 'are'} zero in the copy, at {', '.join(places)}{more}{reason}"
 
 
 def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
@@ -382,6 +400,7 @@ def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
     reads = [Touch(name, "data", data) for name, (data, _) in zip(args.source, amounts, strict=True)]
     needed = max((required for _, required in amounts), default=0) if len(amounts) == 1 else None
     if args.backing:
+        _refuse_loop(args)
         reads.append(Touch(args.backing, "header of the base"))
     in_place = in_place_warning(args.target, backing=args.backing) if there and not args.no_create else []
     plan = Plan(
@@ -402,6 +421,17 @@ def _fate(args: argparse.Namespace, there: bool) -> str:
     if args.no_create:
         return "written in place, its present content would be lost"
     return "its present content would be lost when the new image is complete, which takes at most"
+
+
+def _refuse_loop(args: argparse.Namespace) -> None:
+    from cowhand.block.links.reading import refuse_loop
+    from cowhand.block.links.records import BACKING, Link
+    from cowhand.drivers import REGISTRY
+    from cowhand.image.create import local_path
+
+    path = local_path(args.target)
+    if path is not None:
+        refuse_loop(path, Link(BACKING, args.backing, args.backing_format), REGISTRY, force=args.force)
 
 
 def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]:

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     there = refuse_existing(args.image, args.overwrite)
     tidy(context, args.image, remove=not args.dry_run)
     if args.dry_run:
+        creation.refuse_loop(force=args.force)
         return _plan(args, context, creation, there)
     creation.run(overwrite=args.overwrite, warn=context.out.warn, guard=guard_of(args, context))
     if context.out.json:

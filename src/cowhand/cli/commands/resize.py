@@ -41,16 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_output(parser)
 
 
-def arrange(given: list[str]) -> list[str]:
-    """Put a size such as "-1G", which looks like an option, where it is taken for what it is."""
-    for index, text in enumerate(given):
-        if text == "--":
-            break
-        if re.match(r"-\.?\d", text):
-            return [*given[:index], *given[index + 1 :], "--", text]
-    return given
-
-
 def new_size(text: str, old: int) -> int:
     """Return the length that *text* asks for, up to whole sectors; raises InvalidArgument."""
     sign = text[0] if text.startswith(("+", "-")) else ""
@@ -65,6 +55,8 @@ def new_size(text: str, old: int) -> int:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Resize the disk."""
+    if re.match(r"-\.?\d", args.image):  # resize -1G disk.qcow2
+        args.image, args.size = args.size, args.image
     with cowhand.open(args.image, format=args.format, writable=not args.dry_run) as disk:
         old = disk.size
         size = new_size(args.size, old)

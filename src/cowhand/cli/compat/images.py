@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.node.options import CACHE_MODES
@@ -113,6 +114,47 @@ def open_disk(
         warn_of_guess(disk)
         _hold_bitmaps(disk)
     return disk
+
+
+def open_temporary(
+    what: str | Mapping[str, Any],
+    *,
+    format: str | None = None,
+    writable: bool = True,
+    cache: str = "writeback",
+    options: Mapping[str, Any] | None = None,
+) -> Disk:
+    """Open an overlay over *what*, which is only read, that is gone when it is closed. Raises CowhandError, Failure."""
+    with open_disk(what, format=format, options=options) as base:
+        size, driver = base.size, base.format
+    from cowhand.block.opening.filenames import FileName
+    from cowhand.image.create import create
+
+    below: dict[str, Any] = dict(what) if isinstance(what, Mapping) else {"filename": FileName(what)}
+    below.setdefault("driver", driver)
+    with _temporary_name() as overlay:
+        create(overlay, "qcow2", size)
+        # The overlay's name is taken away at once; the file goes when it is closed.
+        return open_disk(
+            {"driver": "qcow2", "file": {"driver": "file", "filename": overlay}, "backing": below},
+            writable=writable,
+            cache=cache,
+        )
+
+
+@contextmanager
+def _temporary_name() -> Iterator[str]:
+    import os
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix=f"{program.name()}-", dir=os.environ.get("TMPDIR", "/var/tmp"))
+    name = os.path.join(folder, "overlay.qcow2")
+    try:
+        yield name
+    finally:
+        if os.path.lexists(name):
+            os.unlink(name)
+        os.rmdir(folder)
 
 
 def _hold_bitmaps(disk: Disk) -> None:

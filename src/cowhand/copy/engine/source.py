@@ -13,6 +13,7 @@ from cowhand.copy.engine import plan
 from cowhand.copy.engine.plan import Policy, Run
 from cowhand.core.buffers import fill_zero
 from cowhand.core.errors import CowhandError
+from cowhand.core.extents import COMPRESSED, DATA, ENCODED, OFFSET
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -80,6 +81,20 @@ class Source:
                 yield batch
         except CowhandError as error:
             raise error.within(qemu=f"error while reading block status at offset {base + position}") from None
+
+    def require_whole(self) -> None:
+        """Raise what reading would raise where it is known beforehand that stored data is missing, as in a file that was cut off."""
+        view = memoryview(bytearray(SECTOR))
+        for base, part in zip(self.bases, self.parts, strict=True):
+            for batch in self._asked(part, base) if part.length else ():
+                for row in batch:
+                    if row.flags & COMPRESSED and isinstance(row.node, MappedFormat):
+                        wanted = row.node.units_at_end(row.start, row.length)
+                    else:
+                        wanted = (row.start,) if row.flags & (DATA | ENCODED | OFFSET) == DATA | ENCODED else ()
+                    for at in wanted:
+                        at = max(at, part.begin)
+                        part.disk.read_into(at, view[: min(SECTOR, part.disk.size - at)])
 
     def locate(self, offset: int) -> tuple[Part, int]:
         """Return the part that *offset* lies in, and where in its disk."""

@@ -12,12 +12,15 @@ from cowhand.block.format_io.format_node import FormatNode
 from cowhand.copy.engine import plan
 from cowhand.copy.engine.source import SECTOR, SalvagingSource, Source
 from cowhand.copy.ops import convert_bitmaps as copying
+from cowhand.copy.ops.overlap import refuse_own_source
 from cowhand.copy.ops.settings import DEFAULT_SPARSE, Request, Settings, check_request, parse_sparse
 from cowhand.copy.ops.target import Target, check_room, create_target, existing_target
 from cowhand.copy.ops.transfer import transfer
+from cowhand.copy.ops.unreadable import Range, Unreadable
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
+from cowhand.image.create import local_path
 from cowhand.image.open import Image, open_source
 
 if TYPE_CHECKING:
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 
 class ConvertResult(NamedTuple):
     """What a conversion did. Bytes: ``size`` of the target's disk; ``copied`` read as data; ``zeroes`` known to be zero without reading;
-    ``skipped`` left to the target's backing file. ``unreadable``: offsets of sectors that salvaging replaced by zeroes."""
+    ``skipped`` left to the target's backing file. ``unreadable_ranges``: offsets and lengths of what salvaging replaced by zeroes, and
+    ``unreadable_reason`` the first error there."""
 
     filename: str
     format: str
@@ -37,7 +41,13 @@ class ConvertResult(NamedTuple):
     copied: int
     zeroes: int
     skipped: int
-    unreadable: tuple[int, ...] = ()
+    unreadable_ranges: tuple[Range, ...] = ()
+    unreadable_reason: CowhandError | None = None
+
+    @property
+    def unreadable(self) -> tuple[int, ...]:
+        """The offsets of all sectors in ``unreadable_ranges``."""
+        return tuple(at for begin, length in self.unreadable_ranges for at in range(begin, begin + length, SECTOR))
 
 
 def convert(
@@ -171,7 +181,7 @@ class _Conversion:
         self._creation: Creation | None = None
         self._has_backing = request.backing is not None
         self._source: Source
-        self._unreadable: list[int] = []
+        self._unreadable = Unreadable()
 
     def check_sources(self) -> None:
         """Refuse what the sources do not have, or what cannot go along."""
@@ -201,15 +211,20 @@ class _Conversion:
             self._source = Source(self.disks, depth=depth)
 
     def _note(self, offset: int, error: CowhandError) -> None:
-        self._unreadable.append(offset)
-        self._warn(f"error while reading offset {offset}: {error.qemu()}")
+        self._unreadable.add(offset, error)
+        if self.request.like_qemu:
+            self._warn(f"error while reading offset {offset}: {error.qemu()}")
 
     def _note_status(self, offset: int, error: CowhandError) -> None:
-        self._warn(f"error while reading block status at offset {offset}: {error.qemu()}")
+        if self.request.like_qemu:
+            self._warn(f"error while reading block status at offset {offset}: {error.qemu()}")
 
     def open_target(self, policy: OpenPolicy | None, guard: Guard | None, *, force: bool) -> Target:
         """Return the target open for writing: the new image, under its temporary name, or the existing one."""
         request, creation, cache = self.request, self._creation, self.request.cache
+        if not request.like_qemu:
+            for written in self._written():
+                refuse_own_source(self.disks, written)
         discard = self.settings.sparse_size > 0
         if creation is None:
             return existing_target(
@@ -239,6 +254,14 @@ class _Conversion:
         except CowhandError as error:
             raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
 
+    def _written(self) -> list[str | None]:
+        """Return the names of what is written: the target, and its data file."""
+        if self._creation is None:
+            target = self.request.target
+            return [local_path(os.fspath(target))] if isinstance(target, (str, os.PathLike)) else []
+        data = self._creation.options.get("data_file")
+        return [self._creation.local, local_path(data) if data else None]
+
     def copy(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> ConvertResult:
         """Fill *target*; return what that was."""
         request = self.request
@@ -253,8 +276,16 @@ class _Conversion:
             skip_broken = request.skip_broken_bitmaps
             copying.copy_bitmaps(self._active, target.disk, skip_broken=skip_broken, warn=self._warn)
         name = self._creation.filename if self._creation is not None else target.disk.filename
+        lost = self._unreadable
         return ConvertResult(
-            name, target.disk.format, self.size, moved.data, moved.zero, moved.skip, tuple(self._unreadable)
+            name,
+            target.disk.format,
+            self.size,
+            moved.data,
+            moved.zero,
+            moved.skip,
+            lost.ranges(self._source.size),
+            lost.reason,
         )
 
     def _look_for_room(self, disk: Disk, cancel: CancelToken | None) -> None:

@@ -71,9 +71,13 @@ class NbdExport:
 
 
 class Exports:
-    """The exports of a server, by name; a :class:`cowhand.nbd.offers.Catalogue`. Thread-safe: replaced, never changed."""
+    """The exports of a server, by name; a :class:`cowhand.nbd.offers.Catalogue`. Thread-safe: replaced, never changed.
 
-    def __init__(self, exports: Iterable[NbdExport] = ()) -> None:
+    With *default* the empty name means the only export there is.
+    """
+
+    def __init__(self, exports: Iterable[NbdExport] = (), *, default: bool = True) -> None:
+        self._default = default
         self._exports: dict[str, NbdExport] = {}
         for export in exports:
             self.add(export)
@@ -92,10 +96,10 @@ class Exports:
         return iter(self._exports.values())
 
     def get(self, name: str) -> NbdExport | None:
-        """Return the export *name*; the empty name means the only export there is."""
+        """Return the export *name*."""
         exports = self._exports
         found = exports.get(name)
-        if found is None and not name and len(exports) == 1:
+        if found is None and not name and self._default and len(exports) == 1:
             found = next(iter(exports.values()))
         return found
 

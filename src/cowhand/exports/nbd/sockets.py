@@ -75,7 +75,7 @@ def listen_tcp(
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if kind == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if not int(port) and sockets:  # any port: the same one for all
+            if str(port) == "0" and sockets:  # any port: the same one for all
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             sockets.append(_listening(sock, address, shown, backlog))
     except BaseException:
@@ -109,7 +109,7 @@ def _listening(sock: socket.socket, address: object, shown: str, backlog: int) -
         hint = "Another server listens there." if number == errno.EADDRINUSE else None
         raise IOFailed(
             f"cannot listen on {shown}: {text}",
-            qemu=f"Failed to bind socket to {shown}: {text}",
+            qemu=f"Failed to bind socket{f' to {shown}' if sock.family == socket.AF_UNIX else ''}: {text}",
             errno=number,
             path=shown,
             hint=hint,

@@ -23,10 +23,11 @@ from cowhand.core import diagnostics
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import (
     CowhandError,
+    ImageCorrupt,
     NotSupported,
     Poisoned,
 )
-from cowhand.core.extents import ENCODED, OFFSET
+from cowhand.core.extents import COMPRESSED, ENCODED, OFFSET
 
 if TYPE_CHECKING:
     from cowhand.block.format_io.batch_rows import UnitWrites
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from cowhand.block.node.records import CheckResult, Say, SnapshotInfo
     from cowhand.block.opening.opening import Opening
     from cowhand.core.extents import ExtentBatch
+
+#: Entries of compressed clusters at the end of the file that are remembered, so as not to look at each place of one again.
+_MOST_AT_END = 1 << 16
 
 
 class Qcow2Node(MetadataNode):
@@ -170,6 +174,11 @@ class Qcow2Node(MetadataNode):
 
         self._codec = codec(self.header.compression_type, level)
 
+    @property
+    def backing_link(self) -> tuple[str, str | None] | None:
+        name = self.header.backing_name
+        return (name, self.header.backing_format) if name else None
+
     def format_specific(self) -> dict[str, Any]:
         from cowhand.block.formats.qcow2.info import describe
 
@@ -237,8 +246,21 @@ class Qcow2Node(MetadataNode):
         if self.encryption is not None:
             from cowhand.block.formats.qcow2.cluster.encryption import without_places
 
-            return without_places(self.mapping.batch(offset, length))
+            return without_places(self, self.mapping.batch(offset, length))
         return self.mapping.batch(offset, length)
+
+    def units_at_end(self, offset: int, length: int) -> Iterable[int]:
+        end, size, limit = offset + length, self.cluster_size, self.file.node.size
+        seen: set[int] = set()
+        while offset < end:
+            count, flags, _, entry = self.mapping.run(offset, end - offset)
+            if flags & COMPRESSED and entry not in seen:
+                host, nbytes = L.compressed_location(entry, self.header.cluster_bits)
+                if host + nbytes > limit:
+                    if len(seen) < _MOST_AT_END:
+                        seen.add(entry)
+                    yield offset
+            offset += count if not flags & COMPRESSED else size - offset % size
 
     def host_file(self, run: Any) -> tuple[int, int] | None:
         lane = self.data_child.lane
@@ -253,14 +275,24 @@ class Qcow2Node(MetadataNode):
                 return
             raise self.mapping.read_damaged(offset)
         host, nbytes = L.compressed_location(run[3], self.header.cluster_bits)
+        if not self.cut_reads_as_zeroes:
+            # Its last sector may end behind the file's end; what lies there is not filled up, since it might be taken for a part of the stream.
+            nbytes = min(nbytes, self.file.node.size - host)
+            if nbytes <= 0:
+                from cowhand.block.formats.qcow2.cluster.mapping import lost_data
+
+                raise lost_data(self.file, host, offset)
         payload = bytearray(nbytes)
         self.fire("read_compressed")
         self.file.read_into(host, payload)
-        if len(view) == self.cluster_size:
-            self.codec.decompress_into(payload, view)
+        whole = view if len(view) == self.cluster_size else memoryview(bytearray(self.cluster_size))
+        try:
+            self.codec.decompress_into(payload, whole)
+        except ImageCorrupt as error:
+            error.path, error.offset = self.file.node.filename, host
+            raise
+        if whole is view:
             return
-        whole = memoryview(bytearray(self.cluster_size))
-        self.codec.decompress_into(payload, whole)
         begin = offset % self.cluster_size
         view[:] = whole[begin : begin + len(view)]
 

@@ -45,11 +45,12 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
         from cowhand.block.formats.qcow2.cluster.data_file import attach
 
         attach(node, opening, given)
+        node.mapping.restart_at_end()
     if node.header.crypt_method or encrypt is not None:
         from cowhand.block.formats.qcow2.cluster import encryption
 
         node.be_encrypted(encryption.configure(node, encrypt, unlocked=opening.unlocks))
-    node.open_backing(opening, backing, node.header.backing_name, node.header.backing_format)
+    node.open_backing(opening, backing)
 
 
 def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) -> None:
@@ -59,6 +60,7 @@ def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) ->
     what the disk has behind its last whole sector. Nothing else uses the node yet.
     Raises InvalidFormat, UnsupportedFeature, ImageCorrupt, IOFailed.
     """
+    node.cut_reads_as_zeroes = as_qemu or for_repair
     header = node.header = _read_header(node.file, node.filename, for_repair=for_repair)
     if as_qemu and header.find(L.EXT_BITMAPS) is None:  # which are of the disk's true size
         header.size -= header.size % _SECTOR

@@ -55,6 +55,7 @@ class SnapshotView(Qcow2Node):
         view.limits = origin.limits
         view.capabilities = Capabilities()
         view.event_sink = origin.event_sink
+        view.cut_reads_as_zeroes = origin.cut_reads_as_zeroes
         view._preallocated = origin.metadata_preallocated
         try:
             view.file = graph.attach(view, "file", origin.file.node, Role.PRIMARY)

@@ -80,6 +80,7 @@ class DescriptorNode(BlockNode):
     def _read_rest(self, offset: int, view: memoryview, done: int) -> None:
         """Go on behind *done* bytes: after a short read, at the end of the file, or with unaligned memory under direct I/O."""
         length = len(view)
+        end = -1  #: the file's length, as it was when a read had found no bytes
         while done < length:
             try:
                 if self.direct:
@@ -90,12 +91,15 @@ class DescriptorNode(BlockNode):
                 raise self._failed(error, "reading", offset + done) from error
             done += count
             if count == 0:
-                if offset + done < self.size:
+                # Asked for after the read: another thread may have made the file longer since, and then its bytes are read after all.
+                before, end = end, self.size
+                if offset + done >= end:
+                    fill_zero(view[done:])
+                    return
+                if end == before:
                     raise IOFailed(
                         "reading failed: no bytes where there should be some", path=self.path, offset=offset + done
                     )
-                fill_zero(view[done:])
-                return
 
     def _read_bounced(self, offset: int, view: memoryview) -> int:
         """Read at any offset into any memory by way of aligned memory; return how many bytes, 0 at the end of the file."""

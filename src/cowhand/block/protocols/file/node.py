@@ -13,6 +13,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cowhand.block.locking import device_use
 from cowhand.block.node.node import ALL_PERMISSIONS, Capabilities, Limits, Reopening, Run, Zeroing
 from cowhand.block.node.options import NodeOptions, option
 from cowhand.block.protocols.file.data import DescriptorNode
@@ -181,6 +182,8 @@ class FileNode(DescriptorNode):
             mode = os.stat(self.path).st_mode
             if not writable or not stat.S_ISDIR(mode):  # the system says best that a folder cannot be written
                 self._check_kind(mode)  # before opening: a device may act on that alone
+            if writable:
+                device_use.check(self.path)
             if self.direct and not _DIRECT:
                 raise NotSupported("this system has no direct I/O (cache.direct=on)", path=self.path)
             fd = os.open(self.path, flags | (_DIRECT if self.direct else 0))
@@ -316,6 +319,20 @@ class FileNode(DescriptorNode):
         if size < self.size and not shrink:
             raise InvalidArgument("the file would be cut shorter, which was not allowed", path=self.path)
         set_size(self.fd, size, preallocation, self.path, flush=lambda _: self.flush())
+
+    def extend(self, size: int, limit: int) -> None:
+        if self.failure is not None:
+            self.refuse_poisoned()
+        have = self.size
+        if have >= size:
+            return
+        try:
+            # Cuts nothing off that another thread has written since, as ftruncate(2) to this length might.
+            syscalls.allocate(self.fd, have, size - have)
+        except (
+            OSError
+        ):  # the file system cannot, or has no space: a hole does as well, behind all that is being written
+            self.resize(max(size, limit))
 
     def close(self) -> None:
         fd, self.fd, self.lane_fd = self.fd, -1, -1

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.node.options import CACHE_MODES
 from cowhand.block.opening.filenames import FileName
-from cowhand.cli.compat.images import describe, open_disk, refuse_unsharing, says_read_only
+from cowhand.cli.compat.images import describe, open_disk, open_temporary, refuse_unsharing, says_read_only
 from cowhand.cli.compat.img.records import whole_sectors
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from cowhand.block.disk import Disk
 
 _DISCARD = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
@@ -134,20 +130,7 @@ def _open(what: str | Mapping[str, Any], how: How) -> Disk:
                 options=options,
             )
         )
-    with open_disk(what, format=how.format, options=options) as base:
-        size, driver = base.size, base.format
-    from cowhand.image.create import create
-
-    below: dict[str, Any] = dict(what) if isinstance(what, Mapping) else {"filename": FileName(what)}
-    below.setdefault("driver", driver)
-    with _temporary_name() as overlay:
-        create(overlay, "qcow2", size)
-        # The overlay's name is taken away at once; the file goes when it is closed.
-        return open_disk(
-            {"driver": "qcow2", "file": {"driver": "file", "filename": overlay}, "backing": below},
-            writable=how.writable,
-            cache=how.cache,
-        )
+    return open_temporary(what, format=how.format, writable=how.writable, cache=how.cache, options=options)
 
 
 def _writable(what: str | Mapping[str, Any], how: How) -> bool:
@@ -170,17 +153,3 @@ def _checked(disk: Disk) -> Disk:
             "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment"
         )
     return disk
-
-
-@contextmanager
-def _temporary_name() -> Iterator[str]:
-    import tempfile
-
-    folder = tempfile.mkdtemp(prefix="cowhand-io-", dir=os.environ.get("TMPDIR", "/var/tmp"))
-    name = os.path.join(folder, "overlay.qcow2")
-    try:
-        yield name
-    finally:
-        if os.path.lexists(name):
-            os.unlink(name)
-        os.rmdir(folder)

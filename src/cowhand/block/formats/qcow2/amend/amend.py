@@ -77,8 +77,11 @@ def amend(
             from cowhand.block.formats.qcow2.snapshot.operations import complete_table
 
             complete_table(node)
-            with node.rewriting_header():
-                _upgrade(header)
+            try:
+                with node.rewriting_header():
+                    _upgrade(header)
+            finally:
+                node.mapping.learn_version()
         if key_slots.amends(options):
             key_slots.amend(node, options, force=force)
         bits = options.get("refcount_bits")
@@ -193,6 +196,7 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], None] | None) -> 
             _become_version_2(header)
     finally:
         node.forget_codec()
+        node.mapping.learn_version()
 
 
 def _become_version_2(header: Header) -> None:

@@ -256,6 +256,12 @@ def broken_reason(node: Qcow2Node) -> CowhandError | None:
 def check_constraints(node: Qcow2Node, name: str, granularity: int, size: int) -> None:
     """Raise InvalidArgument when the image cannot keep such a bitmap of a disk of *size* bytes."""
     bits = granularity.bit_length() - 1
+    if not size:
+        raise InvalidArgument(
+            "A disk of 0 bytes has no bitmaps: what is stored of them would be an image that cannot be opened",
+            qemu="Bitmaps of an empty disk cannot be stored",
+            hint="Make the disk larger first, or remove its bitmaps.",
+        )
     if bits > GRANULARITY_BITS[-1]:
         raise InvalidArgument(f"Granularity exceeds maximum ({1 << GRANULARITY_BITS[-1]} bytes)")
     if serialized_bytes(size, bits) > MAX_BITMAP_BYTES:

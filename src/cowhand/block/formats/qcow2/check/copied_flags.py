@@ -27,7 +27,7 @@ def check_flags(exam: Examination) -> None:
     )
     if exam.wrote_counts:
         node.flush_file()  # a bit may say "alone" only when the count does
-    judged: dict[int, list[Finding]] = {}
+    judged: dict[int, tuple[list[Finding], int]] = {}
     status = REPAIRED if mend else ERROR
     mending = _L1Mending(exam)
     words = words_of(memoryview(node.mapping.l1.data)[: node.header.l1_size * L.ENTRY_SIZE])
@@ -39,7 +39,8 @@ def check_flags(exam: Examination) -> None:
         if count is None:
             continue
         wrong = (count == 1) != bool(entry & L.COPIED)
-        found = judged.get(host)
+        known = judged.get(host)
+        found, untold = known if known is not None else (None, 0)
         for index in range(first, first + times):
             told = exam.room >= 0
             # Those of which there is nothing to tell, or nobody to hear it, are all alike.
@@ -55,9 +56,9 @@ def check_flags(exam: Examination) -> None:
                     counters.corruptions += alike
             if found is None:
                 mending.write()  # in the order in which they were found
-                found = judged[host] = _judge_flags(exam, host, mend)
+                found, untold = judged[host] = _judge_flags(exam, host, mend)
             if not mend:  # else it was mended when it was met first
-                counters.corruptions += len(found) * alike
+                counters.corruptions += (len(found) + untold) * alike
                 for finding in found if told else ():
                     exam.say(finding)
             if alike > 1:
@@ -128,21 +129,31 @@ class _L1Mending:
         self._exam.counters.corruptions_fixed += count
 
 
-def _judge_flags(exam: Examination, host: int, mend: bool) -> list[Finding]:
-    """Return a finding for each wrong COPIED bit in the table at *host*; with *mend* they are told, counted and put right."""
+def _judge_flags(exam: Examination, host: int, mend: bool) -> tuple[list[Finding], int]:
+    """Return a finding for each wrong COPIED bit in the table at *host*, and how many more there are when nobody is told of them.
+
+    With *mend* they are told, counted and put right.
+    """
     walk = exam.walk
     if host >= walk.length:
-        return []
+        return [], 0
     seen = walk.seen.get(host)
     if seen is not None and seen.scan.runs is not None and not exam.unreadable:
         if all(walk.tally.is_all(first, count, 1) for first, count in seen.scan.runs):
-            return []
+            return [], 0
     if seen is not None and seen.scan.scattered is not None and not exam.unreadable:
         if set(walk.tally.each(seen.scan.scattered)) == {1}:
-            return []
+            return [], 0
     data = walk.read(host, walk.size, F.L2_UNREADABLE_AGAIN)
     if not exam.unreadable and walk.scanner.flags_sound(data):
-        return []
+        return [], 0
+    if exam.room < 0:
+        from cowhand.block.formats.qcow2.check import odd_tables
+
+        wrong = odd_tables.wrong_flags(exam, data)
+        if mend and wrong:
+            _put_right(exam, host, data, [(at, entry ^ L.COPIED) for at, entry in wrong])
+        return [], len(wrong)
     stride = 2 if walk.extended else 1
     words = words_of(data)
     found = []
@@ -167,12 +178,17 @@ def _judge_flags(exam: Examination, host: int, mend: bool) -> list[Finding]:
         )
         changed.append((index * 8, entry ^ L.COPIED))
     if mend and changed:
-        from cowhand.block.formats.qcow2.check.repair import flag_l2
-
         for finding in found:
             exam.say(finding)
-        exam.counters.corruptions += len(found)
-        flag_l2(exam, host, data, changed)
-        exam.counters.corruptions -= len(found)
-        exam.counters.corruptions_fixed += len(found)
-    return found
+        _put_right(exam, host, data, changed)
+    return found, 0
+
+
+def _put_right(exam: Examination, host: int, data: bytes, changed: list[tuple[int, int]]) -> None:
+    """Write the entries *changed* of the table *data* at *host*, (byte in the table, entry) each, and count them."""
+    from cowhand.block.formats.qcow2.check.repair import flag_l2
+
+    exam.counters.corruptions += len(changed)
+    flag_l2(exam, host, data, changed)
+    exam.counters.corruptions -= len(changed)
+    exam.counters.corruptions_fixed += len(changed)

@@ -61,10 +61,11 @@ class Stopped(Exception):
 
 
 class _Seen(NamedTuple):
-    """What a look at an L2 table gave. Each of ``found`` is a corruption, once for every entry that names the table."""
+    """What a look at an L2 table gave. Each of ``found``, and each of the ``untold``, is a corruption, once for every entry that names the table."""
 
     scan: Scan
     found: tuple[Finding, ...] = ()
+    untold: int = 0
 
 
 class _Place:
@@ -176,7 +177,14 @@ class Walk:
         )
         self.behind_many = len(self.behind) > _MANY_BEHIND
 
-    def _count(self, offset: int, length: int, times: int = 1) -> None:
+    def note_all_behind(self, offsets: Any, length: int) -> None:
+        """Do the same for many *offsets*, a numpy array, of *length* bytes each."""
+        near = [] if self.behind_many else offsets[offsets <= 2 * self.length + _NEAR][: _MANY_BEHIND + 1].tolist()
+        for offset in near:
+            self._note_behind(offset, length)
+
+    def count(self, offset: int, length: int, times: int = 1) -> None:
+        """Count *times* references to what ``[offset, offset + length)`` touches."""
         first, last = offset >> self.bits, (offset + length - 1) >> self.bits
         # A region may reach a little behind the end.
         self.clusters = max(self.clusters, last + 1)
@@ -188,7 +196,7 @@ class Walk:
             return
         bad = self._beyond(offset, length, owner)
         if bad is None:
-            self._count(offset, length, times)
+            self.count(offset, length, times)
             return
         self._wrong(times, bad)
 
@@ -306,6 +314,7 @@ class Walk:
                 self.fragmented += seen.scan.fragmented * times
                 self.compressed += seen.scan.compressed * times
             self._wrong(times, *seen.found)
+            self.counters.corruptions += times * seen.untold
 
     def _inside(self, words: array[int]) -> array[int]:
         """Return a large L1 table without the entries that name what lies behind the end."""
@@ -321,25 +330,24 @@ class Walk:
     def _without_lost(self, words: array[int], tables: int) -> array[int]:
         """Count those entries of a large L1 table that name what lies behind the end, but for so many as somebody hears of; return the others.
 
-        There can be four million, each of another place, and that is all that is wrong with them.
+        There can be four million, each of another place.
         """
         import numpy
 
+        u8 = numpy.uint64
         rest = array("Q", words)
         column = numpy.frombuffer(rest, "u8")
         room = max(0, self.room)
         for first in range(0, len(column), LARGE_L1):
             piece = column[first : first + LARGE_L1]
-            host = piece & numpy.uint64(L.L1_OFFSET_MASK)
-            odd = piece & numpy.uint64(L.L1_RESERVED_MASK) | host & numpy.uint64(self.size - 1)
-            lost = numpy.flatnonzero((host >= self.length) & (odd == 0) & (host != 0))
+            host = piece & u8(L.L1_OFFSET_MASK)
+            lost = numpy.flatnonzero((host >= self.length) & (host != 0))
             room, lost = max(0, room - len(lost)), lost[room:]
-            self.counters.corruptions += len(lost) * tables
             places = host[lost]
-            if not self.behind_many:
-                near = places[places <= 2 * self.length + _NEAR][: _MANY_BEHIND + 1]
-                self.behind.update((near >> numpy.uint64(self.bits)).tolist())
-                self.behind_many = len(self.behind) > _MANY_BEHIND
+            reserved = numpy.count_nonzero(piece[lost] & u8(L.L1_RESERVED_MASK))
+            unaligned = numpy.count_nonzero(places & u8(self.size - 1))
+            self.counters.corruptions += (len(lost) + int(reserved) + int(unaligned)) * tables
+            self.note_all_behind(places, self.size)
             piece[lost] = 0
         return rest
 
@@ -353,7 +361,15 @@ class Walk:
         times = self._uses.get(host, 1)
         data = self.read_table(host)
         scan = self.scanner.scan(data, times)
-        return _Seen(scan) if scan is not None else self._look_closely(host, data, times, active)
+        if scan is not None:
+            return _Seen(scan)
+        # Once no finding is told any more, none is made, unless a repair has to look at the entries.
+        if self.room <= 0 and self._zero_entry is None:
+            from cowhand.block.formats.qcow2.check import odd_tables
+
+            scan, untold = odd_tables.count(self, data, times)
+            return _Seen(scan, (), untold)
+        return self._look_closely(host, data, times, active)
 
     def _look_closely(self, host: int, data: bytes, times: int, active: bool) -> _Seen:
         """Go through a table in which something is wrong, entry by entry."""
@@ -402,8 +418,10 @@ class Walk:
             if beyond is not None:
                 found.append(beyond)
             else:
-                self._count(offset, self.size, times)
-        return _Seen(Scan(allocated + compressed, fragmented + compressed, compressed), tuple(found))
+                self.count(offset, self.size, times)
+        # A table may be named again, but by then nobody hears of more than there is room for.
+        told = tuple(found[: max(0, self.room)])
+        return _Seen(Scan(allocated + compressed, fragmented + compressed, compressed), told, len(found) - len(told))
 
     def _compressed(self, place: _Place, entry: int, bitmap: int, times: int, found: list[Finding]) -> bool:
         """Count a compressed cluster, and tell what is wrong with it; return whether it counts as allocated."""
@@ -421,7 +439,7 @@ class Walk:
         if beyond is not None:
             found.append(beyond)
         else:
-            self._count(location, nbytes, times)
+            self.count(location, nbytes, times)
         return True
 
     def _unaligned(self, place: _Place, offset: int, has_data: bool, active: bool, found: list[Finding]) -> bool:

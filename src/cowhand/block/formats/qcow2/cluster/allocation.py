@@ -226,6 +226,8 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
     entry = L.U64.unpack_from(data, first * 8)[0]
     action = _action(entry)
     begin = (offset >> bits) << bits
+    if node.header.version < 3:
+        _refuse_zero_flags(node, table, first, count)
     if count == 1 and not entry:
         return _reserve_new(node, table, first, 1, begin, blank=node.backing is None)
     if action == 2:
@@ -249,12 +251,21 @@ def _reserve_data(node: Qcow2Node, offset: int, length: int) -> Reservation | No
         run, action = mixed, 1
     node.check_overlap(host, run * size)
     if action == 0:
+        mapping.require(entry, table, first * 8, begin)
         return None
     entries = array("Q", range(host | L.COPIED, (host | L.COPIED) + run * size, size))
     entries.byteswap()
     # What lies there is older than the zeroes that are seen now: it must not show again.
     change = EntryChange(table, first, entries.tobytes(), barrier=True)
     return Reservation(begin, run << bits, Kind.DATA, node.data_child, host, state=change)
+
+
+def _refuse_zero_flags(node: Qcow2Node, table: Table, first: int, count: int) -> None:
+    """Raise ImageCorrupt where an entry of a version 2 image has the bit that means zeroes in version 3 only."""
+    for at in range(first * 8, (first + count) * 8, 8):
+        entry = L.U64.unpack_from(table.data, at)[0]
+        if entry & L.ENTRY_ZERO and not entry & L.ENTRY_COMPRESSED:
+            raise node.mapping.bad_entry(entry, table, at)
 
 
 def _mixed_run(data: bytes | bytearray, first: int, count: int, size: int) -> int:

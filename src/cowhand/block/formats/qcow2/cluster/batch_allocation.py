@@ -72,6 +72,10 @@ class Places:
                 node.mapping.cache.dirty[id(table)] = table
         # The entries make bytes visible, which have to be stable first.
         node.write_back.barrier = True
+        if self.runs and not node.external:
+            furthest = max(writes.hosts)
+            end = furthest + writes.lengths[writes.hosts.index(furthest)]
+            node.blank_end = max(node.blank_end, -(-end // writes.part) * writes.part)
         if self.runs and SINGLY in writes.hosts:
             for cluster, row in zip(self._taken(), self.new, strict=True):
                 table, at = self.tables[row]

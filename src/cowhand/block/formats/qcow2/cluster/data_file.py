@@ -122,9 +122,21 @@ class ExternalMapping(Mapping):
             if at >= size or _unpack(data, at)[0] != entry:
                 break
             have += size
+        have = min(have, length)
+        if offset + have > self.end and flags != ZERO_HOST and not node.data_missing:
+            there = self.present(offset, have)
+            if not there:
+                return have, DAMAGED, node.file, at
+            have = there
         if node.data_missing and flags != ZERO_HOST:
             flags = DAMAGED
         return min(have, length), flags, node.data_child, offset
+
+    def lost(self, entry: int, table: Table, at: int, guest: int) -> CowhandError | None:
+        host = entry & L.L2_OFFSET_MASK
+        if self.node.data_missing or host not in (guest & -self.cluster_size, self._nowhere):
+            return None
+        return super().lost(entry, table, at, guest)
 
     def bad_entry(self, entry: int, table: Table, at: int) -> CowhandError:
         node, index = self.node, at // 8
@@ -154,7 +166,7 @@ class ExternalMapping(Mapping):
         if entries:
             offset = super()._rows(out, entries, table, first, offset, stop, recurse, numpy)
         for row in range(before, len(out)):
-            if out.flags[row] & OFFSET and out.host[row] != out.start[row]:
+            if out.flags[row] & OFFSET and out.host[row] not in (out.start[row], self._nowhere + out.start[row] % size):
                 at = (out.start[row] >> self.cluster_bits & (self.entries - 1)) << 3
                 raise self.bad_entry(_unpack(table.data, at)[0], table, at)
         return offset
@@ -192,6 +204,7 @@ def reserve_data(node: Qcow2Node, table: Table, first: int, count: int, begin: i
             break
         run += 1
     if not run:
+        node.mapping.require(L.U64.unpack_from(data, first * 8)[0], table, first * 8, begin)
         return None
     entries = array("Q", range(begin | L.COPIED, (begin | L.COPIED) + run * size, size))
     entries.byteswap()

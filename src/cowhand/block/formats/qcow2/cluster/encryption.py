@@ -9,6 +9,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from cowhand.block.formats.qcow2.cluster.mapping import DAMAGED, lost_data
 from cowhand.block.formats.qcow2.ondisk import layout as L
 from cowhand.core.errors import InvalidArgument, InvalidFormat
 from cowhand.core.extents import DATA, ENCODED, NO_HOST, OFFSET, RECURSE, ZERO, ExtentBatch
@@ -165,10 +166,19 @@ class Encryption:
         begin = offset % _SECTOR
         padded = -(-(begin + len(view)) // _SECTOR) * _SECTOR
         whole = view if padded == len(view) else memoryview(bytearray(padded))
+        if host - begin + padded > self._node.mapping.end - self._node.cluster_size:
+            self._require(child, host - begin, padded, offset - begin)
         child.read_into(host - begin, whole)
         cipher.decrypt_into((host if self.luks is not None else offset) // _SECTOR, whole)
         if whole is not view:
             view[:] = whole[begin : begin + len(view)]
+
+    def _require(self, child: Child, host: int, length: int, guest: int) -> None:
+        """Raise ImageCorrupt where the file ends before the ciphertext of whole sectors does: zeroes are nobody's ciphertext."""
+        end = child.node.size
+        if host + length > end and not self._node.cut_reads_as_zeroes:
+            inside = max(0, end - host) // _SECTOR * _SECTOR
+            raise lost_data(child, host + inside, guest + inside)
 
     def encode(self, host: int, offset: int, data: memoryview) -> Buffer:
         """Return the ciphertext of *data*, whole sectors of the guest's *offset*, which is to lie at *host*."""
@@ -190,12 +200,18 @@ class Encryption:
         return {"format": self.format, **describe(self.luks)}
 
 
-def without_places(batch: ExtentBatch) -> ExtentBatch:
-    """Return *batch* without the places of data: what lies there is not what the guest reads."""
+def without_places(node: Qcow2Node, batch: ExtentBatch) -> ExtentBatch:
+    """Return *batch*, of *node*, without the places of data: what lies there is not what the guest reads."""
     out = ExtentBatch()
+    # Clusters may be cut off at the end of the file, sectors may not: what they would decrypt to is nobody's data.
+    end = 1 << 63 if node.cut_reads_as_zeroes else node.data_child.node.size // _SECTOR * _SECTOR
     for row in batch:
-        if row.flags & _PLACED == _PLACED:
-            out.add(row.start, row.length, row.flags & ~(OFFSET | RECURSE), NO_HOST, None)
+        if row.flags & (_PLACED | ZERO) == _PLACED:
+            inside = min(row.length, max(0, end - row.host))
+            if inside:
+                out.add(row.start, inside, row.flags & ~(OFFSET | RECURSE), NO_HOST, None)
+            if inside < row.length:
+                out.add(row.start + inside, row.length - inside, DAMAGED, node=node)
         else:
             out.add(row.start, row.length, row.flags, row.host, row.node)
     return out

@@ -40,6 +40,7 @@ def reserve_data(node: Qcow2Node, table: Table, first: int, count: int, offset: 
             node.check_overlap(entry & L.L2_OFFSET_MASK, size)
         high = -(-(min(end, begin + size) - begin) >> sub)
         if bitmap >> low & 1:
+            mapping.require(begin if node.external else entry, table, first * 16, begin)
             return None
         # Up to the next subcluster that can be written in place.
         taken = bitmap & bits(low, high)

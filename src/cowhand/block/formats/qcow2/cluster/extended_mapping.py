@@ -72,7 +72,7 @@ class ExtendedMapping(Mapping):
             return not bitmap & ALL_DATA
         if (bitmap >> 32) & bitmap or entry & self._bad:
             return False
-        return not self.node.external or host == guest
+        return not self.node.external or host in (guest, self._nowhere)
 
     def placed(self, entry: int) -> bool:
         """Tell whether an entry that can be followed names a place for the cluster as it is."""
@@ -94,6 +94,7 @@ class ExtendedMapping(Mapping):
         within_mask, size, unfit = self._within, self.cluster_size, L.ENTRY_COMPRESSED | self._bad
         hosts: list[int] = []
         end, empty = -1, -2 if writing else -1
+        file_end = self.end
         for each, offset, what in batch:
             if each != kind:
                 return None
@@ -109,7 +110,7 @@ class ExtendedMapping(Mapping):
                     place
                     and not entry & unfit
                     and not bitmap >> 32 & bitmap
-                    and not (writing and (not entry >> 63 or place >> bits_ in metadata))
+                    and not (writing and (not entry >> 63 or place >= file_end or place >> bits_ in metadata))
                 ):
                     wanted = (2 << (within + length - 1 >> sub)) - (1 << (within >> sub))
                     if bitmap & wanted == wanted:
@@ -139,6 +140,8 @@ class ExtendedMapping(Mapping):
             wanted = (2 << (within + length - 1 >> self.sub_bits)) - (1 << (within >> self.sub_bits))
             if host >= size:
                 if bitmap & wanted == wanted:
+                    if host >= self.end and not self.present(host, 1):
+                        return length, DAMAGED, node.file, at
                     if host >> self.cluster_bits in node.metadata_clusters:
                         return length, NORMAL, node.data_child, host
                     return length, NORMAL | IN_PLACE, node.data_child, host
@@ -180,6 +183,11 @@ class ExtendedMapping(Mapping):
             )
         flags = NORMAL
         host = (entry & L.L2_OFFSET_MASK) + within
+        if host + length > self.end and not node.data_missing:
+            there = self.present(host, length)
+            if not there:
+                return length, DAMAGED, node.file, at
+            length = there
         if node.data_missing:
             flags = DAMAGED
         elif entry >> 63 and (node.external or self._apart(host, length)):
@@ -194,7 +202,15 @@ class ExtendedMapping(Mapping):
         table = self.find(offset >> self.table_shift)
         at = (offset >> self.cluster_bits & (self.entries - 1)) << 4
         assert table is not None
-        return self.bad_entry(_unpack(table.data, at)[0], table, at)
+        entry, bitmap = _unpack(table.data, at)
+        if not self.node.data_missing and self.sound(entry, bitmap, offset & -self.cluster_size):
+            lost = self.lost(entry, table, at, offset)
+            if lost is not None:
+                return lost
+        return self.bad_entry(entry, table, at)
+
+    def _lost_entry(self) -> bytes:
+        return PAIR.pack(self._nowhere, ALL_DATA)
 
     def bad_entry(self, entry: int, table: Table, at: int, *, writing: bool = False) -> CowhandError:
         node, index = self.node, at // 16

@@ -18,7 +18,7 @@ from cowhand.block.format_io.table_cache import Table, TableCache
 from cowhand.block.formats.qcow2.ondisk import layout as L
 from cowhand.block.formats.qcow2.ondisk.l2_entries import PACKED, PLACED, ZEROES, Meanings
 from cowhand.block.node.node import READ, WRITE_REQUEST
-from cowhand.core.errors import CowhandError
+from cowhand.core.errors import CowhandError, ImageCorrupt
 from cowhand.core.extents import (
     ALLOCATED,
     COMPRESSED,
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.ondisk.l2_ordered import OrderedTables
     from cowhand.block.node.node import Child, Request
 
+#: For ``Mapping.end`` and ``Mapping.l1_lost``: nothing is missing.
+_NO_END = 1 << 63
+
 #: Bytes of L2 tables kept in memory, as QEMU's default: at 64 KiB clusters this covers 256 GiB.
 CACHE_LIMIT = 32 << 20
 
@@ -46,6 +49,7 @@ _TABLES_IN_BATCH = 4096
 #: L1 entries that are compared at once.
 _L1_STRETCH = 1 << 13
 
+_PLACED = DATA | OFFSET
 NORMAL = DATA | ALLOCATED | OFFSET
 COMPRESSED_CLUSTER = DATA | ALLOCATED | COMPRESSED
 #: An entry that cannot be followed: who reads it is told so by ``decode``, and who writes by ``reserve``, in other words.
@@ -64,7 +68,12 @@ _MANY_ROWS = 1 << 16
 
 
 class Mapping:
-    """The active L1 table and a cache of L2 tables."""
+    """The active L1 table and a cache of L2 tables.
+
+    What a table names and the file does not have is damage, except that the file may end inside its last cluster of data: the rest of that one reads
+    as zeroes. An entry that the file does not have counts as one that names the last of all possible clusters. ``end`` is the host offset of data up
+    to which clusters are known to be there, always a multiple of a cluster; ``l1_lost`` the first L1 entry that the file does not have.
+    """
 
     def __init__(self, node: Qcow2Node, l1: bytearray) -> None:
         self.node = node
@@ -80,7 +89,38 @@ class Mapping:
         self._looped = 0
         self._comparing = threading.Lock()
         self._within = self.cluster_size - 1
-        self._bad = (self.cluster_size - 1) & L.L2_OFFSET_MASK  #: bits of a host offset that must be clear
+        self._bad = 0  #: bits of an entry that must be clear
+        self.learn_version()
+        self._nowhere = L.L2_OFFSET_MASK & -self.cluster_size  #: where entries lead that the file does not have
+        self.l1_lost = self.end = _NO_END
+        if not node.cut_reads_as_zeroes:
+            size = node.file.node.size
+            self.end = 0
+            self.learn_end()
+            if self.l1.host + len(l1) > size:
+                self.l1_lost = max(0, size - self.l1.host) // L.ENTRY_SIZE
+
+    def learn_version(self) -> None:
+        """Learn which bits of an entry must be clear: in version 2 there is no flag for zeroes."""
+        self._bad = self._within & L.L2_OFFSET_MASK | (L.ENTRY_ZERO if self.node.header.version < 3 else 0)
+
+    # -- the end of the file
+
+    def learn_end(self) -> None:
+        """Ask how long the file of the data is now: what another thread or process wrote behind its former end is there."""
+        size = self.node.data_child.node.size
+        self.end = max(self.end, -(-size // self.cluster_size) * self.cluster_size)
+
+    def restart_at_end(self) -> None:
+        """Learn the end of the data anew: it lies in another file than it seemed."""
+        if self.end != _NO_END:
+            self.end = 0
+            self.learn_end()
+
+    def present(self, host: int, length: int) -> int:
+        """Return how many of the *length* bytes of data at *host*, which reach behind ``end``, are there after all."""
+        self.learn_end()
+        return min(length, max(0, self.end - host))
 
     # -- L1
 
@@ -88,6 +128,8 @@ class Mapping:
         """Return L1 entry *index*, 0 beyond the table's end."""
         at = index * 8
         entry: int = _unpack(self.l1.data, at)[0] if at + 8 <= len(self.l1.data) else 0
+        if index >= self.l1_lost and at < len(self.l1.data):
+            return self._nowhere
         return entry
 
     def l1_entries(self) -> Iterator[int]:
@@ -122,11 +164,24 @@ class Mapping:
             return None
         self.node.fire("l2_load")
         data = bytearray(self.cluster_size)
-        self.node.file.read_into(offset, data)
+        present = self.node.file.node.size - offset if self.end != _NO_END else self.cluster_size
+        if present > 0:
+            self.node.file.read_into(offset, data)
+        if present < self.cluster_size:
+            self._fill_lost(data, present)
         table = Table(data, offset)
         self.cache.trim()
         self.cache.put(index, table)
         return table
+
+    def _fill_lost(self, data: bytearray, present: int) -> None:
+        """Have those entries of an L2 table lead nowhere of which the file has not got all bytes; *present*: what it has of the table."""
+        width = self.cluster_size // self.entries
+        first = max(0, present) // width * width
+        data[first:] = self._lost_entry() * ((len(data) - first) // width)
+
+    def _lost_entry(self) -> bytes:
+        return L.U64.pack(self._nowhere)
 
     def find(self, index: int) -> Table | None:
         """The same without the lock held: takes it only when the table has to be read."""
@@ -141,11 +196,38 @@ class Mapping:
         table = self.find(offset >> self.table_shift)
         at = (offset >> self.cluster_bits & (self.entries - 1)) << 3
         assert table is not None
-        return self.bad_entry(_unpack(table.data, at)[0], table, at)
+        entry = _unpack(table.data, at)[0]
+        return self.lost(entry, table, at, offset) or self.bad_entry(entry, table, at)
+
+    def lost(self, entry: int, table: Table, at: int, guest: int) -> CowhandError | None:
+        """Return the error for reading *guest* where *entry*, at byte *at* of *table*, leads behind the end of the file; None where it does not."""
+        host, node = entry & L.L2_OFFSET_MASK, self.node
+        if host < self.end or entry & (self._bad | _COMPRESSED):
+            return None
+        if host != self._nowhere:
+            return lost_data(node.data_child, host, guest)
+        what, where = f"the L2 table at {table.host:#x}", table.host + at
+        if table.host == self._nowhere:
+            what, where = (
+                f"the L1 table at {self.l1.host:#x}",
+                self.l1.host + (guest >> self.table_shift) * L.ENTRY_SIZE,
+            )
+        return cut_off(node.file, where, f"the entry of {what} for", guest)
+
+    def require(self, entry: int, table: Table, at: int, guest: int) -> None:
+        """Raise ImageCorrupt where *entry*, of data that is to be written in place, leads behind the end of the file."""
+        if entry & L.L2_OFFSET_MASK >= self.end:
+            self.learn_end()
+            lost = self.lost(entry, table, at, guest)
+            if lost is not None:
+                raise lost
 
     def bad_entry(self, entry: int, table: Table, at: int) -> CowhandError:
-        """Return the error for an L2 entry whose host offset is not that of a cluster."""
+        """Return the error for an L2 entry that cannot be followed: its host offset is not that of a cluster, or its version has no such entries."""
         offset = entry & L.L2_OFFSET_MASK
+        if entry & self._bad & L.ENTRY_ZERO:
+            place = f"(L2 offset: {table.host:#x}, L2 index: {L.c_hex(at // 8)})"
+            return self.node.mark_corrupt(f"Zero cluster entry found in pre-v3 image {place}", offset=table.host + at)
         return self.node.mark_corrupt(
             f"Cluster allocation offset {offset:#x} unaligned (L2 offset: {table.host:#x}, L2 index: {L.c_hex(at // 8)})",
             offset=table.host + at,
@@ -171,6 +253,8 @@ class Mapping:
                 if host:
                     return min(have, length), DAMAGED, node.file, at
                 return self._same(data, at, entry, have, length, 0, NO_HOST)
+            if host >= self.end and not self.present(host, 1):
+                return min(have, length), DAMAGED, node.file, at
             flags = NORMAL
             if entry >> 63 and host >> self.cluster_bits not in node.metadata_clusters:
                 flags = NORMAL | IN_PLACE
@@ -187,6 +271,8 @@ class Mapping:
             if entry & self._bad:
                 return have, DAMAGED, node.file, at
             return have, ZERO_HOST, node.data_child, (entry & _HOST) + within
+        if entry & self._bad:
+            return have, DAMAGED, node.file, at
         return self._same(data, at, entry, have, length, ZERO_PLAIN, NO_HOST)
 
     def places(self, batch: Sequence[Request]) -> tuple[int, list[int]] | None:
@@ -206,6 +292,7 @@ class Mapping:
             self.cluster_size,
         )
         unfit = _COMPRESSED | L.ENTRY_ZERO | self._bad
+        file_end = self.end
         hosts: list[int] = []
         add = hosts.append
         end = -1
@@ -217,7 +304,11 @@ class Mapping:
             if found is not None:
                 entry = unpack(found.data, (offset >> bits & last) << 3)[0]
                 place = entry & _HOST
-                if not entry & unfit and place and not (writing and (not entry >> 63 or place >> bits in metadata)):
+                if (
+                    not entry & unfit
+                    and place
+                    and not (writing and (not entry >> 63 or place >= file_end or place >> bits in metadata))
+                ):
                     within = offset & within_mask
                     length = len(what)
                     if within + length <= size:
@@ -244,7 +335,10 @@ class Mapping:
             if flags & IN_PLACE and (entry & L.L2_OFFSET_MASK) >> self.cluster_bits in metadata:
                 break
             have += size
-        return min(have, length), flags, self.node.data_child, host
+        have = min(have, length)
+        if host + have > self.end:
+            have = self.present(host, have)
+        return have, flags, self.node.data_child, host
 
     def _same(
         self, data: bytearray, at: int, entry: int, have: int, length: int, flags: int, host: int
@@ -281,9 +375,13 @@ class Mapping:
             entry = self.l1_entry(index)
             host = entry & L.L1_OFFSET_MASK
             if index not in self.tables and (not host or (host >= node.file.node.size and not host & self._within)):
-                # There is no table, or it lies beyond the end of the file, where all is zero.
-                stop = self._skip_l1(index, end, entry) if host else self.skip_missing(index, end)
-                out.add(offset, stop - offset, 0)
+                # There is no table, or it lies behind the end of the file.
+                if host == self._nowhere:
+                    stop = min(end, max(index + 1, len(self.l1.data) // 8) << self.table_shift)
+                else:
+                    stop = self._skip_l1(index, end, entry) if host else self.skip_missing(index, end)
+                lost = host and self.end != _NO_END
+                out.add(offset, stop - offset, DAMAGED if lost else 0, node=node if lost else None)
                 offset = stop
                 tables += bool(host)
                 continue
@@ -314,13 +412,56 @@ class Mapping:
             offset = self._rows(out, entries, table, first, offset, stop, recurse, numpy)
             if not numpy:
                 self._looped += len(out) - known
+            if self._reaches_behind(out, max(0, known - 1)):
+                self._split_at_end(out, max(0, known - 1))
+                offset = out.end
         return out
+
+    def _reaches_behind(self, out: ExtentBatch, first: int) -> bool:
+        """Tell whether rows of *out* from *first* on name data behind the end of the file."""
+        # A look at whole columns first, which costs little for each row.
+        places = set(out.host[first:])
+        places.discard(NO_HOST)
+        if self.end == _NO_END or not places or max(places) + max(out.length[first:]) <= self.end:
+            return False
+        columns = zip(out.host[first:], out.length[first:], out.flags[first:], strict=True)
+        furthest = max((host + length for host, length, flags in columns if flags & _PLACED == _PLACED), default=0)
+        if furthest <= self.end:
+            return False
+        self.learn_end()
+        return furthest > self.end
+
+    def _split_at_end(self, out: ExtentBatch, first: int) -> None:
+        """Call what rows of *out* from *first* on name behind the end of the file damaged; what finds no room is left off."""
+        rows = list(
+            zip(
+                out.start[first:],
+                out.length[first:],
+                out.flags[first:],
+                out.host[first:],
+                out.node[first:],
+                strict=True,
+            )
+        )
+        out.cut(first)
+        for start, length, flags, host, number in rows:
+            inside = length if flags & _PLACED != _PLACED else min(length, max(0, self.end - host))
+            if inside and not out.full:
+                out.add(start, inside, flags, host, out.nodes[number])
+            if inside < length and not out.full:
+                out.add(start + inside, length - inside, DAMAGED, node=self.node)
+            if out.full:
+                break
 
     def _one_run(self, table: Table) -> int:
         """Return where the data of a table lies whose every cluster holds data, one behind the other; 0 where that is not plain to see."""
         data, width = table.data, self.cluster_size // self.entries
         first, last = _unpack(data)[0], _unpack(data, len(data) - width)[0]
         place: int = first & _HOST
+        if place + (self.entries << self.cluster_bits) > self.end and self.present(place, 1 << 62) < (
+            self.entries << self.cluster_bits
+        ):
+            return 0
         if not place or last - first != (self.entries - 1) * self.cluster_size or self.node.external:
             return 0
         if first & (_COMPRESSED | L.ENTRY_ZERO | self._bad) or (width > 8 and data[8:width] != _ALL_DATA):
@@ -349,7 +490,8 @@ class Mapping:
     def _alike(self, entries: array[int], l1_entry: int) -> tuple[int, int] | None:
         """Return (*l1_entry*, flags) when the whole table *entries* is unallocated, plain zeroes, or compressed."""
         first = entries[0]
-        if len(entries) != self.entries or (first & L.L2_OFFSET_MASK and not first & L.ENTRY_COMPRESSED):
+        named = first & (L.L2_OFFSET_MASK | self._bad)
+        if len(entries) != self.entries or (named and not first & L.ENTRY_COMPRESSED):
             return None
         if entries.count(first) != len(entries):
             return None
@@ -357,7 +499,7 @@ class Mapping:
 
     def _skip_l1(self, index: int, end: int, entry: int) -> int:
         """Return where the run of L1 entries that equal *entry* ends, or *end*."""
-        limit = min(len(self.l1.data) // 8, -(-end >> self.table_shift))
+        limit = min(len(self.l1.data) // 8, -(-end >> self.table_shift), self.l1_lost)
         pattern = L.U64.pack(entry)
         step = 1
         while index < limit:
@@ -374,6 +516,8 @@ class Mapping:
     def skip_missing(self, index: int, end: int) -> int:
         """Return where the next L2 table begins, or *end*."""
         limit = min(len(self.l1.data) // 8, -(-end >> self.table_shift))
+        if self.l1_lost < limit:
+            limit, end = self.l1_lost, min(end, self.l1_lost << self.table_shift)
         tables = self.l1.data
         index += 1
         while index < limit and not _unpack(tables, index * 8)[0] & L.L1_OFFSET_MASK:
@@ -422,6 +566,8 @@ class Mapping:
                 kinds.append(PLACED | value & ZEROES)
                 hosts.append(value & L.L2_OFFSET_MASK)
             else:
+                if value & self._bad:
+                    raise self.bad_entry(entries[begin], table, (first + begin) * 8)
                 while position < count and entries[position] & mask == value:
                     position += 1
                 kinds.append(value)
@@ -449,6 +595,19 @@ class Mapping:
             PLACED | ZEROES: (ZERO_HOST, place),
             PACKED: (COMPRESSED_CLUSTER, node),
         }
+
+
+def lost_data(child: Child, host: int, guest: int) -> CowhandError:
+    """Return the error for reading *guest*, whose cluster at *host* of *child* the file does not have."""
+    return cut_off(child, host, f"the cluster at {host:#x} that holds", guest)
+
+
+def cut_off(child: Child, place: int, what: str, guest: int) -> CowhandError:
+    """Return the error for reading *guest* where a file ends before *place* in *what* is needed for that. The image is not marked as damaged."""
+    return ImageCorrupt(
+        f"the file was cut off: it ends at {child.node.size:#x}, before {what} the disk's bytes at {guest:#x}", qemu="Input/output error",
+        path=child.node.filename, offset=place, hint="Look at it with check; convert --salvage copies what is left.",
+    )  # fmt: skip
 
 
 def add_rows(

@@ -1,5 +1,6 @@
 """The order in which a qcow2 image's metadata reaches its file.
 
+0. The file becomes as long as its last cluster of guest data.
 1. Reference counts, and L2 tables that no L1 entry on disk names yet.
 2. A barrier (flush of the file), which makes these and all guest data of new clusters stable.
 3. Other L2 tables, and the L1 table.
@@ -69,6 +70,8 @@ class WriteBack:
         # With the lock held: who finds nothing changed and the lock free may rely on a flush that has ended.
         self.node.changed = False
         try:
+            if self.node.blank_end:
+                self._fill_last_cluster(locked=locked)
             self._write(first, "refblock_update_part")
             if second and (first or barrier):
                 self.node.flush_all()
@@ -91,6 +94,18 @@ class WriteBack:
         else:
             with self.node.lock:
                 self._ended(first, second, freed)
+
+    def _fill_last_cluster(self, *, locked: bool) -> None:
+        """Have the file hold the whole of its last cluster before an entry names it: not everybody reads zeroes behind the end of a file."""
+        node = self.node
+        if not locked:
+            with node.lock:  # so that nobody is given space behind all that is given now
+                self._fill_last_cluster(locked=True)
+            return
+        if not node.external:
+            end, limit = node.blank_end, node.allocator.high_water
+            node.file.node.extend(end, max(end, limit))
+        node.blank_end = 0
 
     def _collect(self, *, held: bool = False) -> tuple[list[Piece], list[Piece], list[Freed], bool]:
         node = self.node

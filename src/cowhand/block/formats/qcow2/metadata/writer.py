@@ -49,6 +49,8 @@ class MetadataNode(FormatNode):
         self.operation = ranked_lock(RANK_OPERATION, "qcow2 operation")
         self.corrupt_reported = False
         self.external = False  #: guest data lies in a data file
+        #: What tables name and the file does not have reads as zeroes, as in QEMU: for the drop-in tools, and for checks, which tell of it.
+        self.cut_reads_as_zeroes = False
         self.data_missing = False  #: which was not opened, since only the header is of interest
 
     # -- metadata I/O

@@ -64,6 +64,8 @@ class Allocator:
         begin, end = first * self.cluster_size, (first + count) * self.cluster_size
         fresh = begin >= self.high_water
         self.high_water = max(self.high_water, end)
+        mapping = self.node.mapping
+        mapping.end = max(mapping.end, end)
         return fresh
 
     def take(self, count: int, what: str | None = None) -> int:
