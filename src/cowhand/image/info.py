@@ -77,7 +77,7 @@ class ImageInfo(NamedTuple):
         details = dict(self.details or {})
         # What cannot be read is null, and not nothing.
         if self.snapshots_problem:
-            out |= {"snapshots": None, "snapshots-problem": self.snapshots_problem}
+            out |= {"snapshots": out["snapshots"] or None, "snapshots-problem": self.snapshots_problem}
         if self.bitmaps_problem:
             details.setdefault("bitmaps", None)
             out["bitmaps-problem"] = self.bitmaps_problem

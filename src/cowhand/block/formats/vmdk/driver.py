@@ -372,6 +372,18 @@ class VmdkNode(FormatNode):
         check(size, options)
 
     @classmethod
+    def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:
+        from cowhand.block.formats.vmdk.create import extent_names
+
+        return extent_names(filename, size, options)
+
+    @classmethod
+    def create_extent(cls, file: BlockNode, number: int, size: int, options: Mapping[str, Any]) -> None:
+        from cowhand.block.formats.vmdk.create import create_extent
+
+        create_extent(file, number, size, options)
+
+    @classmethod
     def create(cls, file: BlockNode, size: int, options: Mapping[str, Any]) -> None:
         """Make the open, writable protocol node *file* a disk of *size* bytes."""
         from cowhand.block.formats.vmdk.create import create
