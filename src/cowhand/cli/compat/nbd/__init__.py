@@ -118,7 +118,7 @@ Connection properties:
                             (default '/var/lock/qemu-nbd-DEVICE')
   -e, --shared=NUM          device can be shared by NUM clients (default '1')
   -t, --persistent          don't exit on the last connection
-  -v, --verbose             tell of clients
+  -v, --verbose             stay in the foreground with --connect
   -x, --export-name=NAME    expose export by name (default is empty string)
   -D, --description=TEXT    export a human-readable description
       --handshake-limit=N   limit a client's handshake to N seconds
