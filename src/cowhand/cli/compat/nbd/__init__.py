@@ -64,7 +64,7 @@ def _run(arguments: Sequence[str]) -> int:
         for key, value in scanner:
             match key:
                 case "h":
-                    print(_usage())
+                    print(usage(program.name()))
                     return 0
                 case "V":
                     print(program.version_lines())
@@ -101,8 +101,8 @@ def _run(arguments: Sequence[str]) -> int:
     return serve(settings)
 
 
-def _usage() -> str:
-    name = program.name()
+def usage(name: str) -> str:
+    """Return the help of the tool, which was started by *name*."""
     return f"""\
 Usage: {name} [OPTIONS] FILE
   or:  {name} -L [OPTIONS]
