@@ -320,6 +320,10 @@ class Qcow2Node(MetadataNode):
 
     def begin_writing(self) -> None:
         self._refuse_far_tables()
+        if not self.cut_reads_as_zeroes:
+            from cowhand.block.formats.qcow2.references import require_whole
+
+            require_whole(self)
         wanted = self.options.lazy_refcounts
         asked = bool(self.header.compatible & L.COMPAT_LAZY_REFCOUNTS) if wanted is None else wanted
         if asked and self.header.version >= 3:
