@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cowhand.cli.main import main
+from cowhand.cli.start import cowhand
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cowhand())

@@ -56,6 +56,18 @@ def _probe_parallels(data: bytes, filename: str) -> int:
     return 100 if data[:16] in (b"WithoutFreeSpace", b"WithouFreSpacExt") and data[16:20] == b"\2\0\0\0" else 0
 
 
+_CLOOP_SCRIPT = b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n"
+
+
+def _probe_cloop(data: bytes, filename: str) -> int:
+    return 2 if data.startswith(_CLOOP_SCRIPT) else 0
+
+
+def _probe_dmg(data: bytes, filename: str) -> int:
+    # What marks it stands at the end of the file.
+    return 2 if len(filename) > 4 and filename.endswith(".dmg") else 0
+
+
 REGISTRY = Registry()
 for _entry in (
     DriverEntry("file", "protocol", "cowhand.block.protocols.file.node", "FileNode", prefixes=("file",)),
@@ -78,7 +90,11 @@ for _entry in (
         "null-aio", "protocol", "cowhand.block.protocols.null", "NullAioNode", prefixes=("null-aio",), creatable=False
     ),
     DriverEntry(
-        "nbd", "protocol", "cowhand.block.protocols.nbd.node", "NbdNode", prefixes=("nbd", "nbd+tcp", "nbd+unix")
+        "nbd",
+        "protocol",
+        "cowhand.block.protocols.nbd.node",
+        "NbdNode",
+        prefixes=("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+unix"),
     ),
     DriverEntry("raw", "format", "cowhand.block.formats.raw", "RawNode"),
     DriverEntry(
@@ -91,12 +107,20 @@ for _entry in (
     ),
     DriverEntry("luks", "format", "cowhand.block.formats.luks", "LuksNode", _probe_luks),
     DriverEntry("bochs", "format", "cowhand.block.formats.bochs", "BochsNode", _probe_bochs, creatable=False),
-    DriverEntry("vmdk", "format", "cowhand.block.formats.vmdk.driver", "VmdkNode", _probe_vmdk),
-    DriverEntry("vpc", "format", "cowhand.block.formats.vpc", "VpcNode", _probe_vpc),
-    DriverEntry("vhdx", "format", "cowhand.block.formats.vhdx.driver", "VhdxNode", _probe_vhdx),
-    DriverEntry("qed", "format", "cowhand.block.formats.qed", "QedNode", _probe_qed),
-    DriverEntry("qcow", "format", "cowhand.block.formats.qcow", "QcowNode", _probe_qcow),
+    DriverEntry(
+        "vmdk", "format", "cowhand.block.formats.vmdk.driver", "VmdkNode", _probe_vmdk, links="cowhand.block.links.vmdk"
+    ),
+    DriverEntry("vpc", "format", "cowhand.block.formats.vpc", "VpcNode", _probe_vpc, links="cowhand.block.links.vpc"),
+    DriverEntry(
+        "vhdx", "format", "cowhand.block.formats.vhdx.driver", "VhdxNode", _probe_vhdx, links="cowhand.block.links.vhdx"
+    ),
+    DriverEntry("qed", "format", "cowhand.block.formats.qed", "QedNode", _probe_qed, links="cowhand.block.links.qed"),
+    DriverEntry(
+        "qcow", "format", "cowhand.block.formats.qcow", "QcowNode", _probe_qcow, links="cowhand.block.links.qcow2"
+    ),
     DriverEntry("parallels", "format", "cowhand.block.formats.parallels", "ParallelsNode", _probe_parallels),
+    DriverEntry("dmg", "format", "cowhand.block.formats.dmg.driver", "DmgNode", _probe_dmg, creatable=False),
+    DriverEntry("cloop", "format", "cowhand.block.formats.cloop", "CloopNode", _probe_cloop, creatable=False),
     DriverEntry("vdi", "format", "cowhand.block.formats.vdi", "VdiNode", _probe_vdi),
     DriverEntry(
         "blkdebug",

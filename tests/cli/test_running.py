@@ -199,7 +199,7 @@ class TestMain:
 
     def test_a_wrong_command_line_is_told_in_json_too(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as left:
-            main.main(["info", "--output", "json", "a", "b"])
+            main.main(["map", "--output", "json", "a", "b"])
         error = json.loads(capsys.readouterr().err)["error"]
         assert (left.value.code, error["code"], error["exit-code"]) == (2, "usage", 2)
         assert error["message"] == "too many arguments: b"

@@ -230,8 +230,10 @@ class TestItsLife:
                 subprocess.run([*OWN, *words], cwd=images, stdout=said, stderr=said, timeout=PATIENCE).returncode == 0
             )
         assert (images / "said").read_text() == ""
-        run("nbdinfo", "--size", f"nbd+unix:///?socket={images / 'f'}")
-        os.kill(int(pid.read_text()), signal.SIGTERM)
+        try:
+            run("nbdinfo", "--size", f"nbd+unix:///?socket={images / 'f'}")
+        finally:
+            os.kill(int(pid.read_text()), signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE
         while (images / "f").exists():
             assert time.monotonic() < deadline
@@ -252,8 +254,13 @@ class TestItsLife:
             [sys.executable, "-c", script, number, "-f", "raw", "r.raw"], cwd=images, pass_fds=[listener.fileno()]
         )
         listener.close()
-        assert '"virtual-size": 1048576' in run("qemu-img", "info", "--output=json", f"nbd://127.0.0.1:{port}").stdout
-        assert process.wait(PATIENCE) == 0
+        try:
+            told = run("qemu-img", "info", "--output=json", f"nbd://127.0.0.1:{port}").stdout
+            assert '"virtual-size": 1048576' in told
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+            process.wait()
 
     def test_a_temporary_overlay_leaves_nothing(self, images: Path) -> None:
         before = (images / "r.raw").read_bytes()

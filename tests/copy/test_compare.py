@@ -60,10 +60,12 @@ def test_a_longer_disk_is_the_same_when_it_goes_on_with_zeroes(image_dir: Path, 
     data = content(rng, MIB)
     short = sparse_file(image_dir / "short", data)
     longer = sparse_file(image_dir / "long", data + bytes(700 * 512))
-    assert judge(short, "raw", longer, "raw") == CompareResult(True, size_mismatch=True)
+    assert judge(short, "raw", longer, "raw") == CompareResult(True, size_mismatch=True, sizes_differ=True)
     assert judge(short, "raw", longer, "raw", strict=True).reason is Difference.SIZE
     other = sparse_file(image_dir / "other", data + bytes(300 * 512) + b"\0" * 9 + b"x" + bytes(502))
-    assert judge(short, "raw", other, "raw") == CompareResult(False, Difference.CONTENT, MIB + 300 * 512, True)
+    assert judge(short, "raw", other, "raw") == CompareResult(
+        False, Difference.CONTENT, MIB + 300 * 512, True, sizes_differ=True
+    )
 
 
 @require_qemu

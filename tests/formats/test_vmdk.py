@@ -10,10 +10,10 @@ import cowhand
 from cowhand.block.disk import Disk
 from cowhand.block.opening.opening import Opening
 from cowhand.block.opening.policy import DEFAULT, UNTRUSTED
-from cowhand.core.errors import InvalidFormat, NotSupported, PolicyRefused
+from cowhand.core.errors import ImageExists, InvalidFormat, NotSupported, PolicyRefused
 from cowhand.drivers import REGISTRY
 from tests.formats.contracts import KIB, MIB, QemuReads, QemuWrites, make, round_trip
-from tests.tools.qemu import qemu_img, qemu_io, require_qemu
+from tests.tools.qemu import qemu_img, qemu_info, qemu_io, require_qemu
 
 pytestmark = [require_qemu, pytest.mark.interop]
 
@@ -58,7 +58,10 @@ class TestWritingFlat(QemuWrites):
     options = "subformat=twoGbMaxExtentFlat"
 
 
-@pytest.mark.parametrize("options", ["", "zeroed_grain=on"])
+SPLIT = ["subformat=monolithicFlat", "subformat=twoGbMaxExtentSparse", "subformat=twoGbMaxExtentFlat"]
+
+
+@pytest.mark.parametrize("options", ["", "zeroed_grain=on", *SPLIT])
 @pytest.mark.parametrize("size", [512, 3 * MIB + 512, 70 * MIB])
 def test_round_trips(tmp_path: Path, size: int, options: str) -> None:
     round_trip(tmp_path, size, "vmdk", options)
@@ -95,6 +98,47 @@ def test_extents_obey_the_policy(tmp_path: Path) -> None:
         image.with_name("hostile.vmdk").write_text(text)
         with pytest.raises(PolicyRefused):
             Opening(REGISTRY, inside).open(str(folder / "hostile.vmdk"), options={"read-only": True})
+
+
+def test_extents_are_made_and_refused_where_something_has_their_names(tmp_path: Path) -> None:
+    image = tmp_path / "big.vmdk"
+    cowhand.create(image, "vmdk", 5 << 30, {"subformat": "twoGbMaxExtentSparse"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "big-s001.vmdk",
+        "big-s002.vmdk",
+        "big-s003.vmdk",
+        "big.vmdk",
+    ]
+    assert qemu_info(image, "vmdk")["virtual-size"] == 5 << 30
+    with cowhand.open(image, writable=True) as disk:
+        disk.write((2 << 30) - 3, b"across")
+    qemu_io(image, "read -P 0x61 2147483645 1", "read -P 0x73 2147483650 1", format="vmdk")
+    image.unlink()
+    before = (tmp_path / "big-s002.vmdk").read_bytes()
+    with pytest.raises(ImageExists, match="big-s001"):
+        cowhand.create(image, "vmdk", 5 << 30, {"subformat": "twoGbMaxExtentSparse"})
+    assert not image.exists()
+    assert (tmp_path / "big-s002.vmdk").read_bytes() == before
+
+
+def test_an_overlay_of_ours_is_one_for_qemu(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    make(tmp_path, content, "vmdk")
+    top = tmp_path / "top.vmdk"
+    cowhand.create(top, "vmdk", backing="disk.vmdk", backing_format="vmdk")
+    with cowhand.open(top, writable=True) as disk:
+        disk.write(100, b"over")
+    qemu_img("convert", "-f", "vmdk", "-O", "raw", top, tmp_path / "out.raw")
+    assert (tmp_path / "out.raw").read_bytes() == content[:100] + b"over" + content[104:]
+    with pytest.raises(NotSupported, match="Flat image"):
+        cowhand.create(
+            tmp_path / "flat.vmdk",
+            "vmdk",
+            None,
+            {"subformat": "monolithicFlat"},
+            backing="disk.vmdk",
+            backing_format="vmdk",
+        )
 
 
 def overlay_of(folder: Path, content: bytes) -> Path:

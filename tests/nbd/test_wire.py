@@ -377,7 +377,8 @@ class TestNames:
         "name",
         [
             "nbd://", "nbd:///x", "nbd://host?socket=x", "nbd://host:x", "nbd+unix:///x", "nbd+unix://host/?socket=x",
-            "nbd+unix:///x?socket=a&other=b", "nbds://host", "nbd+udp://host", "nbd:", "nbd:host", "nbd:host:", "host:1", "nbd:host:1:exportname=",
+            "nbd+unix:///x?socket=a&other=b", "nbds:///x", "nbds://host?tls-foo=1",
+            "nbds+unix://h/?socket=s", "nbd+udp://host", "nbd:", "nbd:host", "nbd:host:", "host:1", "nbd:host:1:exportname=",
             "nbd+unix:///x?socket=%00abc", "nbd://host/a%00b", "nbd:unix:a\0b",
         ],
     )  # fmt: skip

@@ -58,8 +58,10 @@ class Parser(argparse.ArgumentParser):
     _given: Sequence[str] = ()
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        from cowhand.cli.permutation import permuted
+
         self._given = list(args or ())
-        found, unknown = self.parse_known_args(args, namespace)
+        found, unknown = self.parse_known_args(permuted(self, self._given), namespace)
         if unknown:
             option = next((word for word in unknown if word.startswith("-") and word != "--"), None)
             if option is None:
@@ -199,10 +201,7 @@ def _dispatch(given: list[str]) -> int:
     module = load(name)
     from cowhand.cli import running
 
-    rest = given[1:]
-    if hasattr(module, "arrange"):
-        rest = module.arrange(rest)
-    return running.run(module, name, build_parser(name, module).parse_args(rest))
+    return running.run(module, name, build_parser(name, module).parse_args(given[1:]))
 
 
 def _no_command(name: str) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -53,6 +54,7 @@ class Output:
         self.wants_progress = progress
         self.rich = not json and is_terminal(sys.stdout)
         self._stream = sys.stdout
+        self._gathered: list[Any] | None = None
 
     @cached_property
     def console(self) -> Console:
@@ -99,9 +101,24 @@ class Output:
 
     def document(self, value: Any) -> None:
         """Print *value* as the JSON document that was asked for."""
+        if self._gathered is not None:
+            self._gathered.append(value)
+            return
         import json
 
         self._write(json.dumps(value, indent=2) + "\n")
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Print the documents of the block as one list, also where it is left by an error."""
+        gathered: list[Any] = []
+        self._gathered = gathered
+        try:
+            yield
+        finally:
+            self._gathered = None
+            if self.json:
+                self.document(gathered)
 
     def facts(self, rows: Iterable[tuple[str, str]]) -> None:
         """Print names and values, aligned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from cowhand.block.locking import device_use
 from cowhand.cli.output import Output
 from cowhand.core.units import format_size
 from cowhand.image.create import local_path
@@ -32,13 +33,19 @@ def _forbidden(plan: Plan) -> list[str]:
     return found
 
 
+def _in_use(plan: Plan) -> list[str]:
+    """Return sentences on what would be written although the system uses it."""
+    found = ((path, device_use.uses(path)) for path in dict.fromkeys(item.path for item in plan.writes))
+    return [f"{path} is in use, and is not written without --force: {'; '.join(uses)}" for path, uses in found if uses]
+
+
 def _is_read_only(path: str) -> bool:
     return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def show(plan: Plan, out: Output) -> int:
     """Print *plan*, and what would keep it from being done, and return the exit code of a dry run."""
-    plan = replace(plan, warnings=[*plan.warnings, *_forbidden(plan)])
+    plan = replace(plan, warnings=[*plan.warnings, *_forbidden(plan), *_in_use(plan)])
     if out.json:
         out.document(plan.document())
         return 0

@@ -15,6 +15,7 @@ from argparse import Namespace
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
+from cowhand.block.locking import device_use
 from cowhand.cli.output import Output
 from cowhand.core.errors import CowhandError, from_os_error
 from cowhand.core.progress import CancelToken, Progress
@@ -89,7 +90,8 @@ def _run(command: ModuleType, name: str, args: Namespace) -> int:
 
     def work() -> None:
         try:
-            outcome.append(command.run(args, context))
+            with device_use.refused(not getattr(args, "force", False)):
+                outcome.append(command.run(args, context))
         except BaseException as error:  # noqa: BLE001 - it is raised again, or told, by the thread that waits
             outcome.append(error)
         finally:

@@ -25,7 +25,9 @@ def offered(args: argparse.Namespace) -> Iterator[None]:
     makes = not hasattr(args, "target_secret")  # the command opens nothing but what it makes
     if args.secret or (new and makes and not keys):
         keys.append(_new_passphrase() if new and makes else _asked("Passphrase: "))
-    if getattr(args, "target_secret", False) or (new and not makes and not keys and not target):
+    if getattr(args, "target_secret", False) and getattr(args, "no_create", False):
+        target.append(_asked("Passphrase of the target: "))
+    elif getattr(args, "target_secret", False) or (new and not makes and not keys and not target):
         target.append(_new_passphrase())
     held = {NEW: target[0]} if target else {}
     with secrets.given(held), secrets.offering(keys + target):
@@ -48,8 +50,11 @@ def creation_options(args: argparse.Namespace, format: str, given: dict[str, str
 
 def _asked(prompt: str) -> bytes:
     import getpass
+    import signal
     import warnings
 
+    # Raised, so that the terminal shows again what is typed.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             # Rather not at all than where it is shown.
@@ -59,6 +64,8 @@ def _asked(prompt: str) -> bytes:
         raise InvalidArgument(
             "there is no terminal to ask for a passphrase", hint="Give a file with --key-file."
         ) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _new_passphrase() -> bytes:

@@ -134,7 +134,14 @@ class Creation:
         data_file = self.options.get("data_file")
         if data_file and (kept or not self.options.get("keep_data_file")):
             names.append(data_file)
-        return [path for path in map(local_path, names) if path]
+        return [path for path in map(local_path, names) if path] + self.extents()
+
+    def extents(self) -> list[str]:
+        """Return the local files beside the image's own that it will be made of."""
+        own = local_path(self.filename)
+        if own is None or self.format.kind != "format":
+            return []
+        return self.format.load().extent_names(own, self.size, self.options)
 
     def run(
         self,
@@ -184,6 +191,10 @@ class Creation:
         """Raise when the image, or its data file, cannot be made: it exists and is not to be *overwritten*, or options are wrong."""
         if self.format.name == "host_device" != self.protocol.name:
             raise self._no_device()
+        if overwrite and self.local is not None:
+            from cowhand.block.locking import device_use
+
+            device_use.check(self.local)
         if self.options.get("data_file") == "":
             raise InvalidArgument("the data file has no name", qemu="Could not create '': No such file or directory")
         below = self.options.get("backing_fmt")
@@ -191,6 +202,10 @@ class Creation:
             # Without a backing file nobody has looked for the driver yet.
             raise InvalidArgument(f"Parameter 'backing-fmt' does not accept value '{below}'")
         check = getattr(self._creator(), "check_creation", None)
+        if not overwrite and (extents := self.extents()):
+            from cowhand.image.extents import refuse_existing
+
+            refuse_existing(extents)
         own = local_path(self.filename)
         if check is not None and (own is None or os.path.isdir(os.path.dirname(own) or ".")):
             check(self.size, self.options)  # before an existing image is emptied
@@ -247,10 +262,20 @@ class Creation:
             options = {name: value for name, value in self.options.items() if name not in _FILE_ONLY and name != "size"}
             if options.get("data_file"):
                 self._with_data_file(creator, node, options, place.data_path, durable)
+            elif extents := self.extents():
+                self._with_extents(node, extents, options, durable)
             else:
-                creator.create(node, self.size, options)
+                creator.create(node, self.size, {**options, "image_name": self.filename})
         finally:
             graph.close_node(node)
+
+    def _with_extents(self, node: BlockNode, names: list[str], options: dict[str, Any], durable: bool) -> None:
+        from cowhand.image.extents import Extents
+
+        options = {**options, "image_name": self.filename}
+        with Extents(self.format.load(), names, self._registry, durable=durable) as extents:
+            extents.make(self.size, options)
+            self._creator().create(node, self.size, options)
 
     def _with_data_file(
         self, creator: type[Creator], node: BlockNode, options: dict[str, Any], data_path: str | None, durable: bool

@@ -82,7 +82,7 @@ def describe(node: BlockNode, *, in_use: str = "") -> ImageInfo:
     details = dict(node.format_specific())
     # What only some formats have is asked for by name, so that those need not know of it that have it not.
     header: Any = getattr(node, "header", None)
-    backing: str | None = getattr(header, "backing_name", None)
+    backing, backing_format = node.backing_link or (None, None)
     path = None
     if backing:
         try:
@@ -94,9 +94,9 @@ def describe(node: BlockNode, *, in_use: str = "") -> ImageInfo:
         format=node.driver,
         virtual_size=node.size,
         disk_size=node.allocated_size(),
-        cluster_size=getattr(node, "cluster_size", None),
+        cluster_size=node.cluster_size,
         backing=backing or None,
-        backing_format=getattr(header, "backing_format", None) if backing else None,
+        backing_format=backing_format,
         backing_path=path,
         corrupt=bool(details.get("corrupt")),
         dirty=bool(getattr(header, "incompatible", 0) & 1),

@@ -258,7 +258,7 @@ def _layer(root: BlockNode, above: int) -> BlockNode | None:
 
 def _names(given: str, layer: BlockNode, above: BlockNode, as_in_header: bool) -> bool:
     """Tell whether *given* means *layer*, which lies under *above*."""
-    if given == getattr(getattr(above, "header", None), "backing_name", None):
+    if above.backing_link is not None and given == above.backing_link[0]:
         return True
     candidates = [os.path.join(os.path.dirname(location(above)), given)]
     if not as_in_header:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from cowhand.block.locking import device_use
 from cowhand.block.node.guard import Change
 from cowhand.core.errors import CowhandError, OverlaysExist, SearchIncomplete
 from cowhand.plans.dependents import Dependents, Search
@@ -98,6 +99,7 @@ def guarded(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         kwargs.setdefault("guard", DependentsGuard())
-        return function(*args, **kwargs)
+        with device_use.refused(not kwargs.get("force"), default=True):
+            return function(*args, **kwargs)
 
     return call

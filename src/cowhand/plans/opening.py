@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec
 
+from cowhand.block.locking import device_use
 from cowhand.image.open import open_image as _open_image
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def _guard() -> DependentsGuard:
 def _guarding(function: Callable[_P, Disk]) -> Callable[_P, Disk]:
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> Disk:
-        disk = function(*args, **kwargs)
+        with device_use.refused(default=True):
+            disk = function(*args, **kwargs)
         if not disk.read_only:
             disk.guard = _guard
         return disk

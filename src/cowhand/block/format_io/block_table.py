@@ -82,6 +82,8 @@ class BlockTableFormat(FormatNode):
     stride: int
     #: What an entry is less than.
     entry_limit: int = 1 << 32
+    #: Whether users are told how large a block is (QEMU does not, of some formats).
+    tells_cluster_size: bool = True
     #: Where blocks may begin: the end of the header.
     data_from: int = 512
     #: Whether an entry can say "reads as zeroes"; only where there may be a backing file does that differ from "not stored".
@@ -165,6 +167,7 @@ class BlockTableFormat(FormatNode):
 
     def set_capabilities(self) -> None:
         """Work out what can be done; a driver calls it when it has started."""
+        self.cluster_size = self.allocation_unit if self.tells_cluster_size else None
         native = self.backing is None or self.zero_entry is not None
         self.capabilities = Capabilities(
             writable=self.writable,

@@ -36,6 +36,9 @@ class MappedFormat(BlockNode):
     #: What is allocated, and what is copied, as one; a format that is only read does neither.
     allocation_unit: int = 1
     copy_unit: int = 1
+    #: What the header says of the backing file, where the format can name one; see :attr:`backing_link`.
+    backing_name: str | None = None
+    backing_format: str | None = None
     #: Something was, or may have been, written since the last flush began (:class:`cowhand.block.format_io.reservations.ReservingNode`).
     changed: bool = False
     file: Child
@@ -59,8 +62,9 @@ class MappedFormat(BlockNode):
         """Read and check the header, and open what else belongs to the image; see :meth:`BlockNode.open`. Raises InvalidFormat."""
         raise NotSupported(f"driver '{self.driver}' cannot be opened by options")
 
-    def open_backing(self, opening: Opening, given: Any, name: str | None, format: str | None) -> None:
-        """Open what lies below: *given* is None or "" for nothing, RECORDED for what the header names (*name*, *format*), or what the user says."""
+    def open_backing(self, opening: Opening, given: Any) -> None:
+        """Open what lies below: *given* is None or "" for nothing, RECORDED for what the image names, or what the user says."""
+        name, format = self.backing_link or (None, None)
         if isinstance(given, dict) and not opening.with_backing and opening.nesting and not opening.implied:
             opening.backing(self, given)  # only the topmost image is opened alone, and what the user describes is there
             return
@@ -76,6 +80,10 @@ class MappedFormat(BlockNode):
             opening.backing(self, given)
         elif name:
             opening.implicit_backing(self, name, format)
+
+    @property
+    def backing_link(self) -> tuple[str, str | None] | None:
+        return (self.backing_name, self.backing_format) if self.backing_name else None
 
     @abstractmethod
     def map(self, offset: int, length: int) -> tuple[int, int, Child | None, int]:

@@ -39,6 +39,7 @@ class ParallelsNode(BlockTableFormat):
 
     driver: ClassVar[str] = "parallels"
     supports_backing: ClassVar[bool] = True  # of the user's naming; the format itself knows none
+    tells_cluster_size = False
     create_options: ClassVar[tuple[CreateOption, ...]] = (
         CreateOption("size", "size", help="Virtual disk size"),
         CreateOption("cluster_size", "size", CLUSTER, help="Parallels image cluster size"),
@@ -78,7 +79,7 @@ class ParallelsNode(BlockTableFormat):
         self.data_from = data * SECTOR if data else table_end
         if self.data_from < min(table_end, SECTOR):
             raise self.wrong(f"data begin at {self.data_from:#x}, before the table ends", 48)
-        self.open_backing(opening, given.pop("backing", RECORDED), None, None)
+        self.open_backing(opening, given.pop("backing", RECORDED))
         self.set_capabilities()
 
     def _check_writable_state(self, extension: int) -> None:

@@ -78,7 +78,6 @@ class QcowNode(TwoLevelFormat):
         self.allocation_unit = self.copy_unit = 1 << bits
         self.data_from = _HEADER.size
         self.special = {0: UNALLOCATED}
-        self.backing_name: str | None = None
         if name_at:
             if name_size > MAX_NAME:
                 raise self.wrong(f"a backing name of {name_size} bytes", 16, "Backing file name too long")
@@ -86,7 +85,7 @@ class QcowNode(TwoLevelFormat):
             self.file.read_into(name_at, name)
             self.backing_name = name.decode("utf-8", "surrogateescape")
         self.read_first(first, 1 << table_bits)
-        self.open_backing(opening, given.pop("backing", RECORDED), self.backing_name, None)
+        self.open_backing(opening, given.pop("backing", RECORDED))
         self.set_capabilities()
 
     @property

@@ -68,7 +68,6 @@ class QedNode(TwoLevelFormat):
         self.allocation_unit = self.copy_unit = self.table_alignment = cluster
         self.data_from = header * cluster
         self.special, self.zero_entry = {0: UNALLOCATED, 1: ZEROED}, 1
-        self.backing_name: str | None = None
         if features & BACKING_FILE:
             if name_size > MAX_NAME or name_at + name_size > header * cluster:
                 raise self.wrong(
@@ -79,7 +78,7 @@ class QedNode(TwoLevelFormat):
             self.backing_name = name.decode("utf-8", "surrogateescape")
         self.backing_format = "raw" if features & NO_PROBE else None
         self.read_first(first, entries)
-        self.open_backing(opening, given.pop("backing", RECORDED), self.backing_name, self.backing_format)
+        self.open_backing(opening, given.pop("backing", RECORDED))
         self.set_capabilities()
 
     @property

@@ -138,6 +138,7 @@ class VpcNode(BlockTableFormat):
             raise self.wrong(text, file_size - SECTOR)
         self.allocation_unit = self.copy_unit = self.stride = 65536
         self.special, self.per_page, self.entry_count = {}, 1, 0
+        self.tells_cluster_size = False
 
     def _start_dynamic(self, at: int, sectors: int, file_size: int) -> None:
         if sectors > MAX_SECTORS:
@@ -154,7 +155,7 @@ class VpcNode(BlockTableFormat):
         if block < SECTOR or block & (block - 1) or block > MAX_BLOCK:
             raise self.wrong(f"Invalid block size {block}", at + 32)
         if entries > MAX_ENTRIES:
-            raise self.wrong(f"Too many blocks ({entries})", at + 28, "Too many blocks")
+            raise self.wrong(f"Max Table Entries too large ({entries})", at + 28)
         if entries * block < self._size:
             raise self.wrong("Page table too small", at + 28)
         if table + entries * 4 > file_size:

@@ -17,14 +17,6 @@ from cowhand.core.identity import Identity, identify_name
 if TYPE_CHECKING:
     from cowhand.block.opening.registry import Registry
 
-#: Readers for formats whose driver names none in its entry of the registry, and for those that have no driver.
-_READERS = {
-    "qcow": "cowhand.block.links.qcow2",
-    "qed": "cowhand.block.links.qed",
-    "vmdk": "cowhand.block.links.vmdk",
-    "vpc": "cowhand.block.links.vpc",
-    "vhdx": "cowhand.block.links.vhdx",
-}
 #: How deep descriptions in ``json:`` names may be nested before they are given up.
 _JSON_DEPTH = 50
 #: Files below one image that are followed to find a loop.
@@ -51,7 +43,7 @@ def read_links(path: str, registry: Registry) -> Found:
         name = entry.name
         if name == "raw":
             name = looks_like_a_format(head) or "raw"
-        module = entry.links or _READERS.get(name, "")
+        module = entry.links
         if not module:
             return Found(name, [])
         links: list[Link] = importlib.import_module(module).links(Reader(descriptor, path))

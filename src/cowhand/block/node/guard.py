@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cowhand.block.node.node import BlockNode
 
 #: Protocol drivers whose ``filename`` is the path of a file or device of this system.
-_LOCAL = ("file", "host_device", "host_cdrom")
+LOCAL_DRIVERS = ("file", "host_device", "host_cdrom")
 
 
 class KeptState(NamedTuple):
@@ -58,7 +58,7 @@ def files_of(node: BlockNode) -> tuple[str, ...]:
     stack = [node]
     while stack:
         at = stack.pop()
-        if at.driver in _LOCAL:
+        if at.driver in LOCAL_DRIVERS:
             found[at.filename] = None
         stack += [child.node for child in reversed(list(at.children.values())) if child.role is not Role.BACKING]
     return tuple(found)

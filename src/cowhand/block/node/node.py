@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from cowhand.block.node.options import NodeOptions, strong_options
 from cowhand.core.buffers import Buffer
-from cowhand.core.errors import NotSupported
+from cowhand.core.errors import CowhandError, NotSupported
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ExtentBatch
 
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ class BlockNode(ABC):
     immediate: bool = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
     zero_when_new: bool = True
+    #: Bytes that the format allocates as one, where it tells of it.
+    cluster_size: int | None = None
 
     def __init__(self, options: NodeOptions) -> None:
         self.options = options
@@ -176,6 +178,8 @@ class BlockNode(ABC):
         self.children: dict[str, Child] = {}
         self.parents: list[Edge] = []
         self.hooks: tuple[Hook, ...] = ()
+        #: Why :meth:`list_snapshots` does not tell of all that the image had: a part of it is missing, and it is only read.
+        self.snapshots_problem: CowhandError | None = None
         self.dirty_bitmaps: BitmapSet | None = None  #: named bitmaps of this node, where it has any
         self.closed = False
         self.blockers: tuple[
@@ -196,6 +200,16 @@ class BlockNode(ABC):
         An exception leaves nothing open but what ``opening`` closes.
         """
         raise NotSupported(f"driver '{cls.driver}' cannot be opened by options")
+
+    @classmethod
+    def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:
+        """Return the files beside *filename* that a new image of that name is made of; each is made by :meth:`create_extent` first."""
+        return []
+
+    @classmethod
+    def create_extent(cls, file: BlockNode, number: int, size: int, options: Mapping[str, Any]) -> None:
+        """Make the open, empty *file* the extent of that number, of an image of *size* bytes."""
+        raise NotSupported(f"driver '{cls.driver}' makes no extents")
 
     @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
@@ -249,6 +263,11 @@ class BlockNode(ABC):
     def backing(self) -> Child | None:
         """The child that shows through where nothing is allocated, or None. A filter's filtered child is not one."""
         return self.children.get("backing")
+
+    @property
+    def backing_link(self) -> tuple[str, str | None] | None:
+        """The backing file that the image itself records: its name as it is written, and its format if that is recorded; None for none."""
+        return None
 
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
         """Return (needed, shared) permissions on *child* when this node's own users need *perm* and share *shared*.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _PROTOCOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.\-_]*:")
 #: Protocols whose names have no folder: another name beside them would be another export.
-_WITHOUT_FOLDERS = ("nbd", "nbd+tcp", "nbd+unix")
+_WITHOUT_FOLDERS = ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+unix")
 
 
 def has_protocol(name: str) -> bool:

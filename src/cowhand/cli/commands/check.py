@@ -11,6 +11,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
+from cowhand.cli.several import run_each
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ SHOWN = 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", help="image to look at")
+    parser.add_argument("image", nargs="+", help="image to look at")
     arguments.add_format(parser)
     parser.add_argument(
         "-r", "--repair", choices=("leaks", "all"), help="give lost space back, or repair all that can be"
@@ -65,7 +66,15 @@ def writes(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    """Check, and repair."""
+    """Check, and repair, one image after the other."""
+    images: list[str] = args.image
+    if len(images) > 1 and (args.undo is not None or args.log is not None):
+        raise arguments.Usage("an undo log is of one image", hint="Give --undo and --log with one image.")
+    # The rest of the file, and check_repair, know of one.
+    return run_each(images, context, lambda image: _run(argparse.Namespace(**{**vars(args), "image": image}), context))
+
+
+def _run(args: argparse.Namespace, context: Context) -> int:
     from cowhand.image.check import check
 
     if args.undo is not None or args.plan or (args.repair and not args.dry_run and not args.no_log):

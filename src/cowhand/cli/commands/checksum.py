@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.cli import arguments
 from cowhand.cli.commands.compare import EXIT_DIFFERENT
+from cowhand.cli.several import Codes, each
 from cowhand.core.errors import CowhandError, InvalidArgument, from_os_error
 
 if TYPE_CHECKING:
@@ -66,14 +67,17 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.check is not None:
         return _verify(args, context)
     algorithm = check_algorithm(args.algorithm or DEFAULT_ALGORITHM)
-    documents = []
-    for name in args.image:
+
+    def print_one(name: str) -> dict[str, Any]:
         found = _hash(name, algorithm, args, context)
-        documents.append({"filename": name, "algorithm": algorithm, "digest": found.digest, "virtual-size": found.size})
         context.out.data(_line(name, algorithm, found.digest, tag=args.tag or algorithm.startswith("tree-")))
+        return {"filename": name, "algorithm": algorithm, "digest": found.digest, "virtual-size": found.size}
+
+    codes = Codes()
+    documents = each(args.image, context, print_one, codes)
     if context.out.json:
         context.out.document(documents)
-    return 0
+    return codes.worst
 
 
 def _hash(name: str, algorithm: str, args: argparse.Namespace, context: Context) -> Any:

@@ -10,6 +10,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
+from cowhand.cli.several import run_each
 from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ WRITES = True
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", help="image to compact; nobody else may have it open")
+    parser.add_argument("image", nargs="+", help="image to compact; no other program may have it open")
     arguments.add_format(parser)
     arguments.add_talk(parser)
     arguments.add_dry_run(parser)
@@ -31,7 +32,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    """Compact."""
+    """Compact one image after the other."""
+    images: list[str] = args.image
+    return run_each(images, context, lambda image: _run(argparse.Namespace(**{**vars(args), "image": image}), context))
+
+
+def _run(args: argparse.Namespace, context: Context) -> int:
     from cowhand.image.compact import compact
 
     progress = None if args.dry_run else context.progress(f"compacting {args.image}")

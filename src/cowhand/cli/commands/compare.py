@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Compare."""
-    from cowhand.copy.ops.compare import compare
+    from cowhand.copy.ops.compare import Difference, compare
 
     found = compare(
         args.first,
@@ -56,15 +56,18 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 "identical": found.identical,
                 "reason": found.reason.value if found.reason is not None else None,
                 "offset": found.offset,
-                "sizes-differ": found.size_mismatch,
+                "sizes-differ": found.sizes_differ,
             }
         )
     elif found.identical:
         context.out.line(
-            "the disks are the same" + (", but for zeroes at the end of the longer one" if found.size_mismatch else "")
+            "the disks are the same" + (", but for zeroes at the end of the longer one" if found.sizes_differ else "")
         )
     else:
         words = {"content": "the bytes differ", "status": "what is allocated differs", "size": "the sizes differ"}
         reason = words[found.reason.value] if found.reason is not None else "they differ"
-        context.out.line(reason + (f" at {found.offset:#x} ({found.offset})" if found.offset is not None else ""))
+        text = reason + (f" at {found.offset:#x} ({found.offset})" if found.offset is not None else "")
+        if found.sizes_differ and found.reason is not Difference.SIZE:
+            text += "; the sizes differ, too"
+        context.out.line(text)
     return 0 if found.identical else EXIT_DIFFERENT

@@ -32,6 +32,8 @@ EXAMPLES = """\
   cowhand convert --verify -O qcow2 disk.raw disk.qcow2       read both again, and compare
 """
 WRITES = True
+#: Ranges that could not be read which are named; JSON has all.
+_RANGES_SHOWN = 10
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -127,11 +129,13 @@ def _tuning(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Convert."""
     from cowhand.cli.guard import guard_of, refuse_existing, tidy
+    from cowhand.cli.own_source import refuse_own_source
     from cowhand.cli.standard_output import is_stream
 
     _check(args)
     if is_stream(args.target):
         return _to_stream(args, context)
+    refuse_own_source(args.source, args.target, args.format)
     there = refuse_existing(args.target, args.overwrite or args.no_create)
     policy = _refuse_unsafe(args) if args.untrusted else None
     tidy(context, args.target, remove=not args.dry_run)
@@ -299,7 +303,7 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
 def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -> None:
     from cowhand.copy.ops.compare import compare
 
-    if result.unreadable:
+    if result.unreadable_ranges:
         raise InvalidArgument("a copy of what cannot be read cannot be verified; the copy was made")
     from cowhand.image.open import open_source
 
@@ -330,8 +334,8 @@ def _verify_snapshots(source: Disk, target: str, format: str, context: Context) 
     from cowhand.image.snapshots import list_snapshots, open_snapshot
 
     with cowhand.open(target, format=format) as copy:
-        for info in list_snapshots(source):
-            with open_snapshot(source, info.id) as left, open_snapshot(copy, info.id) as right:
+        for info, copied in zip(list_snapshots(source), list_snapshots(copy), strict=True):
+            with open_snapshot(source, info) as left, open_snapshot(copy, copied) as right:
                 found = compare(left, right, cancel=context.cancel)
                 if not found.identical or left.size != right.size:
                     raise CowhandError(
@@ -349,6 +353,8 @@ def _document(args: argparse.Namespace, result: ConvertResult) -> dict[str, Any]
         "zeroes": result.zeroes,
         "left-to-backing": result.skipped,
         "unreadable": list(result.unreadable),
+        "unreadable-ranges": [{"start": start, "length": length} for start, length in result.unreadable_ranges],
+        "unreadable-bytes": sum(length for _, length in result.unreadable_ranges),
         "verified": args.verify,
     }
 
@@ -363,11 +369,23 @@ def _tell(args: argparse.Namespace, result: ConvertResult, context: Context) -> 
         if args.verify:
             parts.append("verified")
         context.out.line(", ".join(parts))
-    for offset in result.unreadable[:10]:
-        context.out.warn(f"sector at {offset:#x} could not be read and is zero in the copy")
-    if len(result.unreadable) > 10:
-        context.out.warn(f"and {len(result.unreadable) - 10} more")
-    return 3 if result.unreadable else 0
+    if result.unreadable_ranges:
+        context.out.warn(_lost(result))
+    return 3 if result.unreadable_ranges else 0
+
+
+def _lost(result: ConvertResult) -> str:
+    """Return what salvaging could not read: how much, where, and why."""
+    ranges = result.unreadable_ranges
+    amount = format_size(sum(length for _, length in ranges))
+    places = [f"{start:#x} ({format_size(length)})" for start, length in ranges[:_RANGES_SHOWN]]
+    more = (
+        f" and {len(ranges) - _RANGES_SHOWN} more places (--output json lists all)"
+        if len(ranges) > _RANGES_SHOWN
+        else ""
+    )
+    reason = f": {result.unreadable_reason.message}" if result.unreadable_reason is not None else ""
+    return f"{amount} could not be read and {'is' if len(ranges) == 1 else 'are'} zero in the copy, at {', '.join(places)}{more}{reason}"
 
 
 def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:

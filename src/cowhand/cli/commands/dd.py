@@ -62,11 +62,13 @@ def run(args: argparse.Namespace, context: Context) -> int:
     given = operands(args.operand)
     source, target = given["if"], given["of"]
     from cowhand.cli.guard import guard_of, refuse_existing, tidy
+    from cowhand.cli.own_source import refuse_own_source
     from cowhand.cli.standard_output import is_stream
 
     if is_stream(target):
         return _to_stream(args, context, given)
     format = arguments.format_for(target, args.target_format)
+    refuse_own_source([source], target, args.format)
     there = refuse_existing(target, args.overwrite)
     tidy(context, target, remove=not args.dry_run)
     if args.dry_run:

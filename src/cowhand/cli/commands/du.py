@@ -11,6 +11,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
+from cowhand.cli.several import Codes, each
 from cowhand.core.units import format_size
 from cowhand.image.usage import ImageUsage, chain_usage, image_usage
 
@@ -36,21 +37,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Show it."""
-    found: list[ImageUsage] = []
-    for name in args.image:
-        if args.chain:
-            found += chain_usage(name, format=args.format, force_share=args.force_share)
-        else:
-            found.append(image_usage(name, format=args.format, force_share=args.force_share))
-        context.cancel.check()
+    codes = Codes()
+    found = each(args.image, context, lambda name: _usage(name, args), codes)
+    images = [one for chain in found for one in chain]
     if context.out.json:
-        context.out.document([one.document() for one in found])
-        return 0
-    for index, one in enumerate(found):
-        if index:
-            context.out.line()
-        _show(one, args, context)
-    return 0
+        context.out.document([one.document() for one in images])
+    else:
+        for index, one in enumerate(images):
+            if index:
+                context.out.line()
+            _show(one, args, context)
+    if any(one.problem for one in images):
+        codes.add(1)
+    return codes.worst
+
+
+def _usage(name: str, args: argparse.Namespace) -> list[ImageUsage]:
+    if args.chain:
+        return chain_usage(name, format=args.format, force_share=args.force_share)
+    return [image_usage(name, format=args.format, force_share=args.force_share)]
 
 
 def _show(one: ImageUsage, args: argparse.Namespace, context: Context) -> None:

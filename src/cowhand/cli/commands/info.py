@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
+from cowhand.cli.several import Codes, each
 from cowhand.core.units import format_size
 from cowhand.image.info import ImageInfo, chain_info, image_info
 
@@ -28,7 +29,7 @@ WRITES = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", help="image to look at")
+    parser.add_argument("image", nargs="+", help="image to look at")
     arguments.add_format(parser)
     parser.add_argument("--chain", "--backing-chain", action="store_true", help="tell of all images below it, too")
     arguments.add_picture(parser, of="the chain")
@@ -37,27 +38,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    """Tell about the image, or its chain."""
+    """Tell about the images, or their chains."""
     if args.svg is not None:
-        return _picture(args, context)
-    out = context.out
-    if not args.chain:
-        info = image_info(args.image, format=args.format, force_share=args.force_share)
-        if out.json:
-            out.document(info.document())
-        else:
-            _show(info, [], context)
-        return 0
-    chain = chain_info(args.image, format=args.format, force_share=args.force_share)
+        if len(args.image) > 1:
+            raise arguments.Usage("--svg draws one image", hint="See: cowhand info --help")
+        return _picture(args.image[0], args, context)
+    codes = Codes()
+    tell = _tell_chain if args.chain else _tell
+    found = each(args.image, context, lambda image: tell(image, args, context, codes), codes, separate=True)
+    if context.out.json:
+        context.out.document(found if len(args.image) > 1 else found[0])
+    return codes.worst
+
+
+def _tell(image: str, args: argparse.Namespace, context: Context, codes: Codes) -> Any:
+    info = image_info(image, format=args.format, force_share=args.force_share)
+    if context.out.json:
+        return info.document()
+    _show(info, [], context)
+    return None
+
+
+def _tell_chain(image: str, args: argparse.Namespace, context: Context, codes: Codes) -> Any:
+    chain = chain_info(image, format=args.format, force_share=args.force_share)
     others = other_overlays(chain)
-    if out.json:
-        out.document([{**info.document(), "other-overlays": names} for info, names in zip(chain, others, strict=True)])
-    else:
-        for number, (info, names) in enumerate(zip(chain, others, strict=True)):
-            if number:
-                out.line()
-            _show(info, names, context)
-    return _end(chain)
+    codes.add(_end(chain))
+    if context.out.json:
+        return [{**info.document(), "other-overlays": names} for info, names in zip(chain, others, strict=True)]
+    for number, (info, names) in enumerate(zip(chain, others, strict=True)):
+        if number:
+            context.out.line()
+        _show(info, names, context)
+    return None
 
 
 def _end(chain: list[ImageInfo]) -> int:
@@ -160,12 +172,12 @@ def snapshot_table(snapshots: tuple[SnapshotInfo, ...], context: Context) -> Non
     context.out.table(("id", "snapshot", "date", "disk size", "VM state"), rows, right=(3, 4))
 
 
-def _picture(args: argparse.Namespace, context: Context) -> int:
+def _picture(image: str, args: argparse.Namespace, context: Context) -> int:
     from cowhand.cli.chainpicture import draw_chain
     from cowhand.cli.picturefile import write_picture
 
-    chain = chain_info(args.image, format=args.format, force_share=args.force_share)
+    chain = chain_info(image, format=args.format, force_share=args.force_share)
     others = other_overlays(chain)
-    text = draw_chain(args.image, args.format, chain, others, theme=args.theme, force_share=args.force_share)
+    text = draw_chain(image, args.format, chain, others, theme=args.theme, force_share=args.force_share)
     write_picture(args.svg, text, context)
     return _end(chain)

@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
+from cowhand.cli.several import run_each
 from cowhand.core.errors import NotSupported
 from cowhand.core.units import format_size
 from cowhand.image.create import local_path
@@ -25,7 +26,7 @@ EXIT_UNSAFE = 8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", help="image to look into")
+    parser.add_argument("image", nargs="+", help="image to look into")
     arguments.add_format(parser)
     parser.add_argument("--untrusted", action="store_true", help="judge an image from a stranger, with reasons")
     parser.add_argument(
@@ -36,12 +37,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    """Inspect."""
-    path = local_path(args.image)
+    """Inspect one image after the other."""
+    return run_each(args.image, context, lambda image: _run(image, args, context), separate=not args.untrusted)
+
+
+def _run(image: str, args: argparse.Namespace, context: Context) -> int:
+    path = local_path(image)
     if path is None:
-        raise NotSupported(f"'{args.image}' is no file of this machine", hint="Copy it here first.")
+        raise NotSupported(f"'{image}' is not a file of this machine", hint="Copy it here first.")
     if args.untrusted:
-        return _judge(args, context, path)
+        return _judge(image, args, context, path)
     from cowhand.image.inspect import inspect
 
     found = inspect(path, args.format)
@@ -64,17 +69,17 @@ def _shown(name: str, value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _judge(args: argparse.Namespace, context: Context, path: str) -> int:
+def _judge(image: str, args: argparse.Namespace, context: Context, path: str) -> int:
     from cowhand.image.untrusted import MAX_VIRTUAL_SIZE, judge
 
     limit = MAX_VIRTUAL_SIZE if args.max_size is None else args.max_size
-    verdict = judge(path, args.format, max_size=limit)._replace(path=args.image)
+    verdict = judge(path, args.format, max_size=limit)._replace(path=image)
     if context.out.json:
         context.out.document(verdict.to_json())
     elif verdict.sound:
-        context.out.line(f"{args.image}: {verdict.format}, nothing is wrong")
+        context.out.line(f"{image}: {verdict.format}, nothing is wrong")
     else:
-        context.out.line(f"{args.image}: {verdict.format}, not safe:")
+        context.out.line(f"{image}: {verdict.format}, not safe:")
         for reason in verdict.reasons:
             place = "" if reason.offset is None else f" (at {reason.offset:#x})"
             context.out.line(f"  {reason.code}: {reason.text}{place}")

@@ -41,16 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_output(parser)
 
 
-def arrange(given: list[str]) -> list[str]:
-    """Put a size such as "-1G", which looks like an option, where it is taken for what it is."""
-    for index, text in enumerate(given):
-        if text == "--":
-            break
-        if re.match(r"-\.?\d", text):
-            return [*given[:index], *given[index + 1 :], "--", text]
-    return given
-
-
 def new_size(text: str, old: int) -> int:
     """Return the length that *text* asks for, up to whole sectors; raises InvalidArgument."""
     sign = text[0] if text.startswith(("+", "-")) else ""
@@ -65,6 +55,8 @@ def new_size(text: str, old: int) -> int:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Resize the disk."""
+    if re.match(r"-\.?\d", args.image):  # resize -1G disk.qcow2
+        args.image, args.size = args.size, args.image
     with cowhand.open(args.image, format=args.format, writable=not args.dry_run) as disk:
         old = disk.size
         size = new_size(args.size, old)
@@ -75,7 +67,11 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 hint="Shrink the file systems and partitions inside first, then insist with --shrink.",
             )
         if args.dry_run:
-            return _plan(args, context, old, size)
+            from cowhand.cli.guard import dependents
+            from cowhand.cli.plan import show
+            from cowhand.plans.resize import plan_resize
+
+            return show(plan_resize(args.image, old, size, dependents(args.image, args)), context.out)
         disk.guard = lambda: guard_of(args, context)
         if size != old:
             disk.resize(size, preallocation=args.preallocation, shrink=args.shrink)
@@ -87,18 +83,3 @@ def run(args: argparse.Namespace, context: Context) -> int:
     else:
         context.out.line(f"resized {args.image} from {format_size(old)} to {format_size(size)}")
     return 0
-
-
-def _plan(args: argparse.Namespace, context: Context, old: int, size: int) -> int:
-    from cowhand.cli.guard import dependents
-    from cowhand.cli.plan import Plan, Touch, show
-
-    lost = max(0, old - size)
-    plan = Plan(
-        action=f"resize {args.image} from {format_size(old)} to {format_size(size)}",
-        writes=[Touch(args.image, "its length and tables")],
-        dependents=dependents(args.image, args),
-        warnings=[f"the last {format_size(lost)} of the disk would be lost"] if lost else [],
-        undo="none: what is cut off is gone" if lost else f"cowhand resize --shrink {args.image} {old}",
-    )
-    return show(plan, context.out)

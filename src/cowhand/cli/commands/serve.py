@@ -20,6 +20,7 @@ from cowhand.nbd.constants import COMMAND_NAMES, DEFAULT_PORT
 
 if TYPE_CHECKING:
     import socket
+    import ssl
 
     from cowhand.block.disk import Disk
     from cowhand.cli.running import Context
@@ -73,6 +74,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help=f"cache mode: {', '.join(arguments.CACHE_NAMES)}",
     )
+    tls = parser.add_argument_group("TLS")
+    tls.add_argument(
+        "--tls-certificates",
+        metavar="FOLDER",
+        help="encrypt all: FOLDER has ca-cert.pem, server-cert.pem and server-key.pem, as for qemu-nbd",
+    )
+    tls.add_argument(
+        "--tls-verify-peer", action="store_true", help="serve clients only that have a certificate of that authority"
+    )
+    tls.add_argument(
+        "--tls-psk", metavar="FILE", help="encrypt all with the pre-shared keys in FILE, lines of USER:KEY"
+    )
     arguments.add_share(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
     arguments.add_output(parser)
@@ -100,7 +113,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 )
             )
         watch = _Watch(context)
-        server = NbdServer(exports, limits=Limits(clients=args.clients), observer=watch)
+        server = NbdServer(exports, tls=_tls(args), limits=Limits(clients=args.clients), observer=watch)
         listening = _listen(args.listen or [f"localhost:{DEFAULT_PORT}"], stack)
         server.listen(*listening)
         server.start()
@@ -120,6 +133,20 @@ def _check(args: argparse.Namespace) -> None:
         raise arguments.Usage("--name is for one image")
     if args.clients is not None and args.clients < 1:
         raise arguments.Usage("--clients is at least 1")
+
+
+def _tls(args: argparse.Namespace) -> ssl.SSLContext | None:
+    if args.tls_verify_peer and args.tls_certificates is None:
+        raise arguments.Usage("--tls-verify-peer needs --tls-certificates")
+    if args.tls_certificates is None and args.tls_psk is None:
+        return None
+    from cowhand.crypto import tls
+
+    if args.tls_psk is None:
+        return tls.X509(args.tls_certificates, args.tls_verify_peer).server()
+    if args.tls_certificates is not None:
+        raise arguments.Usage("--tls-certificates and --tls-psk exclude each other")
+    return tls.PresharedKeys(args.tls_psk).server()
 
 
 def _names(args: argparse.Namespace) -> list[str]:
@@ -188,17 +215,18 @@ def _remove(path: str) -> None:
         pass
 
 
-def _uri(sock: socket.socket, name: str) -> str:
+def _uri(sock: socket.socket, name: str, tls: bool) -> str:
     """Return the URI of the export *name* at *sock*."""
     import socket
     from urllib.parse import quote
 
     address = sock.getsockname()
+    scheme = "nbds" if tls else "nbd"
     export = quote(name, safe="/")
     if sock.family == socket.AF_UNIX:
-        return f"nbd+unix:///{export}?socket={quote(os.fsdecode(address), safe='/')}"
+        return f"{scheme}+unix:///{export}?socket={quote(os.fsdecode(address), safe='/')}"
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return f"nbd+vsock://{address[0]}:{address[1]}/{export}"
+        return f"{scheme}+vsock://{address[0]}:{address[1]}/{export}"
     host, port = address[:2]
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
@@ -206,7 +234,7 @@ def _uri(sock: socket.socket, name: str) -> str:
         host = "localhost"
     elif ":" in host:
         host = f"[{host}]"
-    return f"nbd://{host}/{export}" if port == DEFAULT_PORT else f"nbd://{host}:{port}/{export}"
+    return f"{scheme}://{host}/{export}" if port == DEFAULT_PORT else f"{scheme}://{host}:{port}/{export}"
 
 
 # -- what is told
@@ -216,7 +244,7 @@ def _announce(server: NbdServer, listening: list[socket.socket], context: Contex
     out = context.out
     rows: list[dict[str, Any]] = []
     for export in server.exports:
-        uris = list(dict.fromkeys(_uri(sock, export.name) for sock in listening))
+        uris = list(dict.fromkeys(_uri(sock, export.name, server.encrypts) for sock in listening))
         mode = "writable" if export.writable else "read-only"
         out.line(f"{export.name}: {export.offer.description}, {format_size(export.offer.size)}, {mode}")
         for uri in uris:

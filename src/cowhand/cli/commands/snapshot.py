@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import cowhand
 from cowhand.cli import arguments
 from cowhand.cli.guard import add_guard, guard_of
+from cowhand.cli.several import run_each
 from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.units import format_size
 from cowhand.image.info import image_info, snapshot_document
@@ -26,7 +28,8 @@ EXAMPLES = """\
   cowhand snapshot create disk.qcow2 before-upgrade
   cowhand snapshot list disk.qcow2
   cowhand snapshot apply disk.qcow2 before-upgrade
-  cowhand snapshot delete disk.qcow2 before-upgrade
+  cowhand snapshot delete disk.qcow2 monday tuesday wednesday
+  cowhand snapshot create --name before-upgrade *.qcow2       the same in several images
 """
 WRITES = True
 ACTIONS = ("create", "list", "apply", "delete")
@@ -35,7 +38,19 @@ ACTIONS = ("create", "list", "apply", "delete")
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("image", help="image that holds the snapshots")
-    parser.add_argument("name", nargs="?", help="id of the snapshot, or its name")
+    parser.add_argument(
+        "name",
+        nargs="*",
+        help="id of the snapshot, or its name (snapshot.id=ID, snapshot.name=NAME where a word is both); delete takes several, list further images",
+    )
+    parser.add_argument(
+        "--name",
+        dest="named",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the snapshot; all operands are images",
+    )
     arguments.add_format(parser)
     add_guard(parser, "apply although other images read through this one")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
@@ -47,20 +62,65 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Do the action."""
     if args.action == "list":
-        return _list(args, context)
-    if not args.name:
+        if args.named:
+            raise arguments.Usage("list takes images alone", hint="cowhand snapshot list IMAGE ...")
+        return run_each([args.image, *args.name], context, lambda image: _list(image, args, context), separate=True)
+    images, names = _operands(args)
+    do = _plan_each if args.dry_run else _change
+    if args.action == "delete" and not args.dry_run and len(images) * len(names) > 1:
+        for image in images:  # all of them are there, or none is deleted
+            known = list(image_info(image, format=args.format).snapshots)
+            for name in names:
+                _choose(known, name, image)
+    with context.out.gathering() if len(images) == 1 < len(names) else nullcontext():
+        return run_each(images, context, lambda image: do(image, names, args, context))
+
+
+def _operands(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return images and names. Raises Usage for more names than the action takes, or for none."""
+    images, names = ([args.image, *args.name], args.named) if args.named else ([args.image], args.name)
+    if not all(names) or not names:
         raise arguments.Usage("the snapshot needs a name", hint=f"cowhand snapshot {args.action} IMAGE NAME")
-    if args.dry_run:
-        return _plan(args, context)
-    with cowhand.open(args.image, format=args.format, writable=True) as disk:
+    if len(names) > 1 and args.action != "delete":
+        raise arguments.Usage(
+            f"{args.action} takes one snapshot",
+            hint=f"Several images: cowhand snapshot {args.action} --name NAME IMAGE ...",
+        )
+    return images, names
+
+
+def _change(image: str, names: list[str], args: argparse.Namespace, context: Context) -> int:
+    from cowhand.image.snapshots import delete_snapshot
+
+    with cowhand.open(image, format=args.format, writable=True) as disk:
         disk.guard = lambda: guard_of(args, context)
-        done = {"create": _create, "apply": _apply, "delete": _delete}[args.action](disk, args.name)
+        if args.action == "delete":
+            known = _known(disk)
+            # Once, where an id and a name say the same.
+            for one in dict.fromkeys(_choose(known, name, disk.filename) for name in names):
+                context.cancel.check()
+                delete_snapshot(disk, one)
+                _tell(image, one, args, context)
+            return 0
+        for name in names:
+            context.cancel.check()
+            done = {"create": _create, "apply": _apply}[args.action](disk, name)
+            _tell(image, done, args, context)
+    return 0
+
+
+def _tell(image: str, done: SnapshotInfo, args: argparse.Namespace, context: Context) -> None:
     if context.out.json:
-        context.out.document({"action": args.action, "filename": args.image, "snapshot": snapshot_document(done)})
+        context.out.document({"action": args.action, "filename": image, "snapshot": snapshot_document(done)})
     else:
         words = {"create": "created snapshot", "apply": "went back to snapshot", "delete": "deleted snapshot"}
-        context.out.line(f"{words[args.action]} {done.name or done.id} of {args.image}")
-    return 0
+        context.out.line(f"{words[args.action]} {done.name or done.id} of {image}")
+
+
+def _choose(known: list[SnapshotInfo], name: str, image: str) -> SnapshotInfo:
+    from cowhand.image.snapshots import choose
+
+    return choose(known, name, image)
 
 
 def _known(disk: Disk) -> list[SnapshotInfo]:
@@ -90,28 +150,28 @@ def _apply(disk: Disk, name: str) -> SnapshotInfo:
     from cowhand.image.snapshots import apply_snapshot, choose
 
     chosen = choose(_known(disk), name, disk.filename)
-    apply_snapshot(disk, chosen.id)
+    apply_snapshot(disk, chosen)
     return chosen
 
 
-def _delete(disk: Disk, name: str) -> SnapshotInfo:
-    from cowhand.image.snapshots import choose, delete_snapshot
-
-    chosen = choose(_known(disk), name, disk.filename)
-    delete_snapshot(disk, chosen.id)
-    return chosen
-
-
-def _list(args: argparse.Namespace, context: Context) -> int:
+def _list(image: str, args: argparse.Namespace, context: Context) -> int:
     from cowhand.cli.commands.info import snapshot_table
 
-    info = image_info(args.image, format=args.format, force_share=args.force_share)
+    info = image_info(image, format=args.format, force_share=args.force_share)
     if context.out.json:
         context.out.document([snapshot_document(one) for one in info.snapshots])
     elif info.snapshots:
+        if args.name:
+            context.out.line(f"{image}:")
         snapshot_table(info.snapshots, context)
     else:
-        context.out.line(f"{args.image} has no snapshots")
+        context.out.line(f"{image} has no snapshots")
+    return 0
+
+
+def _plan_each(image: str, names: list[str], args: argparse.Namespace, context: Context) -> int:
+    for name in names:
+        _plan(argparse.Namespace(**{**vars(args), "image": image, "name": name}), context)
     return 0
 
 

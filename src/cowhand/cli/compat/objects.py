@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cowhand.cli.compat import program
 from cowhand.cli.compat.optionstrings import parse
 from cowhand.cli.compat.program import Failure
 from cowhand.cli.compat.wording import end_place
 
+if TYPE_CHECKING:
+    import ssl
+
 #: Properties of each type that has a meaning here.
 TYPES = {
     "secret": ("data", "file", "format", "iv", "keyid"),
     "throttle-group": (),
+    "tls-creds-psk": ("dir", "endpoint", "priority", "username"),
+    "tls-creds-x509": ("dir", "endpoint", "passwordid", "priority", "sanity-check", "verify-peer"),
 }
 #: Types of QEMU's that its image tools do not have either.
 _ELSEWHERE = (
@@ -64,6 +69,8 @@ class Objects:
             secret, given = _secret(given), {}
         elif kind == "throttle-group":
             given = _limits(given)
+        elif kind.startswith("tls-creds-"):
+            given = _tls_properties(kind, given)
         if not _IDENTIFIER.match(name):
             hint = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
             raise Failure("Parameter 'id' expects an identifier", hint=hint)
@@ -75,7 +82,27 @@ class Objects:
             from cowhand.crypto import secrets
 
             secrets.add(name, secret)
+        elif kind.startswith("tls-creds-"):
+            _add_credentials(name, kind, given)
         self.known[name] = {"qom-type": kind, **given}
+
+    def tls_context(self, name: str, endpoint: str) -> ssl.SSLContext:
+        """Return the context of the TLS credentials *name* for an *endpoint*, "server" or "client". Raises Failure."""
+        found = self.known.get(name)
+        if found is None:
+            raise Failure(f"No TLS credentials with id '{name}'")
+        if not found["qom-type"].startswith("tls-creds-"):
+            raise Failure(f"Object with id '{name}' is not TLS credentials")
+        if found.get("endpoint", "client") != endpoint:
+            raise Failure(f"Expecting TLS credentials with a {endpoint} endpoint")
+        from cowhand.core.errors import CowhandError
+        from cowhand.crypto import tls
+
+        credentials = tls.find(name)
+        try:
+            return credentials.server() if endpoint == "server" else credentials.client()
+        except CowhandError as error:
+            raise Failure(error.qemu()) from None
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -124,6 +151,53 @@ def _secret(given: dict[str, Any]) -> bytes:
         return secrets.load(given)
     except CowhandError as error:
         raise Failure(error.qemu()) from None
+
+
+def _tls_properties(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    for key, value in given.items():
+        if key not in TYPES[kind]:
+            raise Failure(f"Parameter '{key}' is unexpected")
+        if key == "endpoint" and value not in ("client", "server"):
+            raise Failure(f"Parameter 'endpoint' does not accept value '{value}'")
+        if key in ("sanity-check", "verify-peer") and value not in (
+            "on",
+            "yes",
+            "true",
+            "y",
+            "off",
+            "no",
+            "false",
+            "n",
+            True,
+            False,
+        ):
+            raise Failure(f"Parameter '{key}' expects 'on' or 'off'")
+    return given
+
+
+def _add_credentials(name: str, kind: str, given: dict[str, Any]) -> None:
+    """Keep TLS credentials, which have to be there for the end that they are for. Raises Failure."""
+    import os
+
+    from cowhand.core.errors import CowhandError
+    from cowhand.crypto import tls
+
+    folder = str(given.get("dir", ""))
+    verify = given.get("verify-peer", "on") in ("on", "yes", "true", "y", True)
+    if kind == "tls-creds-psk":
+        made: tls.Credentials = tls.PresharedKeys(
+            os.path.join(folder, "keys.psk"), str(given.get("username") or tls.DEFAULT_USER)
+        )
+    else:
+        made = tls.X509(folder, verify)
+    try:
+        if given.get("endpoint", "client") == "server":
+            made.server()
+        else:
+            made.client()
+    except CowhandError as error:
+        raise Failure(error.qemu()) from None
+    tls.add(name, made)
 
 
 def _limits(given: dict[str, Any]) -> dict[str, Any]:

@@ -161,9 +161,20 @@ def main(tool: Callable[[Sequence[str]], int], arguments: Sequence[str] | None, 
     """Run *tool* as :func:`run` does; without *arguments* it has the process's, and the process for itself."""
     if arguments is not None:
         return run(tool, arguments, fallback)
+    import _signal
+
     from cowhand.cli.process_exit import leave
 
-    return leave(run(tool, sys.argv, fallback))
+    before = _signal.getsignal(_signal.SIGINT)
+    try:
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # the tools tidy up where it is raised
+        try:
+            status = run(tool, sys.argv, fallback)
+        finally:
+            _signal.signal(_signal.SIGINT, before)
+    except KeyboardInterrupt:
+        status = 130
+    return leave(status)
 
 
 def run(tool: Callable[[Sequence[str]], int], arguments: Sequence[str], fallback: str) -> int:

@@ -36,13 +36,15 @@ class Difference(Enum):
 class CompareResult(NamedTuple):
     """``identical``, or why not. *offset* is that of the first 512-byte sector that differs (as qemu-img tells it).
 
-    ``size_mismatch``: the sizes differ; the disks are identical all the same when the longer one goes on with zeroes.
+    ``sizes_differ``: the sizes differ; the disks are identical all the same when the longer one goes on with zeroes. ``size_mismatch`` is the same
+    as far as qemu-img tells it: only where the comparison came to the end of the shorter disk.
     """
 
     identical: bool
     reason: Difference | None = None
     offset: int | None = None
     size_mismatch: bool = False
+    sizes_differ: bool = False
 
     @property
     def message(self) -> str:
@@ -89,14 +91,14 @@ def compare(
         two = open_source(second, stack, second_format, cache=cache, force_share=force_share, policy=policy)
         mismatch = one.size != two.size
         if strict and mismatch:
-            return CompareResult(False, Difference.SIZE, size_mismatch=True)
+            return CompareResult(False, Difference.SIZE, size_mismatch=True, sizes_differ=True)
         comparison = _Comparison(one, two, strict, progress or Progress(), cancel or CancelToken())
         found = comparison.run(workers)
         if found is None:
-            return CompareResult(True, size_mismatch=mismatch)
+            return CompareResult(True, size_mismatch=mismatch, sizes_differ=mismatch)
         offset, reason = found
-        # Only a comparison that comes to the shorter disk's end speaks of sizes.
-        return CompareResult(False, reason, offset, mismatch and offset >= min(one.size, two.size))
+        reached = offset >= min(one.size, two.size)
+        return CompareResult(False, reason, offset, mismatch and reached, sizes_differ=mismatch)
 
 
 class _Comparison:

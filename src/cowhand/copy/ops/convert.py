@@ -12,16 +12,20 @@ from cowhand.block.format_io.format_node import FormatNode
 from cowhand.copy.engine import plan
 from cowhand.copy.engine.source import SECTOR, SalvagingSource, Source
 from cowhand.copy.ops import convert_bitmaps as copying
+from cowhand.copy.ops.overlap import refuse_own_source
 from cowhand.copy.ops.settings import DEFAULT_SPARSE, Request, Settings, check_request, parse_sparse
 from cowhand.copy.ops.target import Target, check_room, create_target, existing_target
 from cowhand.copy.ops.transfer import transfer
+from cowhand.copy.ops.unreadable import Range, Unreadable
 from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
+from cowhand.image.create import local_path
 from cowhand.image.open import Image, open_source
 
 if TYPE_CHECKING:
     from cowhand.block.node.guard import Guard
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.block.opening.policy import Policy as OpenPolicy
     from cowhand.block.opening.registry import Registry
     from cowhand.image.create import Creation
@@ -29,7 +33,8 @@ if TYPE_CHECKING:
 
 class ConvertResult(NamedTuple):
     """What a conversion did. Bytes: ``size`` of the target's disk; ``copied`` read as data; ``zeroes`` known to be zero without reading;
-    ``skipped`` left to the target's backing file. ``unreadable``: offsets of sectors that salvaging replaced by zeroes."""
+    ``skipped`` left to the target's backing file. ``unreadable_ranges``: offsets and lengths of what salvaging replaced by zeroes, and
+    ``unreadable_reason`` the first error there."""
 
     filename: str
     format: str
@@ -37,7 +42,13 @@ class ConvertResult(NamedTuple):
     copied: int
     zeroes: int
     skipped: int
-    unreadable: tuple[int, ...] = ()
+    unreadable_ranges: tuple[Range, ...] = ()
+    unreadable_reason: CowhandError | None = None
+
+    @property
+    def unreadable(self) -> tuple[int, ...]:
+        """The offsets of all sectors in ``unreadable_ranges``."""
+        return tuple(at for begin, length in self.unreadable_ranges for at in range(begin, begin + length, SECTOR))
 
 
 def convert(
@@ -53,7 +64,7 @@ def convert(
     target_is_zero: bool = False,
     overwrite: bool = False,
     like_qemu: bool = False,
-    snapshot: str | None = None,
+    snapshot: str | SnapshotInfo | None = None,
     compressed: bool = False,
     compression_level: int | None = None,
     sparse_size: int | str = DEFAULT_SPARSE,
@@ -82,7 +93,8 @@ def convert(
     A new target of *target_format* (default raw) is made with *options*; it appears under its name when it is complete, and never in place of
     another file unless *overwrite* is set. That one, too, stays until the new one is complete; a device, or a file that cannot be replaced, is
     written in place, which *warn* hears before, and so is everything with *like_qemu*. With *skip_create* (-n) an existing image, or an open disk, is
-    written in place; *target_is_zero* promises that it reads as zeroes. *backing* and *backing_format* (-B, -F) leave to the backing file
+    written in place; *target_is_zero* promises that it reads as zeroes, which is looked into as far as that
+    is cheap (not with *like_qemu*): where it does not, zeroes are written. *backing* and *backing_format* (-B, -F) leave to the backing file
     what the source's own layer does not allocate. *snapshot* reads the (one) source at an internal snapshot.
 
     *sparse_size* (-S): runs of zeroes of at least so many bytes are left out; 0 writes every byte. *compressed* stores compressed clusters,
@@ -171,7 +183,7 @@ class _Conversion:
         self._creation: Creation | None = None
         self._has_backing = request.backing is not None
         self._source: Source
-        self._unreadable: list[int] = []
+        self._unreadable = Unreadable()
 
     def check_sources(self) -> None:
         """Refuse what the sources do not have, or what cannot go along."""
@@ -201,15 +213,20 @@ class _Conversion:
             self._source = Source(self.disks, depth=depth)
 
     def _note(self, offset: int, error: CowhandError) -> None:
-        self._unreadable.append(offset)
-        self._warn(f"error while reading offset {offset}: {error.qemu()}")
+        self._unreadable.add(offset, error)
+        if self.request.like_qemu:
+            self._warn(f"error while reading offset {offset}: {error.qemu()}")
 
     def _note_status(self, offset: int, error: CowhandError) -> None:
-        self._warn(f"error while reading block status at offset {offset}: {error.qemu()}")
+        if self.request.like_qemu:
+            self._warn(f"error while reading block status at offset {offset}: {error.qemu()}")
 
     def open_target(self, policy: OpenPolicy | None, guard: Guard | None, *, force: bool) -> Target:
         """Return the target open for writing: the new image, under its temporary name, or the existing one."""
         request, creation, cache = self.request, self._creation, self.request.cache
+        if not request.like_qemu:
+            for written in self._written():
+                refuse_own_source(self.disks, written)
         discard = self.settings.sparse_size > 0
         if creation is None:
             return existing_target(
@@ -239,6 +256,14 @@ class _Conversion:
         except CowhandError as error:
             raise error.within(qemu=f"{creation.filename}: error while converting {creation.format.name}") from None
 
+    def _written(self) -> list[str | None]:
+        """Return the names of what is written: the target, and its data file."""
+        if self._creation is None:
+            target = self.request.target
+            return [local_path(os.fspath(target))] if isinstance(target, (str, os.PathLike)) else []
+        data = self._creation.options.get("data_file")
+        return [self._creation.local, local_path(data) if data else None]
+
     def copy(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> ConvertResult:
         """Fill *target*; return what that was."""
         request = self.request
@@ -253,8 +278,16 @@ class _Conversion:
             skip_broken = request.skip_broken_bitmaps
             copying.copy_bitmaps(self._active, target.disk, skip_broken=skip_broken, warn=self._warn)
         name = self._creation.filename if self._creation is not None else target.disk.filename
+        lost = self._unreadable
         return ConvertResult(
-            name, target.disk.format, self.size, moved.data, moved.zero, moved.skip, tuple(self._unreadable)
+            name,
+            target.disk.format,
+            self.size,
+            moved.data,
+            moved.zero,
+            moved.skip,
+            lost.ranges(self._source.size),
+            lost.reason,
         )
 
     def _look_for_room(self, disk: Disk, cancel: CancelToken | None) -> None:
@@ -281,10 +314,21 @@ class _Conversion:
             target,
             self.settings,
             has_backing=self._has_backing,
-            reads_zero=self.request.target_is_zero,
+            reads_zero=self.request.target_is_zero and self._keeps_promise(target.disk),
             progress=progress,
             cancel=cancel,
         )
+
+    def _keeps_promise(self, disk: Disk) -> bool:
+        """Tell whether *disk* may be taken to read as zeroes; where not, they are written. Unchecked the user's word counts, as in QEMU."""
+        from cowhand.copy.ops.zero_promise import broken_promise
+
+        if self.request.like_qemu:
+            return disk.root.zero_when_new
+        why = broken_promise(disk)
+        if why is not None:
+            self._warn(f"'{disk.filename}' was said to read as zeroes, and {why}: zeroes are written")
+        return why is None
 
     def _copy_states(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> plan.Totals:
         """The same with every internal snapshot before it."""

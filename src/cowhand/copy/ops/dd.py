@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cowhand.copy.engine.source import Part, Source
 from cowhand.copy.ops.convert import ConvertResult
+from cowhand.copy.ops.overlap import refuse_own_source
 from cowhand.copy.ops.settings import Settings
 from cowhand.copy.ops.space import look_for_space
 from cowhand.copy.ops.target import create_target
@@ -70,6 +71,7 @@ def dd(
         creation = prepare(target, target_format, end - first, registry=registry, policy=policy)
         part = Source([Part(disk, first, end - first)])
         if not like_qemu:
+            refuse_own_source([disk], creation.local)
             look_for_space(part, creation, Settings(), warn=warn)
         with create_target(
             creation,

@@ -15,8 +15,9 @@ from cowhand.copy.engine.plan import Policy
 from cowhand.copy.engine.source import Part, SalvagingSource, Source
 from cowhand.copy.ops.convert import ConvertResult
 from cowhand.copy.ops.settings import Settings, throttle_for
+from cowhand.copy.ops.unreadable import Unreadable
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE
-from cowhand.core.errors import CowhandError, InvalidArgument, from_os_error
+from cowhand.core.errors import InvalidArgument, from_os_error
 from cowhand.core.progress import CancelToken, Progress
 from cowhand.core.units import parse_size
 from cowhand.image.open import Image, open_source
@@ -54,13 +55,7 @@ def stream(
     inputs = sources if isinstance(sources, (list, tuple)) else (sources,)
     if len(inputs) > 1 and (snapshot is not None or begin or end is not None):
         raise InvalidArgument("a snapshot, or a part, is taken of one source only")
-    unreadable: list[int] = []
-
-    def note(offset: int, error: CowhandError) -> None:
-        unreadable.append(offset)
-        if warn is not None:
-            warn(f"error while reading offset {offset}: {error.qemu()}")
-
+    lost = Unreadable()
     with ExitStack() as stack:
         disks = [
             open_source(
@@ -78,10 +73,10 @@ def stream(
         if begin or end is not None:
             stop = disks[0].size if end is None else min(end, disks[0].size)
             parts = [Part(disks[0], min(begin, stop), max(0, stop - begin))]
-        source = SalvagingSource(parts, report=note) if salvage else Source(parts)
+        source = SalvagingSource(parts, report=lost.add) if salvage else Source(parts)
         writer = _Writer(descriptor, name, cancel or CancelToken())
         moved = _copy(source, writer, Settings(rate_limit=parse_size(rate_limit)), progress or Progress())
-        return ConvertResult(name, "raw", source.size, moved.data, moved.zero, 0, tuple(unreadable))
+        return ConvertResult(name, "raw", source.size, moved.data, moved.zero, 0, lost.ranges(source.size), lost.reason)
 
 
 def _copy(source: Source, writer: _Writer, settings: Settings, progress: Progress) -> plan.Totals:

@@ -98,10 +98,10 @@ class Connection:
     # -- the thread
 
     def run(self, greeting: bytes, rest: bytes) -> None:
-        """Send *greeting*, the end of the handshake, and serve until the client leaves; *rest* came behind its handshake."""
+        """Send *greeting*, the end of the handshake as it goes over the wire, and serve until the client leaves; *rest* came behind that."""
         try:
             if greeting:
-                self._channel.send(greeting)
+                self._channel.send_raw(greeting)
             self._serve(rest)
         except ProtocolViolation as error:
             self.reason = error.message

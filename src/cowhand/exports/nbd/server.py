@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING
 
 from cowhand.core import clock
 from cowhand.exports.nbd import sockets
-from cowhand.exports.nbd.channel import SocketChannel
+from cowhand.exports.nbd.channel import SocketChannel, TlsChannel
 from cowhand.exports.nbd.connection import Connection
 from cowhand.exports.nbd.export import Exports, NbdExport
 from cowhand.exports.nbd.limits import Limits
-from cowhand.nbd.server_handshake import Agreed, Ended, Send, ServerHandshake, Tls
+from cowhand.nbd.server_handshake import Agreed, Ended, Send, ServerHandshake, StartTls, Tls
+from cowhand.nbd.tls import TlsFailed, TlsStream
 
 if TYPE_CHECKING:
+    import ssl
+
     from cowhand.nbd.offers import Agreement
 
 #: What is received of a handshake at once; what waits to be sent, from which on nothing more is received.
@@ -61,6 +64,7 @@ class _Client:
         self.handshake = handshake
         self.deadline = deadline
         self.outgoing = bytearray(handshake.start())
+        self.stream: TlsStream | None = None  #: once TLS has begun
         self.agreed: Agreed | None = None
         self.over = ""  #: why it ends when all is sent
 
@@ -74,18 +78,23 @@ class _Client:
 
 
 class NbdServer:
-    """Serves exports on listening sockets, which become the server's; *default* as :class:`Exports` has it. Thread-safe."""
+    """Serves exports on listening sockets, which become the server's; *default* as :class:`Exports` has it. Thread-safe.
+
+    With *tls* every client has to encrypt before it is told of anything.
+    """
 
     def __init__(
         self,
         exports: Iterable[NbdExport] = (),
         *,
         default: bool = True,
+        tls: ssl.SSLContext | None = None,
         limits: Limits | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.exports = Exports(exports, default=default)
         self.limits = limits if limits is not None else Limits()
+        self._tls = tls
         self._observer = observer or Observer()
         self._selector = selectors.DefaultSelector()
         self._listeners: list[socket.socket] = []
@@ -116,6 +125,11 @@ class NbdServer:
             sys.setswitchinterval(SWITCH_INTERVAL)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread.start()
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether clients have to use TLS."""
+        return self._tls is not None
 
     @property
     def connections(self) -> list[Connection]:
@@ -229,7 +243,8 @@ class NbdServer:
             sockets.tune(sock)
         seconds = self.limits.handshake_seconds
         deadline = clock.monotonic() + seconds if seconds else float("inf")
-        client = _Client(sock, sockets.peer_name(sock, address), ServerHandshake(self.exports, Tls.OFF), deadline)
+        wanted = Tls.OFF if self._tls is None else Tls.REQUIRED
+        client = _Client(sock, sockets.peer_name(sock, address), ServerHandshake(self.exports, wanted), deadline)
         self._clients[sock.fileno()] = client
         self._selector.register(sock, selectors.EVENT_READ, client)
         self._attend(client, selectors.EVENT_WRITE)
@@ -277,9 +292,24 @@ class NbdServer:
             self._selector.modify(client.socket, client.events, client)
 
     def _take(self, client: _Client, data: bytes) -> None:
+        stream = client.stream
+        if stream is not None:
+            stream.feed(data)
+            try:
+                if not stream.established and stream.handshake():
+                    client.handshake.upgraded()
+                data = stream.decrypt() if stream.established else b""
+            except TlsFailed as error:
+                client.over = error.message
+            client.outgoing += stream.outgoing()
+            if client.over or not stream.established:
+                return
         for event in client.handshake.feed(data):
             if isinstance(event, Send):
-                client.outgoing += event.data
+                client.outgoing += stream.encrypt(event.data) if stream is not None else event.data
+            elif isinstance(event, StartTls):
+                assert self._tls is not None
+                client.stream = TlsStream(self._tls, server=True)
             elif isinstance(event, Agreed):
                 client.agreed = event
             elif isinstance(event, Ended):
@@ -307,7 +337,7 @@ class NbdServer:
 
     def _connection(self, client: _Client, export: NbdExport, agreement: Agreement) -> Connection:
         share = self.limits.share(len(self._connections) + 1)
-        channel = SocketChannel(client.socket)
+        channel = SocketChannel(client.socket) if client.stream is None else TlsChannel(client.socket, client.stream)
         return Connection(channel, client.name, export, agreement, share=share, in_flight=self.limits.in_flight)
 
     def _serve(self, connection: Connection, greeting: bytes, rest: bytes) -> None:

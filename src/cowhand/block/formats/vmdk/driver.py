@@ -163,10 +163,10 @@ class VmdkNode(FormatNode):
     def _open_parent(self, opening: Opening, given: Any) -> None:
         self.cid = self.descriptor.hexadecimal("CID", 0)
         self.parent_cid = self.descriptor.hexadecimal("parentCID", layout.NO_PARENT)
-        self.backing_name = (
-            self.descriptor.values.get("parentFileNameHint") if self.parent_cid != layout.NO_PARENT else None
-        )
-        self.open_backing(opening, given, self.backing_name, "vmdk")
+        if self.parent_cid != layout.NO_PARENT:
+            self.backing_name = self.descriptor.values.get("parentFileNameHint") or None
+            self.backing_format = "vmdk"
+        self.open_backing(opening, given)
         if given is RECORDED and self.backing_name and opening.with_backing:
             opening.afterwards(self._check_parent)
 
@@ -203,6 +203,10 @@ class VmdkNode(FormatNode):
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def cluster_size(self) -> int | None:  # type: ignore[override]
+        return self.extents[0].allocation_unit or None
 
     def allocated_size(self) -> int | None:
         sizes = [child.node.allocated_size() for child in self.children.values() if child.role is not Role.BACKING]
@@ -366,6 +370,18 @@ class VmdkNode(FormatNode):
         from cowhand.block.formats.vmdk.create import check
 
         check(size, options)
+
+    @classmethod
+    def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:
+        from cowhand.block.formats.vmdk.create import extent_names
+
+        return extent_names(filename, size, options)
+
+    @classmethod
+    def create_extent(cls, file: BlockNode, number: int, size: int, options: Mapping[str, Any]) -> None:
+        from cowhand.block.formats.vmdk.create import create_extent
+
+        create_extent(file, number, size, options)
 
     @classmethod
     def create(cls, file: BlockNode, size: int, options: Mapping[str, Any]) -> None:

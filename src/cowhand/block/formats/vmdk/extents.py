@@ -131,8 +131,6 @@ class SparseExtent(BlockTableFormat):
             raise self.wrong(f"Unsupported VMDK version {version}", 4)
         if version == 3 and self.writable and not self.compressed:
             raise self.wrong("VMDK version 3 must be read only", 4)
-        if flags & FLAG_LINE_CHECK and check != TRANSFER_CHECK:
-            raise self.wrong("the file was damaged by a transfer as text", 73)
         if self.compressed and how != 1:
             raise self.wrong(f"grains are compressed by method {how}, which is not deflate", 77)
         if not 0 < entries <= MAX_TABLE:
@@ -146,6 +144,8 @@ class SparseExtent(BlockTableFormat):
             text_ = f"File truncated, expecting at least {overhead * SECTOR} bytes"
             raise self.wrong(text_, 64)
         self._read_directory(first * SECTOR, second * SECTOR if flags & FLAG_REDUNDANT and second else None)
+        if flags & FLAG_LINE_CHECK and check != TRANSFER_CHECK:
+            raise self.wrong("the file was damaged by a transfer as text", 73)
         self.special = {0: UNALLOCATED}
         if flags & FLAG_ZERO_GRAIN:
             self.special[1] = ZEROED

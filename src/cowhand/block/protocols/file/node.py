@@ -13,6 +13,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cowhand.block.locking import device_use
 from cowhand.block.node.node import ALL_PERMISSIONS, Capabilities, Limits, Reopening, Run, Zeroing
 from cowhand.block.node.options import NodeOptions, option
 from cowhand.block.protocols.file.data import DescriptorNode
@@ -181,6 +182,8 @@ class FileNode(DescriptorNode):
             mode = os.stat(self.path).st_mode
             if not writable or not stat.S_ISDIR(mode):  # the system says best that a folder cannot be written
                 self._check_kind(mode)  # before opening: a device may act on that alone
+            if writable:
+                device_use.check(self.path)
             if self.direct and not _DIRECT:
                 raise NotSupported("this system has no direct I/O (cache.direct=on)", path=self.path)
             fd = os.open(self.path, flags | (_DIRECT if self.direct else 0))

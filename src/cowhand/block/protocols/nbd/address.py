@@ -10,13 +10,18 @@ import errno
 import os
 import socket
 from collections.abc import Generator
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from cowhand.block.protocols.nbd.tls_socket import TlsSocket
 from cowhand.core import clock
 from cowhand.core.errors import InvalidArgument, from_os_error
 from cowhand.nbd.constants import CONTEXT_ALLOCATION
 from cowhand.nbd.errors import ConnectionLost
-from cowhand.nbd.handshake import Export, negotiate
+from cowhand.nbd.handshake import START_TLS, Export, negotiate
+from cowhand.nbd.tls import TlsFailed, TlsStream
+
+if TYPE_CHECKING:
+    from cowhand.crypto.tls import Credentials
 
 #: Seconds that connecting and the whole handshake may take: nothing that an honest server does there takes long.
 HANDSHAKE_SECONDS = 30.0
@@ -42,11 +47,19 @@ class Server(NamedTuple):
         return self.path if self.kind in ("unix", "fd") else f"{self.host}:{self.port}"
 
 
-class Dial:
-    """One attempt to reach a server. :meth:`abort` ends it from another thread."""
+class TlsClient(NamedTuple):
+    """How a client encrypts: what it proves itself with, and whom the server's certificate has to name (None: the host that was connected)."""
 
-    def __init__(self, server: Server, seconds: float) -> None:
+    credentials: Credentials
+    hostname: str | None = None
+
+
+class Dial:
+    """One attempt to reach a server, with *tls* encrypted. :meth:`abort` ends it from another thread."""
+
+    def __init__(self, server: Server, seconds: float, tls: TlsClient | None = None) -> None:
         self._server = server
+        self._tls = tls
         self._deadline = clock.monotonic() + min(seconds, HANDSHAKE_SECONDS)
         self._socket: socket.socket | None = None
         self._aborted = False
@@ -60,24 +73,26 @@ class Dial:
 
     def run(
         self, export: str, context: str = CONTEXT_ALLOCATION, *, structured: bool = True
-    ) -> tuple[socket.socket, Export]:
+    ) -> tuple[socket.socket | TlsSocket, Export]:
         """Connect and agree. Raises ConnectionLost, NegotiationRefused, ProtocolViolation, InvalidArgument; nothing stays open then."""
         sock = self._connect()
         self._socket = sock
         try:
-            agreed = self.converse(sock, negotiate(export, context, structured=structured))
+            connected, agreed = self._converse(
+                sock, negotiate(export, context, structured=structured, tls=self._tls is not None)
+            )
         except BaseException:
             sock.close()
             raise
         self._socket = None  # it is the caller's now, and not for abort()
-        return sock, agreed
+        return connected, agreed
 
     def ask(self, conversation: Generator[bytes | int, bytes, _Answer]) -> _Answer:
         """Connect, hold *conversation* (see :mod:`cowhand.nbd.handshake`) and hang up; return what came of it. Raises as :meth:`run` does."""
         sock = self._connect()
         self._socket = sock
         try:
-            return self.converse(sock, conversation)
+            return self._converse(sock, conversation)[1]
         finally:
             sock.close()
 
@@ -152,28 +167,59 @@ class Dial:
 
     # -- the handshake
 
-    def converse(self, sock: socket.socket, conversation: Generator[bytes | int, bytes, _Answer]) -> _Answer:
-        """Hold *conversation* over *sock*, as long as the time limit allows."""
+    def _converse(
+        self, sock: socket.socket, conversation: Generator[bytes | int, bytes, _Answer]
+    ) -> tuple[socket.socket | TlsSocket, _Answer]:
+        """Hold *conversation* over *sock*, as long as the time limit allows; return what goes on being used, and what came of it."""
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             _tune(sock)
+        end_point: socket.socket | TlsSocket = sock
         answer: bytes | None = None
         while True:
             try:
                 wanted = next(conversation) if answer is None else conversation.send(answer)
             except StopIteration as end:
                 agreed: _Answer = end.value
-                return agreed
+                return end_point, agreed
             answer = None
             try:
                 if isinstance(wanted, bytes):
-                    self._send(sock, wanted)
+                    self._send(end_point, wanted)
+                elif wanted == START_TLS:
+                    end_point = self._encrypt(sock)
+                    answer = b""
                 else:
-                    answer = self._receive(sock, wanted)
+                    answer = self._receive(end_point, wanted)
             except TimeoutError:
                 self._deadline = 0.0
                 self._left()
 
-    def _send(self, sock: socket.socket, data: bytes) -> None:
+    def _encrypt(self, sock: socket.socket) -> TlsSocket:
+        """Begin to encrypt. Raises TlsFailed, InvalidArgument."""
+        assert self._tls is not None
+        context = self._tls.credentials.client()
+        hostname = self._tls.hostname or (self._server.host if self._server.kind == "inet" else None)
+        if context.check_hostname and not hostname:
+            raise InvalidArgument(
+                "the server's certificate cannot be verified without a name that it must have",
+                qemu="No hostname for certificate validation",
+                hint="Give it with tls-hostname.",
+            )
+        sock.settimeout(self._left())
+        encrypted = TlsSocket(sock, TlsStream(context, server=False, hostname=hostname))
+        try:
+            encrypted.handshake()
+        except TlsFailed as error:
+            raise error.within(f"NBD server {self._server}") from None
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ConnectionLost(
+                f"the connection was lost during the TLS handshake: {error.strerror}", path=str(self._server)
+            ) from error
+        return encrypted
+
+    def _send(self, sock: socket.socket | TlsSocket, data: bytes) -> None:
         sock.settimeout(self._left())
         try:
             sock.sendall(data)
@@ -184,7 +230,7 @@ class Dial:
             qemu = f"Failed to send option request: Unable to write to socket: {told.qemu_message}"
             raise ConnectionLost(told.message, qemu=qemu, errno=told.errno, path=told.path) from error
 
-    def _receive(self, sock: socket.socket, wanted: int) -> bytes:
+    def _receive(self, sock: socket.socket | TlsSocket, wanted: int) -> bytes:
         """Return *wanted* bytes, or none when the server hangs up before."""
         data = b""
         while len(data) < wanted:

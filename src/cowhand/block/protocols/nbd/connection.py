@@ -23,6 +23,7 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cowhand.block.protocols.nbd.tls_socket import TlsSocket
 from cowhand.core import clock
 from cowhand.core.buffers import Buffer
 from cowhand.core.errors import CowhandError, from_os_error
@@ -74,7 +75,7 @@ class _Caller:
 class Connection:
     """A connection whose handshake is done; thread-safe. *silence* is the time limit in seconds, 0 for none."""
 
-    def __init__(self, sock: socket.socket, export: Export, name: str, silence: float) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, export: Export, name: str, silence: float) -> None:
         self.export = export
         self.failure: CowhandError | None = None
         self._name = name
@@ -152,7 +153,8 @@ class Connection:
         )
         flags = _NOSIGNAL if patient else _NOSIGNAL | _DONTWAIT
         moved = clock.monotonic()
-        while total:
+        encrypted = self._socket if isinstance(self._socket, TlsSocket) else None
+        while total or (encrypted is not None and encrypted.unsent):
             try:
                 count = self._socket.sendmsg(buffers[:_MAX_BUFFERS], (), flags)
             except BlockingIOError:

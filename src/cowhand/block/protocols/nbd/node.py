@@ -25,7 +25,7 @@ from cowhand.block.node.node import (
     one_by_one,
 )
 from cowhand.block.protocols.nbd.connection import Order
-from cowhand.block.protocols.nbd.options import NbdOptions, address_of, server_of, with_server
+from cowhand.block.protocols.nbd.options import NbdOptions, address_of, server_of, tls_of, with_server, with_uri
 from cowhand.block.protocols.nbd.session import Session, Settings
 from cowhand.core.buffers import ZEROES, ZEROES_SIZE, Buffer, fill_zero
 from cowhand.core.errors import (
@@ -99,6 +99,7 @@ class NbdNode(BlockNode):
         self._session = Session(
             Settings(
                 server=self._server,
+                tls=tls_of(options),
                 export=self._address.export or "",
                 context=self._context,
                 reconnect_delay=options.reconnect_delay,
@@ -117,6 +118,7 @@ class NbdNode(BlockNode):
             options = with_server(options, server)
         if options.server_type == "fd" and opening is not None and opening.implied:
             raise PolicyRefused("an image cannot name descriptors of this process")
+        options = with_uri(options)
         node = cls(options)
         node._connect()
         return node
@@ -180,7 +182,12 @@ class NbdNode(BlockNode):
 
     @property
     def filename(self) -> str:
-        if self._server.kind in ("unix", "inet") and not self._server.abstract:
+        secured = {
+            name: value
+            for name, value in self.strong_options().items()
+            if name.startswith("tls-") and not self._address.tls
+        }
+        if self._server.kind in ("unix", "inet") and not self._server.abstract and not secured:
             return str(self._address)
         import json
 
@@ -189,10 +196,12 @@ class NbdNode(BlockNode):
             server["str"] = self._server.path
         elif self._server.kind == "vsock":
             server |= {"cid": self._server.host, "port": self._server.port}
+        elif self._server.kind == "inet":
+            server |= {"host": self._server.host, "port": self._server.port}
         else:
-            server |= {"path": self._server.path, "abstract": "on"}
+            server |= {"path": self._server.path} | ({"abstract": "on"} if self._server.abstract else {})
         export = {} if self._address.export is None else {"export": self._address.export}
-        return "json:" + json.dumps({"driver": self.driver, "server": server, **export})
+        return "json:" + json.dumps({"driver": self.driver, "server": server, **export, **secured})
 
     # -- requests
 

@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 from cowhand.block.node.options import NodeOptions, option, parse
-from cowhand.block.protocols.nbd.address import Server
+from cowhand.block.protocols.nbd.address import Server, TlsClient
 from cowhand.core.errors import InvalidArgument
 from cowhand.nbd import uri
 from cowhand.nbd.constants import DEFAULT_PORT
@@ -48,8 +48,17 @@ class NbdOptions(NodeOptions):
     host: Any = option(kind="any", help="the same as server.host")
     port: Any = option(kind="any", help=f"the same as server.port ({DEFAULT_PORT} unless given)")
     export: str | None = option(help="name of the export; unless given, the server's default one")
-    tls_creds: str | None = option(help="TLS is not supported: refused")
-    tls_hostname: str | None = option(help="TLS is not supported: refused")
+    tls_creds: str | None = option(help="id of TLS credentials: all is encrypted")
+    tls_hostname: str | None = option(help="name that the server's certificate must have; unless given, the host's")
+    tls_certificates: str | None = option(
+        help="folder with ca-cert.pem, and perhaps client-cert.pem and client-key.pem: all is encrypted"
+    )
+    tls_psk_file: str | None = option(help="file of pre-shared keys: all is encrypted")
+    tls_username: str | None = option(help="user whose key of tls-psk-file is taken; 'qemu' unless given")
+    tls_system: bool = option(False, kind="bool", help="encrypt, and trust the server's certificate if the system does")
+    tls_verify_peer: bool = option(
+        True, kind="bool", help="whether the server's certificate is verified (tls-certificates)"
+    )
     x_dirty_bitmap: str | None = option(
         help='metadata context to show instead of "base:allocation", such as "qemu:dirty-bitmap:NAME"', strong=False
     )
@@ -119,11 +128,12 @@ def address_of(options: NbdOptions) -> uri.Address:
 
 
 def _check(options: NbdOptions) -> None:
-    if options.tls_creds is not None:
+    ways = [options.tls_creds, options.tls_certificates, options.tls_psk_file, options.tls_system or None]
+    if len([way for way in ways if way is not None]) > 1:
         raise InvalidArgument(
-            f"No TLS credentials with id '{options.tls_creds}'", hint="NBD over TLS is not supported; use a tunnel."
+            "TLS has one kind of credentials: tls-creds, tls-certificates, tls-psk-file or tls-system"
         )
-    if options.tls_hostname is not None:
+    if ways == [None] * 4 and options.tls_hostname is not None:
         raise InvalidArgument("TLS hostname is only used with TLS credentials")
     for name in ("reconnect_delay", "open_timeout", "reply_timeout"):
         if not 0 <= getattr(options, name) < 1 << 31:
@@ -144,6 +154,36 @@ def _legacy(options: NbdOptions) -> uri.Address:
     if host is None:
         raise InvalidArgument("NBD server address missing")
     return uri.Address(host=host, port=port or str(DEFAULT_PORT), export=options.export)
+
+
+def with_uri(options: NbdOptions) -> NbdOptions:
+    """Return *options* with what a URI says of TLS. Raises InvalidArgument."""
+    if options.filename is None:
+        return options
+    address = uri.parse(options.filename)
+    if not address.tls:
+        return options
+    given = parse(NbdOptions, dict(address.settings), driver="nbd", kind="protocol")
+    merged = NbdOptions(**{**vars(options), **vars(given)})
+    named = (merged.tls_creds, merged.tls_certificates, merged.tls_psk_file)
+    return NbdOptions(**{**vars(merged), "tls_system": True}) if named == (None,) * 3 else merged
+
+
+def tls_of(options: NbdOptions) -> TlsClient | None:
+    """Return how *options* have the connection encrypted, or None. Raises InvalidArgument."""
+    from cowhand.crypto import tls
+
+    if options.tls_creds is not None:
+        credentials: tls.Credentials = tls.find(options.tls_creds)
+    elif options.tls_certificates is not None:
+        credentials = tls.X509(options.tls_certificates, options.tls_verify_peer)
+    elif options.tls_psk_file is not None:
+        credentials = tls.PresharedKeys(options.tls_psk_file, options.tls_username or tls.DEFAULT_USER)
+    elif options.tls_system:
+        credentials = tls.SystemAuthorities()
+    else:
+        return None
+    return TlsClient(credentials, options.tls_hostname)
 
 
 def server_of(options: NbdOptions) -> Server:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from cowhand.block.protocols.nbd.address import HANDSHAKE_SECONDS, Dial, Server
+from cowhand.block.protocols.nbd.address import HANDSHAKE_SECONDS, Dial, Server, TlsClient
 from cowhand.block.protocols.nbd.connection import Connection, Order
 from cowhand.core import clock
 from cowhand.core.errors import Closed, CowhandError
@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     """How an export is reached; times in seconds. ``accept`` looks at what a server offers, and may raise."""
 
     server: Server
+    tls: TlsClient | None
     export: str
     context: str
     reconnect_delay: float
@@ -190,7 +191,7 @@ class Session:
 
     def _connect(self, seconds: float, *, again: bool) -> Connection:
         settings = self._settings
-        dial = self._dial = Dial(settings.server, seconds)
+        dial = self._dial = Dial(settings.server, seconds, settings.tls)
         if self._closed.is_set():
             raise Closed("the disk is closed")
         sock, export = dial.run(settings.export, settings.context)

@@ -39,7 +39,7 @@ def image_info(node: BlockNode, *, limits: bool = False) -> dict[str, Any]:
         out["actual-size"] = allocated
     source = _informed(node)
     if source is not None:
-        if getattr(source, "cluster_size", 0):
+        if source.cluster_size:
             out["cluster-size"] = source.cluster_size
         out["dirty-flag"] = bool(getattr(getattr(source, "header", None), "incompatible", 0) & _DIRTY)
     if _crypt_method(node) or node.driver == "luks":
@@ -102,8 +102,8 @@ def _limits(node: BlockNode) -> dict[str, Any]:
 
 def _informed(node: BlockNode) -> Any:
     """Return the node that knows a cluster size and a dirty bit for *node*, or None."""
-    while node.driver not in ("qcow2", "file", "host_device"):
-        primary = node.primary
+    while node.cluster_size is None and node.driver not in _FILES:
+        primary = node.primary if node.is_filter or node.driver in ("raw", "luks") else None
         if primary is None:
             return None
         node = primary.node
@@ -111,10 +111,9 @@ def _informed(node: BlockNode) -> Any:
 
 
 def _backing(node: BlockNode) -> dict[str, Any]:
-    header: Any = getattr(node, "header", None)
-    name = getattr(header, "backing_name", None)
-    if not name:
+    if node.backing_link is None:
         return {}
+    name, format = node.backing_link
     from cowhand.block.opening.filenames import combine, location
     from cowhand.core.errors import CowhandError
 
@@ -123,8 +122,8 @@ def _backing(node: BlockNode) -> dict[str, Any]:
         out["full-backing-filename"] = combine(location(node), name)
     except CowhandError:
         pass  # a relative name in an image that has no folder
-    if header.backing_format:
-        out["backing-filename-format"] = header.backing_format
+    if format:
+        out["backing-filename-format"] = format
     return out
 
 

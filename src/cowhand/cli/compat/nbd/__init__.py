@@ -82,18 +82,23 @@ def _run(arguments: Sequence[str]) -> int:
         raise Failure(f"Try `{program.name()} --help' for more information.") from None
     settings.finish(scanner.rest)
     if settings.tls_creds is not None:
-        raise Failure(f"Failed to get TLS creds: No TLS credentials with id '{settings.tls_creds}'")
+        try:
+            settings.tls = objects.tls_context(settings.tls_creds, "client" if settings.list else "server")
+        except Failure as failure:
+            raise Failure(f"Failed to get TLS creds: {failure.message}") from None
+        if settings.tls_authz is not None:
+            raise Failure("--tls-authz is not supported: let the certificates' authority decide who may connect")
     if settings.list:
         from cowhand.cli.compat.nbd.listing import show_exports
 
-        return show_exports(settings, objects)
+        return show_exports(settings)
     if settings.disconnect:
         from cowhand.cli.compat.nbd.device import disconnect
 
         return disconnect(scanner.rest[0])
     from cowhand.cli.compat.nbd.serving import serve
 
-    return serve(settings, objects)
+    return serve(settings)
 
 
 def _usage() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cowhand.block.protocols.nbd.address import HANDSHAKE_SECONDS, Dial, Server
+from cowhand.block.protocols.nbd.address import HANDSHAKE_SECONDS, Dial, Server, TlsClient
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError
 from cowhand.nbd import constants as nbd
@@ -12,7 +12,6 @@ from cowhand.nbd.listing import Listed, list_exports
 
 if TYPE_CHECKING:
     from cowhand.cli.compat.nbd.settings import Settings
-    from cowhand.cli.compat.objects import Objects
 
 _FLAGS = (
     (nbd.FLAG_READ_ONLY, "readonly"),
@@ -30,14 +29,19 @@ _FLAGS = (
 )
 
 
-def show_exports(settings: Settings, objects: Objects) -> int:
+def show_exports(settings: Settings) -> int:
     """Print the exports of the server that *settings* name. Raises Failure."""
     if settings.socket is not None:
         server = Server("unix", path=settings.socket)
     else:
         server = Server("inet", host=settings.host, port=settings.service)
     try:
-        exports = Dial(server, HANDSHAKE_SECONDS).ask(list_exports())
+        tls = None
+        if settings.tls_creds is not None:
+            from cowhand.crypto.tls import find
+
+            tls = TlsClient(find(settings.tls_creds), settings.tls_hostname)
+        exports = Dial(server, HANDSHAKE_SECONDS, tls).ask(list_exports(tls=tls is not None))
     except CowhandError as error:
         raise Failure(error.qemu()) from None
     print(f"exports available: {len(exports)}")

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cowhand.block.disk import Disk
     from cowhand.cli.compat.nbd.device import Device
     from cowhand.cli.compat.nbd.settings import Settings
-    from cowhand.cli.compat.objects import Objects
     from cowhand.cli.running import Mailbox
     from cowhand.exports.nbd.connection import Connection
     from cowhand.exports.nbd.export import NbdExport
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 GRACE = 5.0
 
 
-def serve(settings: Settings, objects: Objects) -> int:
+def serve(settings: Settings) -> int:
     """Serve what *settings* say, and return the exit status. Raises Failure."""
     from cowhand.exports.nbd import sockets
 
@@ -111,7 +110,7 @@ def _serve(settings: Settings, activated: list[socket.socket], ready: Callable[[
         seconds = 10 if settings.handshake_limit is None else settings.handshake_limit
         limits = Limits(clients=settings.shared or None, handshake_seconds=seconds)
         watch = _watch(settings, mailbox)
-        server = NbdServer([export], default=False, limits=limits, observer=watch)
+        server = NbdServer([export], default=False, tls=settings.tls, limits=limits, observer=watch)
         server.listen(*listening)
         if settings.pid_file is not None:
             _write_pid(settings.pid_file)

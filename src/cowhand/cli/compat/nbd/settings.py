@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cowhand.block.node.options import CACHE_MODES
 from cowhand.cli.compat import program
 from cowhand.cli.compat.program import Failure
 from cowhand.nbd.constants import DEFAULT_PORT
+
+if TYPE_CHECKING:
+    import ssl
 
 _AIO = ("threads", "native", "io_uring")
 _DISCARD = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
@@ -34,6 +37,7 @@ class Settings:
         self.bitmaps: list[str] = []
         self.list = False
         self.tls_creds: str | None = None
+        self.tls: ssl.SSLContext | None = None  #: made of the credentials
         self.tls_authz: str | None = None
         self.tls_hostname: str | None = None
         self.fork = False
