@@ -274,7 +274,8 @@ def _shape(size: int, options: Mapping[str, Any]) -> tuple[int, tuple[int, int, 
     if options.get("force_size"):
         if wanted > MAX_SECTORS:
             raise InvalidArgument(limit)
-        return wanted, geometry(wanted)
+        # The largest geometry: programs that mean the geometry then look at the size.
+        return wanted, (65535, 16, 255)
     shape = geometry(wanted)
     trial = wanted
     while (sectors := shape[0] * shape[1] * shape[2]) < min(wanted, MAX_GEOMETRY):

@@ -17,11 +17,12 @@ from cowhand.block.format_io.reservations import Kind, Reservation
 from cowhand.block.formats.vmdk import layout
 from cowhand.block.formats.vmdk.extents import FlatExtent, SparseExtent
 from cowhand.block.formats.vmdk.layout import SECTOR, ExtentLine
+from cowhand.block.graph.block_status import skip_filters
 from cowhand.block.node.create_options import CreateOption
 from cowhand.block.node.node import Capabilities, Child, Role, Zeroing
 from cowhand.block.opening.filenames import has_protocol
 from cowhand.core import clock
-from cowhand.core.errors import NotSupported
+from cowhand.core.errors import InvalidArgument, NotSupported
 from cowhand.core.extents import COMPRESSED, DATA, OFFSET, ZERO, ExtentBatch
 
 if TYPE_CHECKING:
@@ -370,6 +371,13 @@ class VmdkNode(FormatNode):
         from cowhand.block.formats.vmdk.create import check
 
         check(size, options)
+
+    @classmethod
+    def backing_facts(cls, backing: BlockNode) -> dict[str, Any]:
+        below = skip_filters(backing)
+        if not isinstance(below, VmdkNode):
+            raise InvalidArgument(f"Invalid backing file format: {below.driver}. Must be vmdk")
+        return {"parent_cid": below.cid}
 
     @classmethod
     def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:
