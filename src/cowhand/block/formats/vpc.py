@@ -81,6 +81,7 @@ class VpcNode(BlockTableFormat):
     driver: ClassVar[str] = "vpc"
     options_class: ClassVar[type[NodeOptions]] = VpcOptions
     big_endian: ClassVar[bool] = True
+    checked: ClassVar[bool] = False
     create_options: ClassVar[tuple[CreateOption, ...]] = (
         CreateOption("size", "size", help="Virtual disk size"),
         CreateOption(
