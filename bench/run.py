@@ -10,13 +10,14 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bulk_rows
 import encrypted_rows
+import nbd_rows
 import random_rows
 import report
 import scattered_rows
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def all_cases(args: argparse.Namespace, inputs: Inputs) -> Iterator[Case]:
+def all_cases(args: argparse.Namespace, inputs: Inputs) -> Generator[Case, None, None]:
     yield from bulk_rows.cases(inputs)
     yield from scattered_rows.cases(inputs)
     yield from encrypted_rows.cases(inputs)
@@ -57,14 +58,16 @@ def all_cases(args: argparse.Namespace, inputs: Inputs) -> Iterator[Case]:
     count = 20_000 if args.quick else 100_000
     yield from random_rows.cases(inputs, size, count)
     yield from subcluster_rows.cases(inputs, size, count)
+    yield from nbd_rows.cases(inputs, size, count)
 
 
 def run(args: argparse.Namespace, tell: Callable[[str], None]) -> list[Row]:
     folder = Path(tempfile.mkdtemp(prefix="cowhand-bench-", dir=args.folder))
     rows: list[Row] = []
+    inputs = Inputs(folder, args.data, args.mapped)
+    cases = all_cases(args, inputs)
     try:
-        inputs = Inputs(folder, args.data, args.mapped)
-        for case in all_cases(args, inputs):
+        for case in cases:
             if args.only and args.only not in case.name:
                 continue
             try:
@@ -73,6 +76,7 @@ def run(args: argparse.Namespace, tell: Callable[[str], None]) -> list[Row]:
                 tell(f"{case.name}: not measured: {error}")
         rows.extend(table_rows.rows_alone(inputs, args.rounds, args.only or "", tell))
     finally:
+        cases.close()  # ends what rows have started
         shutil.rmtree(folder)
     return rows
 

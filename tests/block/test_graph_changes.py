@@ -303,7 +303,7 @@ class TestNames:
         root = self.open(names, {"driver": "raw", "file": "store", "node-name": "disk"})
         assert root.children["file"].node is file
         assert names.get("disk") is root
-        with pytest.raises(InvalidArgument, match="is used as file of 'disk'"):
+        with pytest.raises(InvalidArgument, match="Block device store is in use"):
             names.disown(file)
         Disk(root).close()
         assert "disk" not in names
@@ -330,7 +330,7 @@ class TestNames:
             names.disown(node)
         names.own(node)
         disk = Disk(node)
-        with pytest.raises(InvalidArgument, match="Node n is in use"):
+        with pytest.raises(InvalidArgument, match="Block device n is in use"):
             names.disown(node)
         disk.close()
         assert not node.closed

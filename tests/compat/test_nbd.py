@@ -221,8 +221,10 @@ class TestItsLife:
         with (images / "said").open("w") as said:  # the child keeps it, as qemu-nbd's does
             assert subprocess.run([*OWN, *words], cwd=images, stdout=said, stderr=said, timeout=60).returncode == 0
         assert (images / "said").read_text() == ""
-        run("nbdinfo", "--size", f"nbd+unix:///?socket={images / 'f'}")
-        os.kill(int(pid.read_text()), signal.SIGTERM)
+        try:
+            run("nbdinfo", "--size", f"nbd+unix:///?socket={images / 'f'}")
+        finally:
+            os.kill(int(pid.read_text()), signal.SIGTERM)
         deadline = time.monotonic() + 20
         while (images / "f").exists():
             assert time.monotonic() < deadline
@@ -243,8 +245,12 @@ class TestItsLife:
             [sys.executable, "-c", script, number, "-f", "raw", "r.raw"], cwd=images, pass_fds=[listener.fileno()]
         )
         listener.close()
-        assert run("nbdinfo", "--size", f"nbd://127.0.0.1:{port}").stdout.strip() == str(1 << 20)
-        assert process.wait(20) == 0
+        try:
+            assert run("nbdinfo", "--size", f"nbd://127.0.0.1:{port}").stdout.strip() == str(1 << 20)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
 
     def test_a_temporary_overlay_leaves_nothing(self, images: Path) -> None:
         before = (images / "r.raw").read_bytes()

@@ -209,7 +209,7 @@ class Tree:
         if own is None:
             return []
         found = list(self._by_lower.get(own, ()))
-        for under in lies_on(path):
+        for under in sorted(lies_on(path)):
             found += self._by_own.get(under, ())
         files: dict[Identity, Reference] = {}
         for one in found:

@@ -74,6 +74,8 @@ class Job(ABC):
     """
 
     kind: ClassVar[str] = ""
+    #: whether it is one of the jobs that QEMU's block-job-* commands and BLOCK_JOB_* events are for
+    is_block_job: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -135,14 +137,23 @@ class Job(ABC):
 
     # -- the life of the thread
 
-    def start(self) -> None:
-        """Let the job run."""
+    def start(self, *, drained: bool = False) -> None:
+        """Let the job run. *drained*: it begins inside a drain, which shows as a pause (QEMU's backup)."""
+        if drained:
+            with self.transaction.condition:
+                self._pauses += 1
         self._thread = threading.Thread(target=self._live, name=f"job-{self.id}", daemon=True)
         with self.transaction.condition:
             self._become(Status.RUNNING)
             if self._pauses:
                 self._become(Status.PAUSED)
         self._thread.start()
+        if drained:
+            with self.transaction.condition:
+                self._pauses -= 1
+                self.transaction.condition.notify_all()
+                # It has left the pause before anyone asks: whoever started it does not see what the drain did.
+                self.transaction.condition.wait_for(lambda: self.status is not Status.PAUSED or self._pauses > 0, 30)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the job has concluded; tell whether it has."""

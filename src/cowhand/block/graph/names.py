@@ -81,15 +81,26 @@ class NodeNames:
         """Tell whether *node* is kept open by :meth:`own`."""
         return node.name in self._owners and self._nodes.get(node.name) is node
 
+    def release(self, node: BlockNode) -> None:
+        """End :meth:`own`, also of a node that is in use; it is closed where nothing uses it."""
+        with self._lock:
+            edge = self._owners.pop(node.name, None)
+        if edge is not None:
+            graph.detach(edge)
+
     def disown(self, node: BlockNode) -> None:
         """Let *node* go; it is closed where nothing uses it. Raises InvalidArgument where it was not owned or is in use."""
         if not self.owns(node):
             raise InvalidArgument(f"Node {node.name} is not owned by the {self._keeper}")
         for edge in node.parents:
-            if edge.is_child:
-                raise InvalidArgument(f"Node '{node.name}' is busy: node is used as {edge.name} of '{edge.owner.name}'")
-            if isinstance(edge, UserEdge):
-                raise InvalidArgument(f"Node {node.name} is in use", hint=f"End its use by '{edge.user.name}' first.")
+            if edge.is_child and edge.name == "backing":
+                raise InvalidArgument(
+                    f"Node '{node.name}' is busy: node is used as backing hd of '{edge.owner.filename}'"
+                )
+            if edge.is_child or isinstance(edge, UserEdge):
+                raise InvalidArgument(
+                    f"Block device {node.name} is in use", hint=f"End its use by '{edge.owner.name}' first."
+                )
         with self._lock:
             edge = self._owners.pop(node.name)
         graph.detach(edge)

@@ -26,7 +26,7 @@ def parse_json_name(name: str) -> dict[str, Any]:
     if len(text) > MAX_LENGTH:
         raise InvalidArgument("Could not parse the JSON options: the description is too long", path=where)
     try:
-        given = json.loads(_STRING.sub(_in_double_quotes, text))
+        given = json.loads(in_double_quotes(text))
     except RecursionError:
         raise InvalidArgument(
             "Could not parse the JSON options: JSON parse error, nested too deep", path=where
@@ -40,6 +40,11 @@ def parse_json_name(name: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InvalidArgument("Invalid JSON object given", path=where)
     return given
+
+
+def in_double_quotes(text: str) -> str:
+    """Return *text* with every string in single quotes, which the dialect has as well, in double ones."""
+    return _STRING.sub(_in_double_quotes, text)
 
 
 def _in_double_quotes(match: re.Match[str]) -> str:

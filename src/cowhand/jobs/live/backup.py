@@ -65,16 +65,20 @@ class BackupJob(Job):
         self._blocker = Blocker("block device is in use by block job: backup")
         self._frozen: BitmapSet | None = None
 
-    def install(self) -> None:
-        """Keep the present moment from now on. Called once, before :meth:`start`; for several disks at one moment inside one drain of all."""
+    def check(self) -> None:
+        """Raise InvalidArgument or NodeBusy where the job is not possible."""
         source, target = self.source, self.target
         if source is target:
             raise InvalidArgument("Source and target cannot be the same")
         if target.size != source.size:
             raise InvalidArgument("Source and target image have different sizes")
-        check_blockers(source, "backup-source")
         check_blockers(target, "backup-target")
-        with graph.quiesce(source, target):
+        check_blockers(source, "backup-source")
+
+    def install(self) -> None:
+        """Keep the present moment from now on. Called once, before :meth:`start`; for several disks at one moment inside one drain of all."""
+        self.check()
+        with graph.quiesce(self.source, self.target):
             try:
                 self._install()
             except BaseException:
@@ -114,14 +118,14 @@ class BackupJob(Job):
         self._disks.append(Disk(filter, name=f"{self.id} source"))
         self._blocker.block(source)
         self._blocker.block(target)
-        self.progress.total = 0 if self.sync == "none" else filter.copying.bits.dirty_bytes()
+        self.progress.total = filter.copying.bits.dirty_bytes()
 
     def uninstall(self, *, success: bool = False) -> None:
         """Let go of everything; the bitmap gets what the mode says. Never raises for what was not installed."""
         self._blocker.release()
         if self._frozen is not None and self.bitmap is not None:
             frozen, self._frozen = self._frozen, None
-            with graph.quiesce(self.source):
+            with graph.quiesce(self.filter or self.source):  # the node below may be another one by now
                 self._thaw(frozen, success)
         if self.filter is not None:
             filter, self.filter = self.filter, None

@@ -49,8 +49,8 @@ class CommitJob(Job):
         self._top_disk: Disk | None = None
         self._base_disk: Disk | None = None
 
-    def install(self) -> None:
-        """Open the base for writing. Called once, before :meth:`start`. Raises NodeBusy, ImageInUse, NotSupported."""
+    def check(self) -> None:
+        """Raise InvalidArgument or NodeBusy where the job is not possible."""
         check_blockers(self.top, "commit-source")
         check_blockers(self.base, "commit-target")
         if not overlays_of(self.top):
@@ -58,6 +58,10 @@ class CommitJob(Job):
                 f"'{self.top.filename}' is an active image: its commit is a job that becomes ready, and is completed",
                 path=self.top.filename,
             )
+
+    def install(self) -> None:
+        """Open the base for writing. Called once, before :meth:`start`. Raises NodeBusy, ImageInUse, NotSupported."""
+        self.check()
         try:
             self._top_disk = Disk(self.top, name=f"{self.id} top")
             self._base_disk = Disk(self.base, name=f"{self.id} base")

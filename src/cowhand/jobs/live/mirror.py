@@ -85,13 +85,17 @@ class MirrorJob(Job):
 
     # -- the filter
 
+    def check(self) -> None:
+        """Raise InvalidArgument or NodeBusy where the job is not possible."""
+        if self.source is self.target:
+            raise InvalidArgument("Can't mirror node into itself")
+        check_blockers(self.target, "mirror-target")
+        check_blockers(self.source, "mirror-source")
+
     def install(self) -> None:
         """Mark what is written from now on. Called once, before :meth:`start`."""
+        self.check()
         source, target = self.source, self.target
-        if source is target:
-            raise InvalidArgument("Can't mirror node into itself")
-        check_blockers(source, "mirror-source")
-        check_blockers(target, "mirror-target")
         with graph.quiesce(source, target):
             unit = self._granularity or 1 << 16
             filter = MirrorTopNode(source, Bitmap(source.size, unit), node_name=self._filter_name)
@@ -137,7 +141,7 @@ class MirrorJob(Job):
     def run(self) -> None:
         filter = self.filter
         assert filter is not None, "install() comes before start()"
-        if self.source.size != self.target.size:
+        if filter.size != self.target.size:
             raise InvalidArgument("Source and target image have different sizes")
         self._mark_first(filter)
         dirty, piece = filter.dirty, max(PIECE, filter.dirty.granularity)
@@ -170,7 +174,7 @@ class MirrorJob(Job):
 
     def _mark_first(self, filter: MirrorTopNode) -> None:
         """Mark what the target lacks; what is written meanwhile is marked already."""
-        size, dirty = self.source.size, filter.dirty
+        size, dirty = filter.size, filter.dirty  # the node below may be another one by now
         if self._bits is not None:
             dirty.merge(self._bits)
         if self.sync in ("none", "bitmap"):

@@ -60,13 +60,17 @@ class StreamJob(Job):
         """The layer that is filled."""
         return self._layers[0]
 
-    def install(self) -> None:
-        """Put the filter over the image. Called once, before :meth:`start`. Raises ReadOnly, NodeBusy."""
+    def check(self) -> None:
+        """Raise ReadOnly, InvalidArgument or NodeBusy where the job is not possible."""
         if not self.image.writable:
             raise ReadOnly(f"'{self.image.filename}' is open for reading only", path=self.image.filename)
         if self._name is not None and self.base is None:
             raise InvalidArgument("backing file specified, but streaming the entire chain")
         check_blockers(self.top, "stream")
+
+    def install(self) -> None:
+        """Put the filter over the image. Called once, before :meth:`start`. Raises ReadOnly, NodeBusy."""
+        self.check()
         bottom = self._layers[-1].name if len(self._layers) > 1 else self.image.name
         with graph.quiesce(self.top):
             filter = CopyOnReadNode(CopyOnReadOptions(node_name=self._filter_name, bottom=bottom, discard="unmap"))

@@ -1,0 +1,1 @@
+"""The storage daemon: QEMU's monitor protocol (QMP) over nodes, jobs and exports."""

@@ -1,0 +1,1 @@
+"""The commands of QMP, a module for each subject."""
