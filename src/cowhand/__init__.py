@@ -53,9 +53,13 @@ if TYPE_CHECKING:
     from cowhand.image.usage import ImageUsage, image_usage
     from cowhand.jobs.commit import CommitResult
     from cowhand.jobs.rebase import RebaseResult
+    from cowhand.plans.commit import plan_commit
     from cowhand.plans.dependents import Dependents, find_dependents
     from cowhand.plans.guard import DependentsGuard
     from cowhand.plans.opening import open_image as open  # noqa: A004 - the name that users meet
+    from cowhand.plans.plan import Plan, Touch
+    from cowhand.plans.rebase import plan_rebase
+    from cowhand.plans.resize import plan_resize
     from cowhand.plans.verbs import commit, convert, create, dd, rebase
 
 #: Where the names lie that are imported when they are first used: starting a tool costs what it needs.
@@ -84,6 +88,10 @@ _PLACES = {
     "cowhand.jobs.commit": ("CommitResult",),
     "cowhand.image.compact": ("compact",),
     "cowhand.jobs.rebase": ("RebaseResult",),
+    "cowhand.plans.commit": ("plan_commit",),
+    "cowhand.plans.plan": ("Plan", "Touch"),
+    "cowhand.plans.rebase": ("plan_rebase",),
+    "cowhand.plans.resize": ("plan_resize",),
     "cowhand.plans.dependents": ("Dependents", "find_dependents"),
     "cowhand.plans.guard": ("DependentsGuard",),
     "cowhand.plans.verbs": ("commit", "convert", "create", "dd", "rebase"),
@@ -126,6 +134,7 @@ __all__ = [
     "convert", "ConvertResult", "dd", "compare", "CompareResult", "measure", "Measurement", "checksum", "Checksum",
     # chains
     "commit", "CommitResult", "rebase", "RebaseResult", "compact", "find_dependents", "Dependents", "DependentsGuard",
+    "plan_commit", "plan_rebase", "plan_resize", "Plan", "Touch",
     # snapshots
     "list_snapshots", "find_snapshot", "create_snapshot", "apply_snapshot", "delete_snapshot", "open_snapshot", "SnapshotInfo",
     # dirty bitmaps

@@ -16,6 +16,7 @@ from cowhand.crypto import secrets
 from cowhand.image.bitmaps import add_bitmap
 from cowhand.image.create import create
 from cowhand.image.snapshots import create_snapshot
+from tests.fuzz import wide
 from tests.fuzz.exercise import PASSPHRASE, SECRET
 from tests.fuzz.targets import COMPRESSED
 from tests.hostile import layout
@@ -139,6 +140,7 @@ _MADE: dict[str, Callable[[], dict[str, bytes]]] = {
     "qcow2": partial(images, foreign=True),
     "luks": luks_volumes,
     "names": names,
+    "wide": wide.seeds,
 }
 
 

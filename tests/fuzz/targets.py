@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.fuzz import exercise, mutation, mutation_luks, volumes, words
+from tests.fuzz import exercise, mutation, mutation_luks, volumes, wide, words
 
 #: Changes an input: (data, seed, largest size, what changes bytes blindly) → data.
 Mutator = Callable[[bytes, int, int, Callable[[bytes], bytes]], bytes]
@@ -24,6 +24,7 @@ class Target(NamedTuple):
 TARGETS = {
     "qcow2": Target(exercise.exercise, mutation.mutate, 1 << 20),
     "luks": Target(volumes.exercise, mutation_luks.mutate, 1 << 20),
+    "wide": Target(wide.exercise, None, 1 << 6),
     "names": Target(words.exercise, None, 1 << 12),
 }
 #: Files of the corpus that end with it are compressed by zlib: volumes are mostly zeroes.

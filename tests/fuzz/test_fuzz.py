@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cowhand.core.errors import ImageCorrupt
-from tests.fuzz import budget, exercise, mutation_luks, seeds, targets, volumes, words
+from tests.fuzz import budget, exercise, mutation_luks, seeds, targets, volumes, wide, words
 from tests.fuzz.mutation import mutate, regions_of
 from tests.hostile import layout
 
@@ -16,7 +16,7 @@ CORPUS = sorted((Path(__file__).parent / "corpus").glob("*/*"))
 MUTATIONS = 250
 VOLUMES = 60
 #: The first step of each target: an input of the corpus that stops before it is none.
-_FIRST = {"qcow2": "read", "luks": "describe", "names": "name"}
+_FIRST = {"qcow2": "read", "luks": "describe", "names": "name", "wide": "read"}
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: f"{path.parent.name}-{path.name}")
@@ -136,3 +136,11 @@ def test_a_finding_is_kept_once_for_each_place(tmp_path: Path) -> None:
     assert kept[0].read_bytes() == b"first" and "ValueError" in kept[1].read_text()
     target.keep(budget.TooSlow("step: more than 6 s"), b"third", tmp_path)
     assert [path.name.partition("-")[0] for path in sorted(tmp_path.glob("slow-*"))] == ["slow", "slow"]
+
+
+def test_wide_values_are_answered_and_mean_something() -> None:
+    inputs = wide.seeds()
+    answers = {name: wide.exercise(data) for name, data in inputs.items()}
+    assert {answers[f"kind-{kind}"]["read"] for kind in wide.KINDS} == {"ok"}
+    refused = [name for name in inputs if "ok" not in answers[name].values()]
+    assert 0 < len(refused) < len(inputs)

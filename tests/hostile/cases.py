@@ -18,7 +18,7 @@ class Subject:
     """An image to treat. ``base`` is the content of the backing file that it is opened over for writing, None for none.
 
     ``refused``: steps that must end in an error; ``accepted``: those that must not. ``writes``: whether it is opened for writing at all.
-    ``repairs``: it is repaired, where it is, after that.
+    ``repairs``: it is repaired, where it is, after that. ``verbs``: all verbs of the tools are run on copies of it, which come first.
     ``also``: something to do while the image is watched, by which the tests try the watch itself.
     ``large``: it is changed where it is, not over a recording medium in memory, which would itself take the memory that is measured.
     """
@@ -30,6 +30,7 @@ class Subject:
     writes: bool = True
     large: bool = False
     repairs: bool = False
+    verbs: bool = False
     also: Callable[[], None] | None = None
 
 
@@ -49,7 +50,7 @@ def maker(kind: str) -> Callable[[Maker], Maker]:
 
 def build(name: str, folder: Path) -> Subject:
     """Make the image of that name in *folder*."""
-    for module in ("bitmaps", "chains", "encryption", "faults", "large", "lies"):
+    for module in ("bitmaps", "chains", "encryption", "faults", "large", "lies", "wide"):
         importlib.import_module(f"tests.hostile.{module}")  # they register their makers
     kind, _, rest = name.partition("/")
     return _makers[kind](rest, folder)

@@ -14,13 +14,13 @@ from cowhand.crypto import secrets
 from cowhand.image.create import create
 from tests.hostile.cases import Subject, maker
 
-_PASSPHRASE = b"hostile"
+_PASSPHRASE = b"correct horse"  # the fuzzer's too
 _EDGES = (0, 1, 7, 8, 9, 511, 999, 4000, 4001, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 #: Fields of the header: (offset, bytes), each in turn with all of _EDGES.
-_NUMBERS = {"version": (6, 2), "payload": (104, 4), "key bytes": (108, 4), "digest iterations": (164, 4)}
+NUMBERS = {"version": (6, 2), "payload": (104, 4), "key bytes": (108, 4), "digest iterations": (164, 4)}
 for _slot in (0, 1, 7):
     _at = 208 + 48 * _slot
-    _NUMBERS |= {
+    NUMBERS |= {
         f"slot {_slot} state": (_at, 4), f"slot {_slot} iterations": (_at + 4, 4), f"slot {_slot} material": (_at + 40, 4),
         f"slot {_slot} stripes": (_at + 44, 4),
     }  # fmt: skip
@@ -42,7 +42,7 @@ _LENGTHS = (0, 6, 207, 591, 592, 4096, 4097, 70000)
 
 
 @lru_cache(maxsize=2)
-def _sound(kind: str) -> bytes:
+def sound(kind: str) -> bytes:
     """Return a small encrypted image, with data."""
     with TemporaryDirectory() as folder, secrets.offering([_PASSPHRASE]):
         path = Path(folder) / "image"
@@ -57,13 +57,15 @@ def _sound(kind: str) -> bytes:
         return path.read_bytes()
 
 
-def _header_at(data: bytes, kind: str) -> int:
+def header_at(data: bytes, kind: str) -> int:
+    """Return where the LUKS header lies."""
     if kind == "luks":
         return 0
-    return struct.unpack_from(">Q", data, _pointer_at(data))[0]  # type: ignore[no-any-return]
+    return struct.unpack_from(">Q", data, pointer_at(data))[0]  # type: ignore[no-any-return]
 
 
-def _pointer_at(data: bytes) -> int:
+def pointer_at(data: bytes) -> int:
+    """Return where qcow2's header extension says where the LUKS header lies."""
     return data.index(struct.pack(">II", 0x0537BE77, 16)) + 8
 
 
@@ -73,7 +75,7 @@ def names() -> Iterator[str]:
         yield f"encryption/{kind}/sound"
         # By itself the header is read by the same code: a part of them is enough there.
         step = 3 if kind == "luks" else 1
-        yield from (f"encryption/{kind}/{field}/{value}" for field in _NUMBERS for value in _EDGES[::step])
+        yield from (f"encryption/{kind}/{field}/{value}" for field in NUMBERS for value in _EDGES[::step])
         yield from (f"encryption/{kind}/{field}/{number}" for field in _TEXTS for number in range(0, len(_WORDS), step))
         yield from (f"encryption/{kind}/cut/{length}" for length in _LENGTHS)
         yield f"encryption/{kind}/all slots are one/0"
@@ -83,11 +85,11 @@ def names() -> Iterator[str]:
 @maker("encryption")
 def _make(rest: str, folder: Path) -> Subject:
     kind, field, *values = rest.split("/")
-    data = bytearray(_sound(kind))
-    begin = _header_at(data, kind)
+    data = bytearray(sound(kind))
+    begin = header_at(data, kind)
     number = int(values[0]) if values else 0
-    if field in _NUMBERS:
-        at, width = _NUMBERS[field]
+    if field in NUMBERS:
+        at, width = NUMBERS[field]
         data[begin + at : begin + at + width] = (number & (1 << 8 * width) - 1).to_bytes(width, "big")
     elif field in _TEXTS:
         at, width = _TEXTS[field]
@@ -95,20 +97,20 @@ def _make(rest: str, folder: Path) -> Subject:
     elif field == "cut":
         del data[begin + number :]
     elif field == "pointer":
-        at = _pointer_at(data)
+        at = pointer_at(data)
         data[at : at + 16] = struct.pack(">QQ", *_POINTERS[number])
     elif field == "all slots are one":
         slot = bytes(data[begin + 208 : begin + 256])
         data[begin + 208 : begin + 592] = slot * 8
     path = folder / "image"
     path.write_bytes(data)
-    _offer()
+    offer()
     accepted = ["info", "open", "read", "open to write"] if field == "sound" else []
     return Subject(path, None, writes=kind == "qcow2", accepted=accepted[: 3 if kind == "luks" else 4])
 
 
 @lru_cache(maxsize=1)
-def _offer() -> ExitStack:
+def offer() -> ExitStack:
     """Offer the passphrase for as long as this process, a worker of these tests, lives."""
     stack = ExitStack()
     stack.enter_context(secrets.offering([_PASSPHRASE]))

@@ -27,7 +27,7 @@ from typing import Any
 from cowhand.block.protocols.memory import MemoryNode
 from cowhand.core import diagnostics
 from cowhand.testing.recorder import RecorderNode
-from tests.hostile import cases, treatment
+from tests.hostile import cases, treatment, verbs
 from tests.hostile.treatment import Finding, Outcome
 
 #: Ten times what any step takes: a machine with other work to do is slower.
@@ -118,7 +118,7 @@ def treat(subject: cases.Subject, watch: Watch) -> Outcome:
     """Put *subject* through everything. Raises what it must not raise."""
     outcome = Outcome(watch.begin_step)
     watch.longest = 0.0
-    phases: list[tuple[list[Path], Callable[[], None]]] = [
+    phases: list[tuple[list[Path] | None, Callable[[], None]]] = [
         ([subject.path], lambda: treatment.look_untrusted(subject.path, outcome)),
         ([subject.path.parent], lambda: treatment.look(subject.path, outcome)),
         ([subject.path], lambda: treatment.check(subject.path, outcome)),
@@ -126,6 +126,11 @@ def treat(subject: cases.Subject, watch: Watch) -> Outcome:
     also = subject.also
     if also is not None:
         phases.append(([subject.path], lambda: outcome.attempt("also", also)))
+    if subject.verbs:
+        lines = verbs.LOOKING + (verbs.CHANGING if subject.writes else ())
+        begin = watch.begin_step
+        # What tools open on their way, looking for images that stand on this one, is not watched here.
+        phases.insert(0, (None, lambda: verbs.every(subject.path, lines, begin)))
     if subject.writes:
         medium = None if subject.large else RecorderNode(MemoryNode(content=subject.path.read_bytes()))
         phases.append(
@@ -141,7 +146,7 @@ def treat(subject: cases.Subject, watch: Watch) -> Outcome:
             phase()
         if watch.slow:
             raise Finding("the limit of processor time was passed, and the signal was swallowed")
-        foreign = watch.foreign(allowed)
+        foreign = watch.foreign(allowed) if allowed is not None else []
         if foreign:
             raise Finding(f"opened {foreign}, which the user did not name")
     return outcome

@@ -25,7 +25,9 @@ def offered(args: argparse.Namespace) -> Iterator[None]:
     makes = not hasattr(args, "target_secret")  # the command opens nothing but what it makes
     if args.secret or (new and makes and not keys):
         keys.append(_new_passphrase() if new and makes else _asked("Passphrase: "))
-    if getattr(args, "target_secret", False) or (new and not makes and not keys and not target):
+    if getattr(args, "target_secret", False) and getattr(args, "no_create", False):
+        target.append(_asked("Passphrase of the target: "))
+    elif getattr(args, "target_secret", False) or (new and not makes and not keys and not target):
         target.append(_new_passphrase())
     held = {NEW: target[0]} if target else {}
     with secrets.given(held), secrets.offering(keys + target):

@@ -17,6 +17,7 @@ from cowhand.crypto.secrets import given
 from cowhand.drivers import REGISTRY
 
 if TYPE_CHECKING:
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.block.opening.policy import Policy
 
 #: What the public functions take as an image.
@@ -72,7 +73,7 @@ def open_source(
     stack: ExitStack,
     format: str | None = None,
     *,
-    snapshot: str | None = None,
+    snapshot: str | SnapshotInfo | None = None,
     cache: str = "writeback",
     force_share: bool = False,
     unshared: bool = False,
@@ -81,7 +82,7 @@ def open_source(
     """Return *what* open for reading; *stack* closes what was opened here, and leaves the caller's own disk open.
 
     *unshared* keeps everybody, this process too, from writing what was opened here: no source is its own target. *snapshot* shows the image as
-    it was at the internal snapshot of that id or name.
+    it was at that internal snapshot (see :func:`cowhand.image.snapshots.choose`).
     """
     if isinstance(what, Disk):
         disk = what
@@ -101,4 +102,5 @@ def open_source(
             error.qemu_message = "Can't find snapshot"
         elif isinstance(error, NotSupported):
             error.qemu_message = f"Block format '{disk.format}' used by device '' does not support temporarily loading internal snapshots"
-        raise error.within(f"snapshot '{snapshot}' of '{disk.filename}'", qemu="Failed to load snapshot") from None
+        word = snapshot if isinstance(snapshot, str) else snapshot.name or snapshot.id
+        raise error.within(f"snapshot '{word}' of '{disk.filename}'", qemu="Failed to load snapshot") from None

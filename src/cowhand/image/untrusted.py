@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowhand.block.disk import Disk
 from cowhand.block.opening.filenames import has_protocol
+from cowhand.block.opening.lookalikes import not_an_image
 from cowhand.block.opening.opening import Opening
 from cowhand.block.opening.policy import UNTRUSTED
 from cowhand.block.opening.registry import PROBE_SIZE
@@ -92,6 +93,9 @@ def judge(path: str, format: str | None = None, *, max_size: int = MAX_VIRTUAL_S
 
     probed = REGISTRY.probe(head, "").name
     reasons = _ambiguities(head, [name for found, mark, name in tails if found == mark], iso == _ISO[0], probed, format)
+    lookalike = not_an_image(head, path, length) if probed == "raw" and format is None else None
+    if lookalike is not None:
+        reasons = [Reason("not-an-image", f"this is {lookalike[0]}, and no disk image", 0)]
     chosen = format or probed
     size: int | None = None
     if chosen == "qcow2":

@@ -40,6 +40,7 @@ class FilterNode(BlockNode):
         """Take over the child's limits, and what it can do, as far as this filter was opened for it; on the way no descriptor is granted."""
         lower = self.below.node
         self.limits = lower.limits
+        self.zero_when_new = lower.zero_when_new
         self.writable = self.writable and lower.writable
         self.capabilities = lower.capabilities._replace(
             writable=self.writable, discard=lower.capabilities.discard and self.options.discard != "ignore"

@@ -122,6 +122,7 @@ class RawNode(BlockNode):
                 f"the size ({size}) is not a multiple of 512", qemu="Specified size is not multiple of 512", path=lower.filename
             )  # fmt: skip
         self.offset = offset
+        self.zero_when_new = lower.zero_when_new
         self.limits = lower.limits
         # An offset that is no multiple of the file's alignment: requests are padded above the file instead.
         if offset % max(1, lower.limits.request_alignment):

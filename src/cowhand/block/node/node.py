@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from cowhand.block.node.options import NodeOptions, strong_options
 from cowhand.core.buffers import Buffer
-from cowhand.core.errors import NotSupported
+from cowhand.core.errors import CowhandError, NotSupported
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ExtentBatch
 
 if TYPE_CHECKING:
@@ -178,6 +178,8 @@ class BlockNode(ABC):
         self.children: dict[str, Child] = {}
         self.parents: list[Edge] = []
         self.hooks: tuple[Hook, ...] = ()
+        #: Why :meth:`list_snapshots` does not tell of all that the image had: a part of it is missing, and it is only read.
+        self.snapshots_problem: CowhandError | None = None
         self.dirty_bitmaps: BitmapSet | None = None  #: named bitmaps of this node, where it has any
         self.closed = False
         self.blockers: tuple[
@@ -198,6 +200,11 @@ class BlockNode(ABC):
         An exception leaves nothing open but what ``opening`` closes.
         """
         raise NotSupported(f"driver '{cls.driver}' cannot be opened by options")
+
+    @classmethod
+    def backing_facts(cls, backing: BlockNode) -> dict[str, Any]:
+        """Return what a new image over the open *backing* has to record of it, as further options of ``create``. Raises InvalidArgument."""
+        return {}
 
     @classmethod
     def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from cowhand.block.graph.names import NodeNames, check_name
 from cowhand.block.node.node import BlockNode, Child, Role
 from cowhand.block.node.options import NodeOptions, check_zero_detection, declared, flatten, is_on, nest, parse
 from cowhand.block.opening.filenames import FileName, combine, has_protocol, location
+from cowhand.block.opening.lookalikes import not_an_image
 from cowhand.block.opening.policy import DEFAULT, Policy
 from cowhand.block.opening.registry import PROBE_SIZE, DriverEntry, Registry
 from cowhand.block.opening.signatures import looks_like_a_format
@@ -24,6 +25,7 @@ from cowhand.core.errors import (
     CowhandError,
     ImageInUse,
     InvalidArgument,
+    InvalidFormat,
     PolicyRefused,
     ReadOnly,
     UnsupportedFeature,
@@ -380,6 +382,7 @@ class Opening:
                     path=file.filename,
                     hint="Give the format as raw to look at its bytes as they are.",
                 )
+            self._refuse_lookalike(file, bytes(head))
         above = self._common_only(given, below=False)
         above["file"] = file
         node = self._make(entry, above, parent, role)
@@ -387,6 +390,17 @@ class Opening:
         if node.writable:
             node.lane_fd = -1  # what a guess forbids to write would get past the guard there
         return node
+
+    def _refuse_lookalike(self, file: BlockNode, head: bytes) -> None:
+        """Raise InvalidFormat where *file*, a raw disk by guess, is none. What a device or an export holds is a disk, whatever is on it."""
+        if self.policy.as_qemu or not file.capabilities.resizable:
+            return
+        found = not_an_image(head, file.filename, file.size)
+        if found is not None:
+            what, advice = found
+            raise InvalidFormat(
+                f"this is {what}, and no disk image", path=file.filename, hint=f"{advice} (If its bytes are the disk, say so: format raw.)"
+            )  # fmt: skip
 
     def _common_only(self, given: Mapping[str, Any], *, below: bool) -> dict[str, Any]:
         """Split a description without a driver: what the protocol takes (below) and what the probed format takes."""

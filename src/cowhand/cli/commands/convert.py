@@ -334,8 +334,8 @@ def _verify_snapshots(source: Disk, target: str, format: str, context: Context) 
     from cowhand.image.snapshots import list_snapshots, open_snapshot
 
     with cowhand.open(target, format=format) as copy:
-        for info in list_snapshots(source):
-            with open_snapshot(source, info.id) as left, open_snapshot(copy, info.id) as right:
+        for info, copied in zip(list_snapshots(source), list_snapshots(copy), strict=True):
+            with open_snapshot(source, info) as left, open_snapshot(copy, copied) as right:
                 found = compare(left, right, cancel=context.cancel)
                 if not found.identical or left.size != right.size:
                     raise CowhandError(

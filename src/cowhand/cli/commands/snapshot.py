@@ -39,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("image", help="image that holds the snapshots")
     parser.add_argument(
-        "name", nargs="*", help="id of the snapshot, or its name; delete takes several, and list further images"
+        "name",
+        nargs="*",
+        help="id of the snapshot, or its name (snapshot.id=ID, snapshot.name=NAME where a word is both); delete takes several, list further images",
     )
     parser.add_argument(
         "--name",
@@ -88,15 +90,21 @@ def _operands(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def _change(image: str, names: list[str], args: argparse.Namespace, context: Context) -> int:
+    from cowhand.image.snapshots import delete_snapshot
+
     with cowhand.open(image, format=args.format, writable=True) as disk:
         disk.guard = lambda: guard_of(args, context)
         if args.action == "delete":
             known = _known(disk)
-            chosen = [_choose(known, name, disk.filename) for name in names]
-            names = list(dict.fromkeys(one.id for one in chosen))  # once, where an id and a name say the same
+            # Once, where an id and a name say the same.
+            for one in dict.fromkeys(_choose(known, name, disk.filename) for name in names):
+                context.cancel.check()
+                delete_snapshot(disk, one)
+                _tell(image, one, args, context)
+            return 0
         for name in names:
             context.cancel.check()
-            done = {"create": _create, "apply": _apply, "delete": _delete}[args.action](disk, name)
+            done = {"create": _create, "apply": _apply}[args.action](disk, name)
             _tell(image, done, args, context)
     return 0
 
@@ -142,15 +150,7 @@ def _apply(disk: Disk, name: str) -> SnapshotInfo:
     from cowhand.image.snapshots import apply_snapshot, choose
 
     chosen = choose(_known(disk), name, disk.filename)
-    apply_snapshot(disk, chosen.id)
-    return chosen
-
-
-def _delete(disk: Disk, name: str) -> SnapshotInfo:
-    from cowhand.image.snapshots import choose, delete_snapshot
-
-    chosen = choose(_known(disk), name, disk.filename)
-    delete_snapshot(disk, chosen.id)
+    apply_snapshot(disk, chosen)
     return chosen
 
 

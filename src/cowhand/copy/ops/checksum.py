@@ -24,6 +24,7 @@ from cowhand.core.progress import CancelToken, Progress
 from cowhand.image.open import Image, open_source
 
 if TYPE_CHECKING:
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.block.opening.policy import Policy as OpenPolicy
 
 #: Algorithms of fixed length that Python always has.
@@ -62,7 +63,7 @@ def checksum(
     algorithm: str = DEFAULT_ALGORITHM,
     *,
     format: str | None = None,
-    snapshot: str | None = None,
+    snapshot: str | SnapshotInfo | None = None,
     force_share: bool = False,
     workers: int | None = None,
     policy: OpenPolicy | None = None,

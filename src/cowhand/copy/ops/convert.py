@@ -25,6 +25,7 @@ from cowhand.image.open import Image, open_source
 
 if TYPE_CHECKING:
     from cowhand.block.node.guard import Guard
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.block.opening.policy import Policy as OpenPolicy
     from cowhand.block.opening.registry import Registry
     from cowhand.image.create import Creation
@@ -63,7 +64,7 @@ def convert(
     target_is_zero: bool = False,
     overwrite: bool = False,
     like_qemu: bool = False,
-    snapshot: str | None = None,
+    snapshot: str | SnapshotInfo | None = None,
     compressed: bool = False,
     compression_level: int | None = None,
     sparse_size: int | str = DEFAULT_SPARSE,
@@ -92,7 +93,8 @@ def convert(
     A new target of *target_format* (default raw) is made with *options*; it appears under its name when it is complete, and never in place of
     another file unless *overwrite* is set. That one, too, stays until the new one is complete; a device, or a file that cannot be replaced, is
     written in place, which *warn* hears before, and so is everything with *like_qemu*. With *skip_create* (-n) an existing image, or an open disk, is
-    written in place; *target_is_zero* promises that it reads as zeroes. *backing* and *backing_format* (-B, -F) leave to the backing file
+    written in place; *target_is_zero* promises that it reads as zeroes, which is looked into as far as that
+    is cheap (not with *like_qemu*): where it does not, zeroes are written. *backing* and *backing_format* (-B, -F) leave to the backing file
     what the source's own layer does not allocate. *snapshot* reads the (one) source at an internal snapshot.
 
     *sparse_size* (-S): runs of zeroes of at least so many bytes are left out; 0 writes every byte. *compressed* stores compressed clusters,
@@ -312,10 +314,21 @@ class _Conversion:
             target,
             self.settings,
             has_backing=self._has_backing,
-            reads_zero=self.request.target_is_zero,
+            reads_zero=self.request.target_is_zero and self._keeps_promise(target.disk),
             progress=progress,
             cancel=cancel,
         )
+
+    def _keeps_promise(self, disk: Disk) -> bool:
+        """Tell whether *disk* may be taken to read as zeroes; where not, they are written. Unchecked the user's word counts, as in QEMU."""
+        from cowhand.copy.ops.zero_promise import broken_promise
+
+        if self.request.like_qemu:
+            return disk.root.zero_when_new
+        why = broken_promise(disk)
+        if why is not None:
+            self._warn(f"'{disk.filename}' was said to read as zeroes, and {why}: zeroes are written")
+        return why is None
 
     def _copy_states(self, target: Target, progress: Progress | None, cancel: CancelToken | None) -> plan.Totals:
         """The same with every internal snapshot before it."""

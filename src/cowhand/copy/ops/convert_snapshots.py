@@ -100,7 +100,7 @@ def _pairs(source: Disk, infos: Sequence[SnapshotInfo]) -> Iterator[tuple[Disk |
     old = None
     try:
         for info in infos:
-            new = open_snapshot(source, info.id)
+            new = open_snapshot(source, info)
             try:
                 yield old, new
             except BaseException:
@@ -138,6 +138,10 @@ def _copy_changes(
 
 def _keep(state: Disk, target: Disk, info: SnapshotInfo, cancel: CancelToken | None) -> None:
     """Make the snapshot *info* in *target*, whose content is that of *state*; the VM state goes with it."""
+    if info.vm_state_size:
+        state.read_vmstate(
+            info.vm_state_size - 1, 1
+        )  # a state that cannot be that long is refused before any of it is copied
     for offset in range(0, info.vm_state_size, _PIECE):
         if cancel is not None:
             cancel.check()

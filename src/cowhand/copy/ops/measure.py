@@ -15,6 +15,7 @@ from cowhand.core.units import parse_size
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.block.opening.policy import Policy as OpenPolicy
     from cowhand.block.opening.registry import Registry
 
@@ -37,7 +38,7 @@ def measure(
     size: int | str | None = None,
     options: Mapping[str, Any] | None = None,
     source_format: str | None = None,
-    snapshot: str | None = None,
+    snapshot: str | SnapshotInfo | None = None,
     force_share: bool = False,
     policy: OpenPolicy | None = None,
     registry: Registry | None = None,

@@ -12,6 +12,7 @@ from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import parse_size
 
 if TYPE_CHECKING:
+    from cowhand.block.node.records import SnapshotInfo
     from cowhand.copy.engine.throttle import Throttle
     from cowhand.image.open import Image
 
@@ -47,7 +48,7 @@ class Request(NamedTuple):
     target_is_zero: bool
     overwrite: bool
     like_qemu: bool
-    snapshot: str | None
+    snapshot: str | SnapshotInfo | None
     snapshots: bool
     bitmaps: bool
     skip_broken_bitmaps: bool

@@ -24,6 +24,7 @@ from cowhand.core.buffers import Buffer
 from cowhand.core.errors import (
     CowhandError,
     ImageCorrupt,
+    InvalidFormat,
     NotSupported,
     Poisoned,
 )
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 
 #: Entries of compressed clusters at the end of the file that are remembered, so as not to look at each place of one again.
 _MOST_AT_END = 1 << 16
+
+
+#: Bytes behind the end of the file from which on a table is not one that a short file lacks.
+_FAR = 1 << 20
 
 
 class Qcow2Node(MetadataNode):
@@ -297,6 +302,12 @@ class Qcow2Node(MetadataNode):
         view[:] = whole[begin : begin + len(view)]
 
     def read_vmstate(self, offset: int, buffer: Buffer) -> None:
+        reach = len(self.mapping.l1.data) // L.ENTRY_SIZE << self.mapping.table_shift
+        if self.vmstate_offset + offset + len(buffer) > reach:
+            raise InvalidFormat(
+                f"the VM state ends before byte {offset + len(buffer)}: the tables reach no further", path=self.filename,
+                hint="A VM state as long as the snapshot says is not in the image.",
+            )  # fmt: skip
         FormatNode.read_into(self, self.vmstate_offset + offset, buffer)
 
     @property
@@ -308,6 +319,11 @@ class Qcow2Node(MetadataNode):
     # -- writing
 
     def begin_writing(self) -> None:
+        self._refuse_far_tables()
+        if not self.cut_reads_as_zeroes:
+            from cowhand.block.formats.qcow2.references import require_whole
+
+            require_whole(self)
         wanted = self.options.lazy_refcounts
         asked = bool(self.header.compatible & L.COMPAT_LAZY_REFCOUNTS) if wanted is None else wanted
         if asked and self.header.version >= 3:
@@ -323,6 +339,20 @@ class Qcow2Node(MetadataNode):
             from cowhand.block.formats.qcow2.bitmap.store import begin
 
             begin(self)
+
+    def _refuse_far_tables(self) -> None:
+        """Raise ImageCorrupt where a table that is written in place lies far behind the end of the file, which would become so long."""
+        header, end = self.header, self.file.node.size + _FAR
+        places = (
+            ("L1 table", header.l1_offset, header.l1_size, L.OFFSET_L1_SIZE),
+            ("refcount table", header.refcount_table_offset, header.refcount_table_clusters, L.OFFSET_REFCOUNT_TABLE),
+        )
+        for what, offset, count, at in places:
+            if count and offset > end:
+                raise ImageCorrupt(
+                    f"the {what} lies at {offset:#x}, behind the end of the file", qemu="Input/output error", path=self.filename, offset=at,
+                    hint="Look at the image with check, then repair it.",
+                )  # fmt: skip
 
     def rebuild_metadata_map(self) -> None:
         """Learn anew where this image's metadata lies (lock held). Where that fails, an image that is in use is not written any more."""

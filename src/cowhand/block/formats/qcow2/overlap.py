@@ -114,7 +114,9 @@ def regions(node: Qcow2Node) -> Iterator[Region]:
     yield Region(REFCOUNT_TABLE, span(node, header.refcount_table_offset, table_bytes))
     yield Region(REFCOUNT_BLOCK, *_named(node.refcounts.table, L.REFCOUNT_TABLE_OFFSET_MASK, bits))
     if header.snapshot_count:
-        yield Region(SNAPSHOT_TABLE, span(node, header.snapshots_offset, node.snapshot_table_bytes))
+        # A hostile table can span 2 GiB of what is not there; behind the end of the file lies nothing of it.
+        inside = min(node.snapshot_table_bytes, node.file.node.size - header.snapshots_offset)
+        yield Region(SNAPSHOT_TABLE, span(node, header.snapshots_offset, inside))
     if node.snapshots:
         yield from _snapshots(node)
     if header.crypt_method:

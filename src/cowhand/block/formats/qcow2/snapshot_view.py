@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+from cowhand.block.formats.qcow2.bitmap.directory import Directory
 from cowhand.block.formats.qcow2.driver import Qcow2Node
 from cowhand.block.formats.qcow2.metadata.options import Qcow2Options
 from cowhand.block.formats.qcow2.refcount.refcounts import Refcounts
@@ -64,6 +65,7 @@ class SnapshotView(Qcow2Node):
                 view.data_child = graph.attach(view, origin.data_child.name, origin.data_child.node, Role.DATA)
             if origin.backing is not None:
                 graph.attach(view, "backing", origin.backing.node, Role.BACKING)
+            view.bitmap_directory = Directory(view)  # bitmaps tell of the active disk
             view.refcounts = Refcounts(view, origin.refcounts.table)
             view.extended = origin.extended
             view.mapping = type(origin.mapping)(view, l1)

@@ -17,6 +17,7 @@ from cowhand.core.errors import CowhandError
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
+    from cowhand.block.node.records import SnapshotInfo
 
 SECTOR = 512
 _DEFAULT_SPARSE = 4096
@@ -204,7 +205,7 @@ def _convert(
     disks: Sequence[Disk],
     target: Disk | str,
     options: dict[str, Any],
-    snapshot: str | None,
+    snapshot: str | SnapshotInfo | None,
     shown: ProgressLine,
 ) -> None:
     from cowhand.copy.ops.convert import convert

@@ -86,12 +86,12 @@ def _create(disk: Disk, name: str) -> None:
 
 
 def _apply(disk: Disk, name: str) -> None:
-    from cowhand.image.snapshots import apply_snapshot
+    from cowhand.image.snapshots import apply_snapshot, choose_as_qemu, list_snapshots
 
     reason = "Block driver does not support snapshots"
     try:
         if _has_snapshots(disk):
-            apply_snapshot(disk, name)
+            apply_snapshot(disk, choose_as_qemu(list_snapshots(disk), name, disk.filename))
             return
     except SnapshotNotFound:
         reason = f"Failed to load snapshot: {os.strerror(errno.ENOENT)}"
@@ -110,7 +110,7 @@ def _delete(disk: Disk, name: str) -> None:
     for record in getattr(disk.root, "snapshots", ()):
         if record.name == name:
             try:
-                delete_snapshot(disk, record.id)
+                delete_snapshot(disk, record.info())
             except CowhandError as error:
                 raise Failure(f"Could not delete snapshot '{name}': {error.qemu()}") from error
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cowhand.cli.compat import program
 from cowhand.cli.compat.optionstrings import parse, warn_of_short_form
@@ -10,6 +10,7 @@ from cowhand.cli.compat.program import Failure
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
+    from cowhand.block.node.records import SnapshotInfo
 
 
 class Wanted:
@@ -32,19 +33,24 @@ class Wanted:
                 program.error(f"Invalid parameter '{pair.name}'")
                 raise Failure(f"Failed in parsing snapshot param '{text}'")
 
-    def find(self, disk: Disk) -> str:
-        """Return the id of the snapshot in *disk*. Raises Failure."""
+    def find(self, disk: Disk) -> SnapshotInfo:
+        """Return the snapshot of *disk* that is meant. Raises Failure."""
         snapshots = getattr(disk.root, "snapshots", None)
         if snapshots is None:
             used = f"Block format '{disk.format}' used by device ''"
             raise Failure(f"Failed to load snapshot: {used} does not support temporarily loading internal snapshots")
-        for record in snapshots:
-            if self._matches(record):
-                found: str = record.id
-                return found
+        known: list[SnapshotInfo] = [record.info() for record in snapshots]
+        for matches in (self._has_id, self._has_name) if self._word is not None else (self._matches,):
+            for one in known:
+                if matches(one):
+                    return one
         raise Failure("Failed to load snapshot: Can't find snapshot")
 
-    def _matches(self, record: Any) -> bool:
-        if self._word is not None:
-            return bool(self._word in (record.id, record.name))
-        return (self._id is None or self._id == record.id) and (self._name is None or self._name == record.name)
+    def _has_id(self, one: SnapshotInfo) -> bool:
+        return one.id == self._word  # the ids of all come before any name
+
+    def _has_name(self, one: SnapshotInfo) -> bool:
+        return one.name == self._word
+
+    def _matches(self, one: SnapshotInfo) -> bool:
+        return (self._id is None or self._id == one.id) and (self._name is None or self._name == one.name)

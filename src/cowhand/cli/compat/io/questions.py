@@ -34,7 +34,7 @@ def info(session: Session, words: Sequence[str]) -> bool:
         if primary is None:
             return False
         below = primary.node
-    print(f"cluster size: {precise(getattr(below, 'cluster_size', 0))}")
+    print(f"cluster size: {precise(getattr(below, 'cluster_size', None) or 0)}")
     print(f"vm state offset: {precise(getattr(below, 'vmstate_offset', 0))}")
     specific = node.format_specific()
     if specific:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.check.check import Examination
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
-#: As QEMU's limit for a check: a file is not lengthened past it for one wrong entry.
-_MAX_CLUSTERS = (1 << 31) - 1
+#: Bytes by which a file is made longer, at most, so that a refcount block that was cut off lies inside. Farther away it is the entry that is wrong.
+_MOST_CUT_OFF = 1 << 20
 
 
 def _say_failed(exam: Examination, reason: str) -> None:
@@ -198,13 +198,11 @@ def write_counts(exam: Examination, index: int, values: bytes | bytearray) -> No
 
 
 def lengthen(exam: Examination, offset: int) -> bool:
-    """Make the file so long that the refcount block at *offset* lies inside; it reads as zeroes. False when that is not possible."""
+    """Make the file so long that the refcount block at *offset* lies inside; it reads as zeroes. False when that is not possible, or far away."""
     node, walk = exam.node, exam.walk
     end = offset + walk.size
-    # The table that counts so long a file has to keep its limit.
-    entries = -(-end // walk.size // exam.per_block)
-    reason = "Invalid argument" if end > (1 << 63) - 1 else "File too large"
-    if entries * L.ENTRY_SIZE <= L.MAX_REFCOUNT_TABLE_BYTES and end // walk.size <= _MAX_CLUSTERS:
+    reason = "Invalid argument" if end > L.MAX_FILE_OFFSET else "File too large"
+    if end - walk.length <= max(_MOST_CUT_OFF, 2 * walk.size):
         try:
             node.file.node.resize(end)
         except CowhandError as error:
