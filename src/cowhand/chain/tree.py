@@ -69,6 +69,7 @@ class Tree:
         self._names: dict[Identity, list[str]] = {}  # of files with several: links, hard links
         self._seen: dict[Identity, int] = {}  # folders, and how deep below them was looked
         self._asked: set[str] = set()  # devices
+        self._missed: set[str] = set()
         self._left_out: tuple[str, ...] | None = None
         self.look(Place(os.fspath(folder), 0) for folder in folders)
 
@@ -196,7 +197,9 @@ class Tree:
                 self._by_lower.setdefault(identity, []).append(reference)
 
     def _miss(self, path: str, reason: str) -> None:
-        self.unreadable.append((path, reason))
+        if path not in self._missed:  # a folder that is entered once more, for what lies deeper
+            self._missed.add(path)
+            self.unreadable.append((path, reason))
 
     # -- asking
 

@@ -202,6 +202,11 @@ class BlockNode(ABC):
         raise NotSupported(f"driver '{cls.driver}' cannot be opened by options")
 
     @classmethod
+    def backing_facts(cls, backing: BlockNode) -> dict[str, Any]:
+        """Return what a new image over the open *backing* has to record of it, as further options of ``create``. Raises InvalidArgument."""
+        return {}
+
+    @classmethod
     def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:
         """Return the files beside *filename* that a new image of that name is made of; each is made by :meth:`create_extent` first."""
         return []
