@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cowhand.bitmaps.named import DirtyBitmap
     from cowhand.block.disk import Disk
     from cowhand.block.locking.device_use import allowed as allow_used_devices
+    from cowhand.block.locking.image_lock import missing_locks_allowed
     from cowhand.block.node.records import CheckResult, Finding, SnapshotInfo
     from cowhand.block.opening.policy import Policy
     from cowhand.copy.ops.checksum import Checksum, checksum
@@ -72,6 +73,7 @@ _PLACES = {
     ),
     "cowhand.image.check": ("check",),
     "cowhand.block.disk": ("Disk",),
+    "cowhand.block.locking.image_lock": ("missing_locks_allowed",),
     "cowhand.block.node.records": ("CheckResult", "Finding", "SnapshotInfo"),
     "cowhand.block.opening.policy": ("Policy",),
     "cowhand.image.snapshots": (
@@ -134,7 +136,8 @@ if not TYPE_CHECKING:  # else every name would be there for the type checker
 __all__ = [
     "__version__",
     # disks, and what they are made of
-    "open", "secrets", "allow_used_devices", "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
+    "open", "secrets", "missing_locks_allowed", "allow_used_devices",
+    "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
     # images
     "create", "image_info", "chain_info", "ImageInfo", "image_usage", "ImageUsage", "check", "CheckResult", "Finding", "judge", "Verdict",
     # copies

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cowhand.bitmaps.named import BitmapSet
     from cowhand.block.node.records import CheckResult, Say, SnapshotInfo
     from cowhand.block.opening.opening import Opening
+    from cowhand.core.errors import CowhandError
 
 _node_numbers = itertools.count()
 
@@ -202,6 +203,11 @@ class BlockNode(ABC):
         raise NotSupported(f"driver '{cls.driver}' cannot be opened by options")
 
     @classmethod
+    def backing_facts(cls, backing: BlockNode) -> dict[str, Any]:
+        """Return what a new image over the open *backing* has to record of it, as further options of ``create``. Raises InvalidArgument."""
+        return {}
+
+    @classmethod
     def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:
         """Return the files beside *filename* that a new image of that name is made of; each is made by :meth:`create_extent` first."""
         return []
@@ -356,6 +362,10 @@ class BlockNode(ABC):
         raise NotSupported(f"driver '{self.driver}' keeps no VM state")
 
     # -- internal snapshots, and checks (see cowhand.image.snapshots and cowhand.image.check, which hold requests back)
+
+    def snapshots_failure(self) -> CowhandError | None:
+        """Return why the snapshots that this layer has cannot be read; None where they can, or there are none."""
+        return None
 
     def list_snapshots(self) -> list[SnapshotInfo]:
         """Return the snapshots that this layer keeps inside itself."""
