@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from cowhand.cli.compat import profiles
 from cowhand.core import locks
@@ -25,6 +26,11 @@ _LASTING = ("execnet-", "Dummy-")
 _GRACE_SECONDS = 30.0
 
 failures.forget_ci()
+# How long an example takes says nothing on a machine under load.
+settings.register_profile(
+    "cowhand", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("cowhand")
 locks.enforce()
 # Processes that tests start keep their compiled bytecode, whatever the caller's surroundings say: to compile the sources takes longer than most
 # commands run.

@@ -26,6 +26,9 @@ if [ -z "${COWHAND_DEBIAN_INSIDE:-}" ]; then
         "$here/tools/debian.sh" "$suite" "$@"
 fi
 unset COWHAND_DEBIAN_INSIDE
+# The first process of a namespace ignores what it has no handler for.
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
 
 mirror() {
     # REPO_URI of Debian's own packages, as apt has them; updates and security are other archives of the same words.
@@ -121,7 +124,7 @@ inside() {
     local words=() line
     while IFS= read -r -d '' line; do
         case $line in
-            PIP_* | *_proxy=* | *_PROXY=* | *SSL_CERT* | CURL_CA_BUNDLE=* | REQUESTS_CA_BUNDLE=* | COWHAND_* | JOBS=* | TESTS=*) words+=("$line") ;;
+            PIP_* | *_proxy=* | *_PROXY=* | *SSL_CERT* | CURL_CA_BUNDLE=* | REQUESTS_CA_BUNDLE=* | COWHAND_* | JOBS=* | TESTS=* | PYTEST_ADDOPTS=*) words+=("$line") ;;
         esac
     done < <(env -0)
     chroot "$root" env -i HOME=/root LANG=C.UTF-8 TERM="${TERM:-dumb}" \
@@ -130,6 +133,11 @@ inside() {
 }
 
 mkdir -p "$build"
+exec 9>"$build/$suite.lock"
+if ! flock --nonblock 9; then
+    echo "another run uses $root" >&2
+    exit 1
+fi
 if [ ! -e "$root/.cowhand-complete" ]; then
     echo "making Debian $suite in $root" >&2
     make_root

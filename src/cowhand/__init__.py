@@ -17,6 +17,7 @@ from cowhand.__about__ import __version__
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import DirtyBitmap
     from cowhand.block.disk import Disk
+    from cowhand.block.locking.image_lock import missing_locks_allowed
     from cowhand.block.node.records import CheckResult, Finding, SnapshotInfo
     from cowhand.block.opening.policy import Policy
     from cowhand.copy.ops.checksum import Checksum, checksum
@@ -53,9 +54,13 @@ if TYPE_CHECKING:
     from cowhand.image.usage import ImageUsage, image_usage
     from cowhand.jobs.commit import CommitResult
     from cowhand.jobs.rebase import RebaseResult
+    from cowhand.plans.commit import plan_commit
     from cowhand.plans.dependents import Dependents, find_dependents
     from cowhand.plans.guard import DependentsGuard
     from cowhand.plans.opening import open_image as open  # noqa: A004 - the name that users meet
+    from cowhand.plans.plan import Plan, Touch
+    from cowhand.plans.rebase import plan_rebase
+    from cowhand.plans.resize import plan_resize
     from cowhand.plans.verbs import commit, convert, create, dd, rebase
 
 #: Where the names lie that are imported when they are first used: starting a tool costs what it needs.
@@ -66,6 +71,7 @@ _PLACES = {
     ),
     "cowhand.image.check": ("check",),
     "cowhand.block.disk": ("Disk",),
+    "cowhand.block.locking.image_lock": ("missing_locks_allowed",),
     "cowhand.block.node.records": ("CheckResult", "Finding", "SnapshotInfo"),
     "cowhand.block.opening.policy": ("Policy",),
     "cowhand.image.snapshots": (
@@ -84,6 +90,10 @@ _PLACES = {
     "cowhand.jobs.commit": ("CommitResult",),
     "cowhand.image.compact": ("compact",),
     "cowhand.jobs.rebase": ("RebaseResult",),
+    "cowhand.plans.commit": ("plan_commit",),
+    "cowhand.plans.plan": ("Plan", "Touch"),
+    "cowhand.plans.rebase": ("plan_rebase",),
+    "cowhand.plans.resize": ("plan_resize",),
     "cowhand.plans.dependents": ("Dependents", "find_dependents"),
     "cowhand.plans.guard": ("DependentsGuard",),
     "cowhand.plans.verbs": ("commit", "convert", "create", "dd", "rebase"),
@@ -119,13 +129,14 @@ if not TYPE_CHECKING:  # else every name would be there for the type checker
 __all__ = [
     "__version__",
     # disks, and what they are made of
-    "open", "secrets", "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
+    "open", "secrets", "missing_locks_allowed", "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
     # images
     "create", "image_info", "chain_info", "ImageInfo", "image_usage", "ImageUsage", "check", "CheckResult", "Finding", "judge", "Verdict",
     # copies
     "convert", "ConvertResult", "dd", "compare", "CompareResult", "measure", "Measurement", "checksum", "Checksum",
     # chains
     "commit", "CommitResult", "rebase", "RebaseResult", "compact", "find_dependents", "Dependents", "DependentsGuard",
+    "plan_commit", "plan_rebase", "plan_resize", "Plan", "Touch",
     # snapshots
     "list_snapshots", "find_snapshot", "create_snapshot", "apply_snapshot", "delete_snapshot", "open_snapshot", "SnapshotInfo",
     # dirty bitmaps

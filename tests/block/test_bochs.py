@@ -133,7 +133,7 @@ def test_qemu_reads_the_same(size: int, extent: int, version: int, tmp_path: Pat
 @pytest.mark.parametrize(
     ("at", "value", "words"),
     [
-        (72, 0xFFFFFFFF, "Catalog size 4294967295 is too large"),
+        (72, 0xFFFFFFFF, "Catalog size is too large"),
         (72, 3, "Catalog size is too small for this disk size"),
         (80, 0, "Extent size must be at least 512"),
         (80, 0x80000000, "Extent size 2147483648 is too large"),

@@ -68,7 +68,8 @@ def run_real(words: list[str], folder: Path, stdin: str = "") -> Outcome:
     assert path is not None
     for _ in range(ATTEMPTS):
         done = subprocess.run(
-            [path, *words[1:]],
+            words,  # under its plain name: that is what hints begin with
+            executable=path,
             cwd=folder,
             input=os.fsencode(stdin),
             capture_output=True,

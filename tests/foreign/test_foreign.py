@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.foreign.cutting import misread
 from tests.foreign.images import Image, draw
 from tests.foreign.judging import told_differently
 from tests.foreign.living import lived_differently
@@ -43,3 +44,7 @@ def test_both_sides_change_them_alike(tmp_path: Path) -> None:
 
 def test_they_are_compacted_repaired_and_converted(tmp_path: Path) -> None:
     judged(tmp_path, mistreated, 8)
+
+
+def test_what_is_left_of_a_cut_off_image_is_read_and_the_rest_is_an_error(tmp_path: Path) -> None:
+    judged(tmp_path, misread, 15)

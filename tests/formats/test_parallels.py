@@ -72,3 +72,17 @@ def test_an_image_that_was_not_closed_is_only_read(tmp_path: Path) -> None:
         cowhand.open(image, writable=True)
     with cowhand.open(image) as disk:
         assert disk.read(0, 4) == b"xxxx"
+
+
+def test_a_repair_says_that_the_image_was_closed(tmp_path: Path) -> None:
+    image = make(tmp_path, b"x" * 65536, "parallels")
+    with image.open("r+b") as file:
+        file.seek(44)
+        file.write(struct.pack("<I", 0x746F6E59))
+    found = cowhand.check(image)
+    assert found.corruptions == 1
+    assert found.messages == ["ERROR image was not closed correctly"]
+    assert cowhand.check(image, repair="all").clean
+    with cowhand.open(image, writable=True) as disk:
+        disk.write(0, b"y")
+    assert cowhand.check(image).clean

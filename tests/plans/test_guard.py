@@ -331,6 +331,17 @@ def test_a_pool_that_is_known_is_looked_into(tmp_path: Path, tmp_path_factory: p
     cowhand.commit(top)
 
 
+def test_the_library_says_what_a_commit_would_do(world: Path) -> None:
+    top = world / "instances" / "a" / "disk"
+    before = top.read_bytes(), (world / "_base" / "base").read_bytes()
+    plan = cowhand.plan_commit(str(top))
+    assert plan.moves == MiB and plan.writes[0].path.endswith("_base/base") and plan.writes[0].bytes == MiB
+    assert plan.dependents.paths == [str(world / "instances" / "b" / "disk")]
+    assert (top.read_bytes(), (world / "_base" / "base").read_bytes()) == before
+    look = cowhand.rebase(top, "", look=True)
+    assert cowhand.plan_rebase(str(top), "", None, look).moves == 3 * MiB
+
+
 def test_what_force_overrides_is_warned_of(world: Path) -> None:
     heard: list[str] = []
     guard = cowhand.DependentsGuard(force=True, warn=heard.append)

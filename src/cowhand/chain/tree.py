@@ -18,6 +18,7 @@ from cowhand.chain.known_pools import known_pools
 from cowhand.chain.places import Device, Place
 from cowhand.core.errors import CowhandError
 from cowhand.core.identity import Identity, identify, identity_of, lies_on
+from cowhand.core.unfinished import is_unfinished
 
 #: Entries of folders that one search looks at, in sum. Beyond that it is not complete, and says so.
 MAX_ENTRIES = 200_000
@@ -69,6 +70,7 @@ class Tree:
         self._names: dict[Identity, list[str]] = {}  # of files with several: links, hard links
         self._seen: dict[Identity, int] = {}  # folders, and how deep below them was looked
         self._asked: set[str] = set()  # devices
+        self._missed: set[str] = set()
         self._left_out: tuple[str, ...] | None = None
         self.look(Place(os.fspath(folder), 0) for folder in folders)
 
@@ -131,7 +133,8 @@ class Tree:
             if self._is_folder(entry):
                 if depth:
                     below.append((path, min(depth - 1, _LINK_DEPTH) if entry.is_symlink() else depth - 1))
-            elif before < 0:
+            elif before < 0 and not is_unfinished(entry.name):
+                # What is being made, or was left half made, is no image yet.
                 self._entry(entry, path)
         return below
 
@@ -196,7 +199,9 @@ class Tree:
                 self._by_lower.setdefault(identity, []).append(reference)
 
     def _miss(self, path: str, reason: str) -> None:
-        self.unreadable.append((path, reason))
+        if path not in self._missed:  # a folder that is entered once more, for what lies deeper
+            self._missed.add(path)
+            self.unreadable.append((path, reason))
 
     # -- asking
 

@@ -72,6 +72,7 @@ class Creation:
         self.size = size
         self.options = options
         self._registry = registry
+        self._backing_facts: dict[str, Any] = {}
 
     def line(self) -> str:
         """Return the line that qemu-img prints of it: "Formatting 'x', fmt=qcow2 cluster_size=65536 ..."."""
@@ -265,14 +266,14 @@ class Creation:
             elif extents := self.extents():
                 self._with_extents(node, extents, options, durable)
             else:
-                creator.create(node, self.size, {**options, "image_name": self.filename})
+                creator.create(node, self.size, {**options, **self._backing_facts, "image_name": self.filename})
         finally:
             graph.close_node(node)
 
     def _with_extents(self, node: BlockNode, names: list[str], options: dict[str, Any], durable: bool) -> None:
         from cowhand.image.extents import Extents
 
-        options = {**options, "image_name": self.filename}
+        options = {**options, **self._backing_facts, "image_name": self.filename}
         with Extents(self.format.load(), names, self._registry, durable=durable) as extents:
             extents.make(self.size, options)
             self._creator().create(node, self.size, options)
@@ -345,14 +346,17 @@ def prepare(
             if name not in known:
                 raise NotSupported(f"{text} for file format '{entry.name}'")
             chosen[name] = value
+    facts: dict[str, Any] = {}
     if "backing_file" in chosen:
-        _check_backing(filename, chosen, open_backing, registry, policy)
+        facts = _check_backing(filename, entry, chosen, open_backing, registry, policy)
     if "size" not in chosen:
         raise InvalidArgument("Image creation needs a size parameter", hint="Give the size, such as 10G.")
     if chosen["size"] > MAX_SIZE:
         raise InvalidArgument(f"The image size is too large for file format '{entry.name}'")
     complete = with_defaults(known, chosen)
-    return Creation(filename, entry, protocol, -(-chosen["size"] // SECTOR) * SECTOR, complete, registry)
+    creation = Creation(filename, entry, protocol, -(-chosen["size"] // SECTOR) * SECTOR, complete, registry)
+    creation._backing_facts = facts
+    return creation
 
 
 def create(
@@ -455,9 +459,14 @@ def format_of(name: str, registry: Registry) -> DriverEntry:
 
 
 def _check_backing(
-    filename: str, chosen: dict[str, Any], open_backing: bool, registry: Registry, policy: Policy | None
-) -> None:
-    """Check the backing file of *chosen* and take the size from it where none is given."""
+    filename: str,
+    entry: DriverEntry,
+    chosen: dict[str, Any],
+    open_backing: bool,
+    registry: Registry,
+    policy: Policy | None,
+) -> dict[str, Any]:
+    """Check the backing file of *chosen* and take the size from it where none is given; return what the format keeps of it."""
     name, format = chosen["backing_file"], chosen.get("backing_fmt")
     missing = "Backing file specified without backing format"
     if name == filename:
@@ -467,7 +476,7 @@ def _check_backing(
     if not open_backing:
         if format is None:
             raise InvalidArgument(missing, hint="Name the backing file's format as well.")
-        return
+        return {}
     from cowhand.block.graph import graph
     from cowhand.block.opening.opening import Opening
     from cowhand.block.opening.policy import DEFAULT
@@ -485,5 +494,6 @@ def _check_backing(
             detected = f"Detected format of {node.driver}."
             raise InvalidArgument(missing, qemu=f"{missing}\n{detected}", hint=f"{detected} Name it if that is right.")
         chosen.setdefault("size", -(-node.size // SECTOR) * SECTOR)
+        return entry.load().backing_facts(node) if entry.kind == "format" else {}
     finally:
         graph.close_node(node)

@@ -82,7 +82,10 @@ def _only(found: Sequence[SnapshotInfo], snapshots: Sequence[SnapshotInfo], word
 
 def list_snapshots(disk: Disk) -> list[SnapshotInfo]:
     """Return the snapshots that *disk*'s image keeps, in the order of its table. Raises NotSupported."""
-    return _holder(disk).list_snapshots()
+    holder = _holder(disk)
+    if holder.snapshots_problem is not None:
+        raise holder.snapshots_problem
+    return holder.list_snapshots()
 
 
 def create_snapshot(
@@ -158,7 +161,12 @@ def open_snapshot(disk: Disk, wanted: str | SnapshotInfo) -> Disk:
 
     disk.check_open()
     node = _holder(disk)
-    chosen = choose(node.list_snapshots(), wanted, disk.filename)
+    try:
+        chosen = choose(node.list_snapshots(), wanted, disk.filename)
+    except SnapshotNotFound:
+        if node.snapshots_problem is not None:
+            raise node.snapshots_problem from None
+        raise
     view = node.open_snapshot(chosen.id, chosen.name)
     try:
         return Disk(view)

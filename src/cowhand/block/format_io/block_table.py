@@ -23,6 +23,7 @@ from cowhand.core.locks import RANK_FLUSH, ranked_lock
 
 if TYPE_CHECKING:
     from cowhand.block.node.node import Child
+    from cowhand.block.node.records import CheckResult, Say
 
 #: Places of blocks that are not stored. All others are byte offsets in the file; no format stores a block in its first bytes.
 UNALLOCATED, ZEROED = 0, 1
@@ -84,6 +85,8 @@ class BlockTableFormat(FormatNode):
     entry_limit: int = 1 << 32
     #: Whether users are told how large a block is (QEMU does not, of some formats).
     tells_cluster_size: bool = True
+    #: Whether the format is one that can be checked.
+    checked: ClassVar[bool] = True
     #: Where blocks may begin: the end of the header.
     data_from: int = 512
     #: Whether an entry can say "reads as zeroes"; only where there may be a backing file does that differ from "not stored".
@@ -507,6 +510,13 @@ class BlockTableFormat(FormatNode):
                 child.discard(host, count)
                 self.changed = True
             offset += count
+
+    def check(self, repair: str | None, say: Say) -> CheckResult:
+        if not self.checked:
+            return super().check(repair, say)
+        from cowhand.block.format_io.table_check import check
+
+        return check(self, say)
 
     def close(self) -> None:
         if self.begun and self.poison is None:

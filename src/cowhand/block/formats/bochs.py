@@ -44,7 +44,7 @@ class BochsNode(ReadOnlyFormat):
         if any(found.rstrip(b"\0") != expected for found, expected in known) or version not in _DISK_AT:
             raise self.wrong("no growing image of version 0x10000 or 0x20000", qemu="Image not in Bochs format")
         if words > MAX_CATALOG:
-            raise self.wrong(f"a catalog of {words} words", 72, f"Catalog size {words} is too large")
+            raise self.wrong(f"a catalog of {words} words", 72, "Catalog size is too large")
         if extent < SECTOR:
             raise self.wrong(f"extents of {extent} bytes", 80, "Extent size must be at least 512")
         if extent & (extent - 1):

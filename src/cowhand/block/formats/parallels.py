@@ -14,6 +14,7 @@ from cowhand.block.format_io.blank_file import make_empty
 from cowhand.block.format_io.block_table import UNALLOCATED, BlockTableFormat
 from cowhand.block.format_io.mapped import RECORDED
 from cowhand.block.node.create_options import CreateOption
+from cowhand.block.node.records import ERROR, REPAIRED, CheckResult, Finding, Kind, Say
 from cowhand.core.errors import ImageCorrupt, InvalidArgument, UnsupportedFeature
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ EMPTY_IMAGE = 1
 CLUSTER = 1 << 20
 MAX_CLUSTER_SECTORS = 0x7FFFFFFF // SECTOR  #: QEMU
 MAX_CLUSTER = 256 << 20  #: this driver's
+NOT_CLOSED = Kind("image-not-closed", "{verb} image was not closed correctly")
 MAX_ENTRIES = 0x7FFFFFFF // 4  #: QEMU
 
 
@@ -68,7 +70,7 @@ class ParallelsNode(BlockTableFormat):
             raise self.wrong(f"the table of {entries} entries does not end inside the file", 32)
         self.unclean = in_use == IN_USE
         if self.writable:
-            self._check_writable_state(extension)
+            self._check_writable_state(extension, for_repair=opening.for_repair)
         self.allocation_unit = self.copy_unit = self.stride = cluster
         self.scale = cluster if extended else SECTOR
         self.special = {0: UNALLOCATED}
@@ -82,8 +84,8 @@ class ParallelsNode(BlockTableFormat):
         self.open_backing(opening, given.pop("backing", RECORDED))
         self.set_capabilities()
 
-    def _check_writable_state(self, extension: int) -> None:
-        if self.unclean:
+    def _check_writable_state(self, extension: int, *, for_repair: bool) -> None:
+        if self.unclean and not for_repair:
             raise ImageCorrupt(
                 "parallels: the image was not closed", path=self.filename, offset=_IN_USE_AT,
                 qemu="parallels: Image was not closed correctly; cannot be opened read/write",
@@ -116,6 +118,20 @@ class ParallelsNode(BlockTableFormat):
     def end_writing(self) -> None:
         self.file.write(_IN_USE_AT, (CLOSED.to_bytes(4, "little"),))
         self.file.flush()
+
+    def check(self, repair: str | None, say: Say) -> CheckResult:
+        fix = repair == "all" and self.unclean
+        if self.unclean:
+            say(Finding(NOT_CLOSED, REPAIRED if fix else ERROR, offset=_IN_USE_AT))
+        result = super().check(repair, say)
+        if self.unclean:
+            result.corruptions += 1
+        if fix and result.corruptions == 1:  # nothing else is wrong
+            result.corruptions_fixed = 1
+            result.corruptions = 0
+            self.end_writing()
+            self.unclean = False
+        return result
 
     @classmethod
     def check_creation(cls, size: int, options: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ class QcowNode(TwoLevelFormat):
     driver: ClassVar[str] = "qcow"
     supports_backing: ClassVar[bool] = True
     big_endian: ClassVar[bool] = True
+    checked: ClassVar[bool] = False
     create_options: ClassVar[tuple[CreateOption, ...]] = (
         CreateOption("size", "size", help="Virtual disk size"),
         CreateOption("backing_file", "str", help="File name of a base image"),

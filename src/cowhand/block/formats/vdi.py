@@ -82,10 +82,6 @@ class VdiNode(BlockTableFormat):
         for identity, name in ((fields[21], "link"), (fields[22], "parent")):
             if any(identity):
                 raise self.wrong(f"{unsupported} (non-NULL {name} UUID)", 0x1A8)
-        if not table + blocks * 4 <= data:
-            raise self.wrong(f"the block map ends at {table + blocks * 4:#x}, after the blocks begin", 0x154)
-        if table + blocks * 4 > self.file.node.size:
-            raise self.wrong(f"the block map ends at {table + blocks * 4:#x}, behind the end of the file", 0x154)
         self._table, self._kind = table, kind
         self.allocation_unit = self.copy_unit = self.stride = self.scale = block
         self.base = self.data_from = data
@@ -98,7 +94,11 @@ class VdiNode(BlockTableFormat):
         return self._size
 
     def page_host(self, index: int) -> int | None:
-        return self._table + index * self.per_page * 4
+        host = int(self._table) + index * self.per_page * 4
+        end = host + min(self.per_page, self.entry_count - index * self.per_page) * 4
+        if end > self.data_from or end > self.file.node.size:
+            raise self.wrong(f"the block map goes on to {end:#x}, where blocks lie or the file has ended", host)
+        return host
 
     def _flags(self, place: int) -> int:
         flags = super()._flags(place)

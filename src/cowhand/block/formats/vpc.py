@@ -81,6 +81,7 @@ class VpcNode(BlockTableFormat):
     driver: ClassVar[str] = "vpc"
     options_class: ClassVar[type[NodeOptions]] = VpcOptions
     big_endian: ClassVar[bool] = True
+    checked: ClassVar[bool] = False
     create_options: ClassVar[tuple[CreateOption, ...]] = (
         CreateOption("size", "size", help="Virtual disk size"),
         CreateOption(
@@ -274,7 +275,8 @@ def _shape(size: int, options: Mapping[str, Any]) -> tuple[int, tuple[int, int, 
     if options.get("force_size"):
         if wanted > MAX_SECTORS:
             raise InvalidArgument(limit)
-        return wanted, geometry(wanted)
+        # The largest geometry: programs that mean the geometry then look at the size.
+        return wanted, (65535, 16, 255)
     shape = geometry(wanted)
     trial = wanted
     while (sectors := shape[0] * shape[1] * shape[2]) < min(wanted, MAX_GEOMETRY):

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from cowhand.block.node.options import NodeOptions, strong_options
 from cowhand.core.buffers import Buffer
-from cowhand.core.errors import NotSupported
+from cowhand.core.errors import CowhandError, NotSupported
 from cowhand.core.extents import ALLOCATED, DATA, OFFSET, ExtentBatch
 
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import BitmapSet
     from cowhand.block.node.records import CheckResult, Say, SnapshotInfo
     from cowhand.block.opening.opening import Opening
+    from cowhand.core.errors import CowhandError
 
 _node_numbers = itertools.count()
 
@@ -178,6 +179,8 @@ class BlockNode(ABC):
         self.children: dict[str, Child] = {}
         self.parents: list[Edge] = []
         self.hooks: tuple[Hook, ...] = ()
+        #: Why :meth:`list_snapshots` does not tell of all that the image had: a part of it is missing, and it is only read.
+        self.snapshots_problem: CowhandError | None = None
         self.dirty_bitmaps: BitmapSet | None = None  #: named bitmaps of this node, where it has any
         self.closed = False
         self.blockers: tuple[
@@ -198,6 +201,11 @@ class BlockNode(ABC):
         An exception leaves nothing open but what ``opening`` closes.
         """
         raise NotSupported(f"driver '{cls.driver}' cannot be opened by options")
+
+    @classmethod
+    def backing_facts(cls, backing: BlockNode) -> dict[str, Any]:
+        """Return what a new image over the open *backing* has to record of it, as further options of ``create``. Raises InvalidArgument."""
+        return {}
 
     @classmethod
     def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:
@@ -354,6 +362,10 @@ class BlockNode(ABC):
         raise NotSupported(f"driver '{self.driver}' keeps no VM state")
 
     # -- internal snapshots, and checks (see cowhand.image.snapshots and cowhand.image.check, which hold requests back)
+
+    def snapshots_failure(self) -> CowhandError | None:
+        """Return why the snapshots that this layer has cannot be read; None where they can, or there are none."""
+        return None
 
     def list_snapshots(self) -> list[SnapshotInfo]:
         """Return the snapshots that this layer keeps inside itself."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from typing import TYPE_CHECKING
 
 from cowhand.cli import arguments
@@ -20,8 +19,6 @@ from cowhand.core.units import format_size
 
 if TYPE_CHECKING:
     from cowhand.cli.running import Context
-    from cowhand.jobs.rebase import RebaseResult
-    from cowhand.plans.dependents import Dependents
 
 EXAMPLES = """\
   cowhand rebase -b base.qcow2 work.qcow2            stand on base.qcow2 from now on
@@ -67,7 +64,14 @@ def run(args: argparse.Namespace, context: Context) -> int:
         guard=guard_of(args, context),
     )
     if args.dry_run:
-        return _plan(args, context, result)
+        from cowhand.cli.plan import show
+        from cowhand.plans.rebase import plan_rebase
+
+        guard = guard_of(args, context)
+        plan = plan_rebase(
+            args.image, args.base, args.base_format, result, format=args.format, unsafe=args.unsafe, guard=guard
+        )
+        return show(plan, context.out)
     if context.out.json:
         document = {
             "filename": args.image,
@@ -92,44 +96,3 @@ def _format(args: argparse.Namespace) -> str | None:
 
     with cowhand.open(combine(args.image, args.base), backing=False, force_share=True) as disk:
         return disk.format
-
-
-def _undo(args: argparse.Namespace) -> str:
-    """Return what brings the old backing file back."""
-    from cowhand.image.info import image_info
-
-    old = image_info(args.image, format=args.format, force_share=True)
-    words = ["cowhand", "rebase", *(["-u"] if args.unsafe else []), "-b", old.backing or ""]
-    words += ["-F", old.backing_format] if old.backing and old.backing_format else []
-    return shlex.join([*words, args.image]) + (f", while {old.backing} is there and unchanged" if old.backing else "")
-
-
-def _dependents(args: argparse.Namespace, context: Context) -> Dependents:
-    import cowhand
-    from cowhand.block.node.guard import files_of
-    from cowhand.jobs.rebase import change_of
-
-    with cowhand.open(args.image, format=args.format, backing=False, force_share=True) as disk:
-        change = change_of(disk, args.base, args.base_format, unsafe=args.unsafe)
-        files = files_of(disk.root)
-        return guard_of(args, context).look(change._replace(files=files, part=files))
-
-
-def _plan(args: argparse.Namespace, context: Context, result: RebaseResult) -> int:
-    from cowhand.cli.plan import Plan, Touch, show
-
-    target = args.base or "nothing"
-    writes = [Touch(args.image, "the name of its backing file")]
-    if result.copied or result.zeroes:
-        writes.insert(0, Touch(args.image, "what differs", result.copied + result.zeroes))
-    warnings = ["nothing was compared: the image may show other bytes afterwards"] if args.unsafe else []
-    plan = Plan(
-        action=f"put {args.image} on {target}",
-        reads=[] if args.unsafe else [Touch(args.image, "what may differ", result.compared)],
-        writes=writes,
-        moves=result.copied,
-        dependents=_dependents(args, context),
-        warnings=warnings,
-        undo=_undo(args),
-    )
-    return show(plan, context.out)

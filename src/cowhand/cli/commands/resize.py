@@ -67,7 +67,11 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 hint="Shrink the file systems and partitions inside first, then insist with --shrink.",
             )
         if args.dry_run:
-            return _plan(args, context, old, size)
+            from cowhand.cli.guard import dependents
+            from cowhand.cli.plan import show
+            from cowhand.plans.resize import plan_resize
+
+            return show(plan_resize(args.image, old, size, dependents(args.image, args)), context.out)
         disk.guard = lambda: guard_of(args, context)
         if size != old:
             disk.resize(size, preallocation=args.preallocation, shrink=args.shrink)
@@ -79,18 +83,3 @@ def run(args: argparse.Namespace, context: Context) -> int:
     else:
         context.out.line(f"resized {args.image} from {format_size(old)} to {format_size(size)}")
     return 0
-
-
-def _plan(args: argparse.Namespace, context: Context, old: int, size: int) -> int:
-    from cowhand.cli.guard import dependents
-    from cowhand.cli.plan import Plan, Touch, show
-
-    lost = max(0, old - size)
-    plan = Plan(
-        action=f"resize {args.image} from {format_size(old)} to {format_size(size)}",
-        writes=[Touch(args.image, "its length and tables")],
-        dependents=dependents(args.image, args),
-        warnings=[f"the last {format_size(lost)} of the disk would be lost"] if lost else [],
-        undo="none: what is cut off is gone" if lost else f"cowhand resize --shrink {args.image} {old}",
-    )
-    return show(plan, context.out)

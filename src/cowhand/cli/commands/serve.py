@@ -16,6 +16,7 @@ from cowhand.cli import arguments
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size
 from cowhand.exports.nbd.server import Observer
+from cowhand.exports.nbd.workers import Workers, sockets_of, when_the_parent_ends
 from cowhand.nbd.constants import COMMAND_NAMES, DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ EXAMPLES = """\
   cowhand serve --snapshot monday disk.qcow2     as it was when that snapshot was made
   qemu-img convert nbd://localhost/disk.qcow2 copy.raw
 """
+
+
+MAX_PROCESSES = 64
 
 
 def writes(args: argparse.Namespace) -> bool:
@@ -67,6 +71,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients", type=int, metavar="NUMBER", help="serve so many at once; further ones wait (default: hundreds)"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="NUMBER",
+        help="serve with so many processes, for several busy connections; for reading only",
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # the descriptors of a process of --processes
     parser.add_argument(
         "--cache",
         choices=arguments.CACHE_NAMES,
@@ -113,12 +125,23 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 )
             )
         watch = _Watch(context)
-        server = NbdServer(exports, tls=_tls(args), limits=Limits(clients=args.clients), observer=watch)
-        listening = _listen(args.listen or [f"localhost:{DEFAULT_PORT}"], stack)
+        server = NbdServer(
+            exports,
+            tls=_tls(args),
+            limits=Limits(clients=args.clients),
+            shares_sockets=args.processes > 1,
+            observer=watch,
+        )
+        listening = _listen(args, stack)
         server.listen(*listening)
+        if args.worker is not None:
+            when_the_parent_ends(context.cancel.cancel)
+        elif args.processes > 1:
+            stack.callback(Workers(args.processes - 1, _words(args), listening).stop)
         server.start()
         try:
-            _announce(server, listening, context)
+            if args.worker is None:
+                _announce(server, listening, context)
             while not context.cancel.wait(0.2) and not (args.once and watch.done):
                 pass
         finally:
@@ -133,6 +156,30 @@ def _check(args: argparse.Namespace) -> None:
         raise arguments.Usage("--name is for one image")
     if args.clients is not None and args.clients < 1:
         raise arguments.Usage("--clients is at least 1")
+    if not 1 <= args.processes <= MAX_PROCESSES:
+        raise arguments.Usage(f"--processes is 1 to {MAX_PROCESSES}")
+    if args.processes > 1:
+        for given, option in (
+            (args.writable, "--writable"),
+            (args.once, "--once"),
+            (args.clients, "--clients"),
+            (args.secret or args.key_file, "passphrases"),
+        ):
+            if given:
+                raise arguments.Usage(f"--processes does not go with {option}")
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """Return the command line of a further process."""
+    words = ["serve", f"--processes={args.processes}", f"--cache={args.cache}"]
+    for name in ("format", "name", "snapshot", "tls_certificates", "tls_psk"):
+        if getattr(args, name) is not None:
+            words.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
+    for name in ("allocation_depth", "force_share", "quiet", "tls_verify_peer"):
+        if getattr(args, name):
+            words.append(f"--{name.replace('_', '-')}")
+    words += [f"--bitmap={name}" for name in args.bitmap]
+    return [*words, "--output=json" if args.output == "json" else "--output=text", "--", *args.image]
 
 
 def _tls(args: argparse.Namespace) -> ssl.SSLContext | None:
@@ -175,9 +222,12 @@ def _open(args: argparse.Namespace, image: str, stack: ExitStack) -> Disk:
 # -- addresses
 
 
-def _listen(addresses: list[str], stack: ExitStack) -> list[socket.socket]:
+def _listen(args: argparse.Namespace, stack: ExitStack) -> list[socket.socket]:
     from cowhand.exports.nbd import sockets
 
+    if args.worker is not None:
+        return sockets_of(args.worker)
+    addresses = args.listen or [f"localhost:{DEFAULT_PORT}"]
     activated = sockets.activated()
     if activated:
         return activated

@@ -14,6 +14,7 @@ from cowhand.cli.compat import profiles
 
 _RAW = "cowhand.raw"
 _name = "cowhand"
+_called = _name  #: the same with the folder that was typed
 _profile = profiles.NEWEST
 _release = profiles.PROFILES[profiles.NEWEST]
 _command = ""
@@ -76,7 +77,9 @@ def enter(command: str) -> None:
 
 def asked() -> str:
     """Return what a hint tells the user to ask for help: the tool, since 10.0 with its command."""
-    return f"{_name} {_command}" if _command and since("10.0") else _name
+    if not since("10.0"):
+        return _name
+    return f"{_called} {_command}" if _command else _called
 
 
 def help_hint() -> str:
@@ -138,11 +141,12 @@ def _raw(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def start(argument: str, fallback: str) -> None:
     """Take the tool's name from ``argv[0]`` and prepare the standard streams; *fallback* is for ``python -m``."""
-    global _name, _command
+    global _name, _called, _command
     _command = ""
     _name = os.path.basename(argument) or fallback
     if _name.startswith("__"):
         _name = fallback
+    _called = argument if argument.endswith(_name) else _name
     codecs.register_error(_RAW, _raw)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is not None:  # a process may be started without them

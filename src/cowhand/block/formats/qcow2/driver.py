@@ -320,6 +320,10 @@ class Qcow2Node(MetadataNode):
 
     def begin_writing(self) -> None:
         self._refuse_far_tables()
+        if not self.cut_reads_as_zeroes:
+            from cowhand.block.formats.qcow2.references import require_whole
+
+            require_whole(self)
         wanted = self.options.lazy_refcounts
         asked = bool(self.header.compatible & L.COMPAT_LAZY_REFCOUNTS) if wanted is None else wanted
         if asked and self.header.version >= 3:
@@ -542,6 +546,24 @@ class Qcow2Node(MetadataNode):
         from cowhand.block.formats.qcow2.bitmap import store
 
         return store
+
+    def snapshots_failure(self) -> CowhandError | None:
+        from cowhand.block.formats.qcow2.snapshot.table import read_snapshots
+
+        if self.snapshots_problem is not None:
+            return self.snapshots_problem
+        # Opened for a check, or to tell of it, an image is read without them.
+        if self.snapshots or not self.header.snapshot_count:
+            return None
+        if self.header.snapshot_count > L.MAX_SNAPSHOTS:
+            return InvalidFormat(
+                f"{self.header.snapshot_count} snapshots are more than {L.MAX_SNAPSHOTS}", path=self.filename
+            )
+        try:
+            read_snapshots(self, for_repair=False)
+        except CowhandError as error:
+            return error
+        return None
 
     def list_snapshots(self) -> list[SnapshotInfo]:
         return [snapshot.info() for snapshot in self.snapshots]

@@ -16,7 +16,8 @@ from cowhand.block.formats.qcow2.ondisk import header as headers, layout as L
 from cowhand.block.formats.qcow2.refcount.allocator import Allocator
 from cowhand.block.formats.qcow2.refcount.refcounts import Refcounts
 from cowhand.block.node.node import Capabilities, Child, Limits, Role, Zeroing
-from cowhand.core.errors import ImageCorrupt, InvalidFormat, UnsupportedFeature
+from cowhand.core import diagnostics
+from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, UnsupportedFeature
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -62,29 +63,43 @@ def load(node: Qcow2Node, *, for_repair: bool = False, as_qemu: bool = False) ->
     Raises InvalidFormat, UnsupportedFeature, ImageCorrupt, IOFailed.
     """
     node.cut_reads_as_zeroes = as_qemu or for_repair
-    header = node.header = _read_header(node.file, node.filename, for_repair=for_repair)
+    # Who only reads needs no reference counts, and they may be all that is damaged.
+    reading = not (node.writable or as_qemu or for_repair)
+    header = node.header = _read_header(node.file, node.filename, for_repair=for_repair, reading=reading)
     if as_qemu and header.find(L.EXT_BITMAPS) is None:  # which are of the disk's true size
         header.size -= header.size % _SECTOR
     refuse_unsupported(header, node.filename, writable=node.writable, for_repair=for_repair)
     if not header.refcount_table_clusters and not for_repair:
-        raise InvalidFormat(
+        none = InvalidFormat(
             "Image does not contain a reference count table", path=node.filename, offset=L.OFFSET_REFCOUNT_TABLE + 8
         )
+        if not reading:
+            raise none
+        header.counts_problem = header.counts_problem or none
     _set_units(node)
     _load_tables(node)
     from cowhand.block.formats.qcow2.snapshot.table import read_snapshots
 
-    node.snapshots, node.snapshot_table_bytes = read_snapshots(node, for_repair=for_repair)
+    node.snapshots, node.snapshot_table_bytes = read_snapshots(node, for_repair=for_repair, reading=reading)
     from cowhand.block.formats.qcow2.bitmap.directory import load as load_bitmaps
 
     load_bitmaps(node, as_qemu=as_qemu and not for_repair)
     if header.incompatible & L.INCOMPAT_DIRTY and node.writable and not for_repair:
-        from cowhand.block.formats.qcow2.check.repair import repair_dirty
-
         repair_dirty(node)
 
 
-def _read_header(file: Child, path: str, *, for_repair: bool) -> headers.Header:
+def repair_dirty(node: Qcow2Node) -> None:
+    """Put right the counts of an image that was not closed, before it is written; not where a part of it is missing. Raises ImageCorrupt."""
+    from cowhand.block.formats.qcow2.check import repair
+    from cowhand.block.formats.qcow2.references import require_whole
+
+    if not node.cut_reads_as_zeroes:
+        with node.lock:
+            require_whole(node)
+    repair.repair_dirty(node)
+
+
+def _read_header(file: Child, path: str, *, for_repair: bool, reading: bool) -> headers.Header:
     # Behind the end of a file lie zeroes.
     first = bytearray(1 << L.CLUSTER_BITS_MIN)
     with memoryview(first) as view:
@@ -93,7 +108,7 @@ def _read_header(file: Child, path: str, *, for_repair: bool) -> headers.Header:
     if L.CLUSTER_BITS_MIN < bits <= L.CLUSTER_BITS_MAX and first[:4] == L.U32.pack(L.MAGIC):
         first = bytearray(min(1 << bits, file.node.size))
         file.read_into(0, first)
-    return headers.parse(bytes(first), path, for_repair=for_repair)
+    return headers.parse(bytes(first), path, for_repair=for_repair, reading=reading)
 
 
 def refuse_unsupported(header: headers.Header, path: str, *, writable: bool, for_repair: bool = False) -> None:
@@ -102,6 +117,8 @@ def refuse_unsupported(header: headers.Header, path: str, *, writable: bool, for
     Raises UnsupportedFeature, InvalidFormat, ImageCorrupt.
     """
     headers.check_features(header, path)
+    if header.counts_problem is not None and writable:
+        raise header.counts_problem
     if header.incompatible & L.INCOMPAT_EXTENDED_L2 and header.cluster_size < L.EXTENDED_CLUSTER_MIN:
         raise InvalidFormat(
             f"clusters of {header.cluster_size} bytes are too small for subclusters",
@@ -140,7 +157,7 @@ def _set_units(node: Qcow2Node) -> None:
 
 def _load_tables(node: Qcow2Node) -> None:
     header = node.header
-    counts = _read_table(node.file, header.refcount_table_offset, header.refcount_table_clusters * header.cluster_size)
+    counts = _read_counts(node)
     node.refcounts = Refcounts(node, counts)
     node.mapping = _mapping_class(node)(node, _read_table(node.file, header.l1_offset, header.l1_size * L.ENTRY_SIZE))
     node.map = node.mapping.run  # type: ignore[method-assign]  # one call less on the way of every request
@@ -148,6 +165,26 @@ def _load_tables(node: Qcow2Node) -> None:
     node.set_cache_limits()
     node.allocator = Allocator(node)
     node.write_back = WriteBack(node)
+
+
+def _read_counts(node: Qcow2Node) -> bytearray:
+    """Return the refcount table; an empty one where there is none that can be read, and that is let pass."""
+    header = node.header
+    if header.counts_problem is None:
+        try:
+            return _read_table(
+                node.file, header.refcount_table_offset, header.refcount_table_clusters * header.cluster_size
+            )
+        except CowhandError as error:
+            if node.writable or node.cut_reads_as_zeroes:
+                raise
+            header.counts_problem = InvalidFormat(
+                f"the reference counts cannot be read: {error.message}", qemu=error.qemu_message, path=error.path, offset=error.offset,
+                errno=error.errno,
+            )  # fmt: skip
+    text = f"warning: '{node.filename}': {header.counts_problem.message}; it can be read all the same, but not written"
+    diagnostics.report(text, as_tool=True)
+    return bytearray()
 
 
 def _mapping_class(node: Qcow2Node) -> type[Mapping]:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _MOST_BEHIND = 1 << 18
 #: Entries of bitmaps' tables that are followed.
 _MOST_WORDS = 8 << 20
+_DATA_BITS = 0xFFFFFFFF  #: of an extended entry's bitmap
+#: Bytes of a file up to which all references are looked at before its first change, whatever the reference counts say.
+_SMALL_FILE = 16 << 20
 #: How far behind the end anybody could come to write within the life of an open image.
 _REACH = 1 << 44
 
@@ -33,7 +36,8 @@ class References:
     """What refers to the clusters of *node*'s image now, with what is in memory and not yet in the file. The allocation lock is held.
 
     ``tally`` counts, without what lies behind the end of the file: ``behind`` are the clusters there that something names. ``failure`` is why some
-    references could not be followed, None where all were.
+    references could not be followed, None where all were. ``lost`` is the first byte, or None, that the file does not have although something is
+    there by what the tables say: data or metadata, and not only room that was set aside.
     """
 
     def __init__(self, node: Qcow2Node) -> None:
@@ -45,6 +49,7 @@ class References:
         self.tally = Tally(node.header.refcount_order, self.clusters, self._overflow)
         self.behind: set[int] = set()
         self.failure: CowhandError | None = None
+        self.lost: int | None = None
         self.crowded: set[int] = set()  #: more refers to them than a count can tell
         self._scanner = Scanner(self.bits, self.tally, self.length, extended=node.extended, external=node.external)
         self._in_memory = {
@@ -60,9 +65,9 @@ class References:
     def _collect(self) -> None:
         node, header = self.node, self.node.header
         self._mark(0, self.size)
-        self._mark(header.refcount_table_offset, header.refcount_table_clusters * self.size)
+        self._mark(header.refcount_table_offset, header.refcount_table_clusters * self.size, table=True)
         for _, entry, times in runs_of(words_of(bytes(node.refcounts.table))):
-            self._mark(entry & L.REFCOUNT_TABLE_OFFSET_MASK, self.size, times)
+            self._mark(entry & L.REFCOUNT_TABLE_OFFSET_MASK, self.size, times, table=True)
         self._mark(header.snapshots_offset, node.snapshot_table_bytes)
         if header.crypt_method == L.CRYPT_LUKS:
             self._mark(*header_region(header))
@@ -71,10 +76,12 @@ class References:
         for freed in node.allocator.in_quarantine():
             self._mark(freed.cluster << self.bits, freed.clusters << self.bits)
 
-    def _mark(self, offset: int, length: int, times: int = 1) -> None:
-        """Count *times* references to each cluster that ``[offset, offset + length)`` touches."""
+    def _mark(self, offset: int, length: int, times: int = 1, *, table: bool = False) -> None:
+        """Count *times* references to each cluster that ``[offset, offset + length)`` touches. A *table* is there whole or is lost."""
         if length <= 0:
             return
+        if table and offset + length > self.node.file.node.size:
+            self._lose(max(offset, self.node.file.node.size))
         first, last = offset >> self.bits, (offset + length - 1) >> self.bits
         inside = min(last, self.clusters - 1)
         if first <= inside:
@@ -86,6 +93,9 @@ class References:
             else:
                 self.behind.update(beyond)
 
+    def _lose(self, offset: int) -> None:
+        self.lost = offset if self.lost is None else min(self.lost, offset)
+
     def _failed(self, error: CowhandError) -> None:
         self.failure = self.failure or error
 
@@ -93,7 +103,7 @@ class References:
 
     def _levels(self) -> None:
         node, header = self.node, self.node.header
-        self._mark(header.l1_offset, header.l1_size * L.ENTRY_SIZE)
+        self._mark(header.l1_offset, header.l1_size * L.ENTRY_SIZE, table=True)
         tables: dict[int, int] = {}
         self._add_l1(bytes(node.mapping.l1.data[: header.l1_size * L.ENTRY_SIZE]), tables, 1)
         places = Counter((snapshot.l1_offset, snapshot.l1_size) for snapshot in node.snapshots)
@@ -104,10 +114,10 @@ class References:
             except CowhandError as error:
                 self._failed(error)
                 continue
-            self._mark(snapshot.l1_offset, len(l1), times)
+            self._mark(snapshot.l1_offset, len(l1), times, table=True)
             self._add_l1(l1, tables, times)
         for host, times in tables.items():
-            self._mark(host, self.size, times)
+            self._mark(host, self.size, times, table=host not in self._in_memory)
             if host < self.length:
                 self._table(host, times)
 
@@ -140,11 +150,21 @@ class References:
         if self.node.external:
             return
         words = words_of(data)
-        for entry in words[::2] if self.node.extended else words:
+        stride = 2 if self.node.extended else 1
+        for at in range(0, len(words), stride):
+            entry = words[at]
+            host = entry & L.L2_OFFSET_MASK
             if entry & L.ENTRY_COMPRESSED:
-                self._mark(*L.compressed_location(entry, self.bits), times)
-            elif entry & L.L2_OFFSET_MASK:
-                self._mark(entry & L.L2_OFFSET_MASK, self.size, times)
+                host, nbytes = L.compressed_location(entry, self.bits)
+                self._mark(host, nbytes, times)
+                stored = True  # it may end earlier than its last sector, but it begins there
+            elif host:
+                self._mark(host, self.size, times)
+                stored = bool(words[at + 1] & _DATA_BITS) if stride == 2 else not entry & L.ENTRY_ZERO
+            else:
+                continue
+            if stored and host >= self.length:
+                self._lose(host)
 
     def _bitmaps(self) -> None:
         directory, node = self.node.bitmap_directory, self.node
@@ -177,3 +197,21 @@ class References:
             if segment:
                 return (number << self.tally.bits) + (len(segment) - 1) // self.tally.width
         return 0
+
+
+def require_whole(node: Qcow2Node) -> None:
+    """Raise ImageCorrupt where tables name what the file does not have: a write could lengthen it, and what was lost would read as zeroes.
+
+    Before the first change; the allocation lock is held. Where the counts end with the file, all references of large images are not looked for.
+    """
+    lost, child = None, node.file
+    if child.node.size <= _SMALL_FILE or node.mapping.loses_l1 or node.refcounts.verification.looks_cut():
+        lost = node.references().lost
+    if node.external and node.data_child is not node.file and lost is None:
+        lost, child = node.mapping.first_lost(), node.data_child
+    if lost is not None:
+        raise ImageCorrupt(
+            f"the file was cut off: it ends at {child.node.size:#x}, and the image has data or tables at {lost:#x}; it is not written, since what "
+            "was lost would read as zeroes then", qemu="Input/output error", path=child.node.filename, offset=lost,
+            hint="Bring the whole file back. Without it, convert --salvage copies what is left, and check tells what is missing.",
+        )  # fmt: skip

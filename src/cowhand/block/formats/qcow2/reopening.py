@@ -41,7 +41,9 @@ class Qcow2Reopening(Reopening):
         if not node.writable or self._before[1]:
             return
         refuse_unsupported(node.header, node.filename, writable=True)
+        if node.snapshots_problem is not None:
+            raise node.snapshots_problem
         if node.header.incompatible & L.INCOMPAT_DIRTY:
-            from cowhand.block.formats.qcow2.check.repair import repair_dirty
+            from cowhand.block.formats.qcow2.open import repair_dirty
 
             repair_dirty(node)

@@ -12,17 +12,16 @@ from cowhand.block.formats.vmdk.layout import (
     FLAG_LINE_CHECK,
     FLAG_REDUNDANT,
     FLAG_ZERO_GRAIN,
+    MAX_DIRECTORY,
     MAX_TABLE,
     NO_PARENT,
     SECTOR,
     SPARSE,
     SPARSE_MAGIC,
     TRANSFER_CHECK,
-    parse,
 )
-from cowhand.block.opening.filenames import combine, has_protocol
 from cowhand.core import clock
-from cowhand.core.errors import InvalidArgument, NotSupported, from_os_error
+from cowhand.core.errors import InvalidArgument, NotSupported
 
 if TYPE_CHECKING:
     from cowhand.block.node.node import BlockNode
@@ -33,8 +32,8 @@ _ADAPTERS = ("ide", "lsilogic", "buslogic", "legacyESX")
 _SUBFORMATS = ("monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized")
 _FLAT, _SPLIT = ("monolithicFlat", "twoGbMaxExtentFlat"), ("twoGbMaxExtentSparse", "twoGbMaxExtentFlat")
 _PIECE = 1 << 31  #: bytes of an extent of those that are split
-#: The grains of one extent are named by sectors in 32 bits.
-MAX_SIZE = (1 << 32) * SECTOR - (1 << 30)
+#: What the largest directory that is read covers. The grains that are stored are named by sectors in 32 bits.
+MAX_SIZE = MAX_DIRECTORY * MAX_TABLE * GRAIN * SECTOR
 _TEXT = """\
 # Disk DescriptorFile
 version=1
@@ -162,9 +161,12 @@ def _text(size: int, options: Mapping[str, Any], extents: list[str]) -> bytes:
     if hardware == "undefined":
         hardware = "6" if options.get("compat6") else "4"
     backing = options.get("backing_file")
+    parent = options.get("parent_cid") if backing else NO_PARENT
+    if parent is None:
+        raise InvalidArgument("a disk over a parent records which content of it is meant, so the parent must be there")
     return _TEXT.format(
         cid=int.from_bytes(clock.random_bytes(4), "little") & 0xFFFFFFFE,
-        parent=_cid_of(str(options.get("image_name") or ""), backing) if backing else NO_PARENT,
+        parent=parent,
         kind=_kind(options),
         hint=f'parentFileNameHint="{backing}"\n' if backing else "",
         extents="\n".join(extents) + "\n",
@@ -174,26 +176,3 @@ def _text(size: int, options: Mapping[str, Any], extents: list[str]) -> bytes:
         adapter=adapter,
         tools=options.get("toolsversion") or "2147483647",
     ).encode("utf-8", "surrogateescape")
-
-
-def _cid_of(image: str, backing: str) -> int:
-    """Return the id of the content of the disk that *image* names as its parent. Raises InvalidArgument, NotSupported."""
-    name = combine(image, backing)
-    if has_protocol(name) or name.startswith("json:"):
-        raise NotSupported(f"the parent '{backing}' is no file of this system", path=image)
-    try:
-        with open(name, "rb") as file:
-            head = file.read(SECTOR)
-            if head[:4] == SPARSE_MAGIC:
-                fields = SPARSE.unpack_from(head)
-                file.seek(min(fields[5], 1 << 40) * SECTOR)
-            else:
-                file.seek(0)
-            values = parse(file.read(_DESCRIPTOR_SECTORS * SECTOR)).values
-    except OSError as error:
-        raise from_os_error(error, name, doing="reading the parent's descriptor") from error
-    if "CID" not in values:
-        raise InvalidArgument(
-            f"the parent '{backing}' is no VMware disk", qemu="backing_file must be a vmdk image", path=name
-        )
-    return int(values["CID"], 16) & 0xFFFFFFFF

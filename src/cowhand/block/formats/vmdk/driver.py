@@ -17,11 +17,13 @@ from cowhand.block.format_io.reservations import Kind, Reservation
 from cowhand.block.formats.vmdk import layout
 from cowhand.block.formats.vmdk.extents import FlatExtent, SparseExtent
 from cowhand.block.formats.vmdk.layout import SECTOR, ExtentLine
+from cowhand.block.graph.block_status import skip_filters
 from cowhand.block.node.create_options import CreateOption
 from cowhand.block.node.node import Capabilities, Child, Role, Zeroing
-from cowhand.block.opening.filenames import has_protocol
+from cowhand.block.node.records import CheckResult, Say
+from cowhand.block.opening.filenames import combine, has_protocol, location
 from cowhand.core import clock
-from cowhand.core.errors import NotSupported
+from cowhand.core.errors import CowhandError, InvalidArgument, NotSupported
 from cowhand.core.extents import COMPRESSED, DATA, OFFSET, ZERO, ExtentBatch
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ class VmdkNode(FormatNode):
             # Relative to the descriptor, whatever the working directory is; the policy says whether it is opened.
             path = line.name
             if not os.path.isabs(path) and not has_protocol(path):
-                path = os.path.join(os.path.dirname(self.file.node.filename) or ".", path)
+                path = self._beside(path)
             child = opening.implicit_file(self, name, path, Role.DATA, what="extent")
         if line.kind in ("FLAT", "VMFS"):
             end = (line.offset + line.sectors) * SECTOR
@@ -146,6 +148,33 @@ class VmdkNode(FormatNode):
             raise self.wrong(f"extent '{line.name}' has {extent.size} bytes, fewer than the descriptor's {size}")
         extent._size = size
         return extent
+
+    def _beside(self, name: str) -> str:
+        """Return the path of *name*, which is relative to the descriptor. Raises InvalidArgument where that has no folder."""
+        below = self.file.node
+        try:
+            return combine(location(below), name)
+        except CowhandError as error:
+            text = f"Cannot use relative paths with VMDK descriptor file {below.filename}"
+            reason = f"Cannot generate a base directory for {below.driver} nodes"
+            raise InvalidArgument(text, qemu=f"{text}: {reason}", path=below.filename) from error
+
+    def check(self, repair: str | None, say: Say) -> CheckResult:
+        from cowhand.block.format_io.table_check import check
+
+        out = CheckResult()
+        for extent in self.extents:
+            if isinstance(extent, SparseExtent):
+                found = check(extent, say)
+                for name in (
+                    "corruptions",
+                    "total_clusters",
+                    "allocated_clusters",
+                    "fragmented_clusters",
+                    "compressed_clusters",
+                ):
+                    setattr(out, name, getattr(out, name) + getattr(found, name))
+        return out
 
     def _arrange(self) -> None:
         """Set where the extents begin on the disk, and what is allocated as one."""
@@ -370,6 +399,13 @@ class VmdkNode(FormatNode):
         from cowhand.block.formats.vmdk.create import check
 
         check(size, options)
+
+    @classmethod
+    def backing_facts(cls, backing: BlockNode) -> dict[str, Any]:
+        below = skip_filters(backing)
+        if not isinstance(below, VmdkNode):
+            raise InvalidArgument(f"Invalid backing file format: {below.driver}. Must be vmdk")
+        return {"parent_cid": below.cid}
 
     @classmethod
     def extent_names(cls, filename: str, size: int, options: Mapping[str, Any]) -> list[str]:

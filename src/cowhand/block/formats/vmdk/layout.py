@@ -74,7 +74,13 @@ def parse(text: bytes) -> Descriptor:
         if line.startswith(("RW ", "RDONLY ", "NOACCESS ", "RW\t")):
             found = _EXTENT.match(line)
             kind = found[3].upper() if found else ""
-            complete = found is not None and (kind == "ZERO" or found[4] is not None)
+            # Only a flat extent says where in its file it begins, and it has to.
+            offset = found is not None and found[5] is not None
+            complete = (
+                found is not None
+                and (kind == "ZERO" or found[4] is not None)
+                and (not kind or offset == (kind == "FLAT"))
+            )
             if found is None or not complete or len(found[2]) > 20:
                 wrong = wrong or line
             else:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cowhand.block.opening.filenames import FileName
+from cowhand.cli.compat import program
 from cowhand.cli.compat.images import describe, open_disk, open_temporary
 from cowhand.cli.compat.program import Failure
 from cowhand.core.errors import CowhandError, NotSupported
@@ -56,6 +57,8 @@ def open_exported(settings: Settings, stack: ExitStack) -> Disk:
 def _part(what: str | Mapping[str, Any], disk: Disk, settings: Settings) -> Mapping[str, Any]:
     """Describe what lies from the offset on of *what*, which *disk* has open."""
     offset = settings.offset or 0
+    if offset < 0 and program.since("8.2"):
+        raise Failure(f"Value '{offset}' is out of range for parameter 'offset'")
     if offset < 0:
         hint = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
         raise Failure("Parameter 'offset' expects a non-negative number below 2^64", hint=hint)

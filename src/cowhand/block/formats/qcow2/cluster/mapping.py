@@ -122,6 +122,22 @@ class Mapping:
         self.learn_end()
         return min(length, max(0, self.end - host))
 
+    @property
+    def loses_l1(self) -> bool:
+        """Whether the file does not have all of the L1 table."""
+        return self.l1_lost != _NO_END
+
+    def first_lost(self) -> int | None:
+        """Return the first byte of guest data that tables name behind the end of its file, None where all is there; for a data file."""
+        offset, end = min(self.end, self.node.size), self.node.size
+        while offset < end:
+            batch = self.batch(offset, end - offset, holes=False)
+            for row in batch:
+                if row.flags == DAMAGED:
+                    return row.start
+            offset = batch.end
+        return None
+
     # -- L1
 
     def l1_entry(self, index: int) -> int:

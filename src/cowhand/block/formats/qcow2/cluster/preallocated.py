@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cowhand.core.errors import CowhandError
+
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
 
 def detect(node: Qcow2Node) -> bool:
-    """Return whether *node*'s clusters in use exceed its allocated size by a tenth (and by two clusters)."""
+    """Return whether *node*'s clusters in use exceed its allocated size by a tenth (and by two clusters); damaged counts tell of no such thing."""
+    try:
+        return _more_in_use(node)
+    except CowhandError:
+        return False
+
+
+def _more_in_use(node: Qcow2Node) -> bool:
     occupied = node.file.node.allocated_size()
     if occupied is None:
         return False

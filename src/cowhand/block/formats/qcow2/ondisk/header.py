@@ -5,7 +5,7 @@ Parsed with every field checked before it is used, and written so that what is n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cowhand.block.formats.qcow2.ondisk import layout as L
@@ -35,7 +35,8 @@ class Header:
     """All fields of the header. Mutable; :meth:`encode` gives the bytes."""
 
     __slots__ = (
-        "autoclear", "backing_format", "backing_name", "cluster_bits", "compatible", "compression_type", "crypt_method", "extensions",
+        "autoclear", "backing_format", "backing_name", "cluster_bits", "compatible", "compression_type",
+        "counts_problem", "crypt_method", "extensions",
         "header_length", "incompatible", "l1_offset", "l1_size", "refcount_order", "refcount_table_clusters", "refcount_table_offset",
         "size", "snapshot_count", "snapshots_offset", "unknown_tail", "version",
     )  # fmt: skip
@@ -61,6 +62,7 @@ class Header:
         self.extensions: list[Extension] = []
         self.backing_name: str | None = None
         self.backing_format: str | None = None
+        self.counts_problem: InvalidFormat | None = None  #: why nothing can be counted, where that was let pass
 
     @property
     def cluster_size(self) -> int:
@@ -160,11 +162,11 @@ def _extension(kind: int, data: bytes) -> bytes:
     return L.U32.pack(kind) + L.U32.pack(len(data)) + data + bytes(-len(data) % 8)
 
 
-def parse(data: bytes, path: str, *, for_repair: bool = False) -> Header:
+def parse(data: bytes, path: str, *, for_repair: bool = False, reading: bool = False) -> Header:
     """Parse the first cluster of a file (*data*: at least its first 112 bytes, better all of it).
 
     Raises InvalidFormat or UnsupportedFeature naming *path*, the offset, what was found and what is allowed. *for_repair* lets a wrong snapshot
-    table pass, which a check reports.
+    table pass, which a check reports; *reading* reference counts that cannot be, which only changes need: ``counts_problem`` says why.
     """
     if len(data) < L.HEADER_V2_LENGTH:
         raise InvalidFormat(
@@ -193,6 +195,7 @@ def parse(data: bytes, path: str, *, for_repair: bool = False) -> Header:
             qemu=f"Unsupported cluster size: 2^{header.cluster_bits}", path=path, offset=20,
         )  # fmt: skip
     _parse_v3(header, data, path)
+    _tolerate(_check_width, header, path, reading)
     if header.crypt_method not in (L.CRYPT_NONE, L.CRYPT_AES, L.CRYPT_LUKS):
         raise UnsupportedFeature(f"Unsupported encryption method {header.crypt_method}", path=path, offset=32)
     if header.size > MAX_SIZE:
@@ -207,6 +210,7 @@ def parse(data: bytes, path: str, *, for_repair: bool = False) -> Header:
     _parse_extensions(header, data, backing_offset, path)
     if backing_offset:
         _parse_backing(header, data, backing_offset, backing_length, path)
+    _tolerate(_check_counts, header, path, reading)
     _check_tables(header, path, for_repair)
     return header
 
@@ -249,11 +253,6 @@ def _parse_v3(header: Header, data: bytes, path: str) -> None:
                 path=path,
                 offset=100,
             )
-    if header.refcount_order > L.MAX_REFCOUNT_ORDER:
-        raise InvalidFormat(
-            f"reference counts of 2^{header.refcount_order} bits are wider than 64",
-            qemu="Reference count entry width too large; may not exceed 64 bits", path=path, offset=96,
-        )  # fmt: skip
 
 
 def check_features(header: Header, path: str) -> None:
@@ -341,12 +340,36 @@ def _check_table(
         )
 
 
-def _check_tables(header: Header, path: str, for_repair: bool) -> None:
+def _tolerate(check: Callable[[Header, str], None], header: Header, path: str, reading: bool) -> None:
+    """Do *check*; where it is only read the first error is remembered instead of raised."""
+    try:
+        check(header, path)
+    except InvalidFormat as error:
+        if not reading:
+            raise
+        header.counts_problem = header.counts_problem or error
+
+
+def _check_width(header: Header, path: str) -> None:
+    order = header.refcount_order
+    if order > L.MAX_REFCOUNT_ORDER:
+        header.refcount_order = L.MAX_REFCOUNT_ORDER  # for who reads on
+        raise InvalidFormat(
+            f"reference counts of 2^{order} bits are wider than 64",
+            qemu="Reference count entry width too large; may not exceed 64 bits", path=path, offset=96,
+        )  # fmt: skip
+
+
+def _check_counts(header: Header, path: str) -> None:
     cluster = header.cluster_size
     _check_table(
         header.refcount_table_offset, header.refcount_table_clusters, cluster, L.MAX_REFCOUNT_TABLE_BYTES, cluster,
         "Reference count table", L.OFFSET_REFCOUNT_TABLE, path,
     )  # fmt: skip
+
+
+def _check_tables(header: Header, path: str, for_repair: bool) -> None:
+    cluster = header.cluster_size
     if header.snapshot_count > L.MAX_SNAPSHOTS and not for_repair:
         raise InvalidFormat(
             f"{header.snapshot_count} snapshots are more than {L.MAX_SNAPSHOTS}", qemu="Snapshot table too large", path=path,

@@ -102,10 +102,10 @@ class Verification:
         """Before the first change: have small images, and files that were cut, verified whatever is taken first."""
         node = self.node
         size = len(node.metadata.clusters) * node.cluster_size
-        if self.end and (size <= SMALL or self._looks_cut()):
+        if self.end and (size <= SMALL or self.looks_cut()):
             self.end = L.MAX_HOST_OFFSET // node.cluster_size
 
-    def _looks_cut(self) -> bool:
+    def looks_cut(self) -> bool:
         """Tell whether the image counts clusters, or names blocks of counts, that lie behind the end of the file."""
         refcounts = self.node.refcounts
         index, at = divmod(self.opened, refcounts.per_block)

@@ -51,6 +51,8 @@ def find(node: Qcow2Node, ident: str | None, name: str | None) -> Snapshot:
     for snapshot in node.snapshots:
         if (ident is None or snapshot.id == ident) and (name is None or snapshot.name == name):
             return snapshot
+    if node.snapshots_problem is not None:
+        raise node.snapshots_problem
     raise SnapshotNotFound(
         f"there is no snapshot '{name or ident}'", qemu="Can't find the snapshot", path=node.filename
     )

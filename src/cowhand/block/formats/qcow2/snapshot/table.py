@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2.ondisk import layout as L
-from cowhand.core.errors import InvalidFormat
+from cowhand.core import diagnostics
+from cowhand.core.errors import CowhandError, ImageCorrupt, InvalidFormat, IOFailed
 
 if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.driver import Qcow2Node
@@ -116,12 +117,13 @@ class Snapshot:
 class Reading:
     """What reading a table found besides the snapshots: how much a repair has to leave out."""
 
-    __slots__ = ("extra_dropped", "overhanging", "table_bytes")
+    __slots__ = ("extra_dropped", "overhanging", "problem", "table_bytes")
 
     def __init__(self) -> None:
         self.table_bytes = 0
         self.overhanging = 0  #: snapshots left off the end: the table is too big
         self.extra_dropped = 0  #: entries whose extra data was cut
+        self.problem: CowhandError | None = None  #: why entries are missing, where the others are wanted all the same
 
 
 def _encode_text(text: str) -> bytes:
@@ -176,10 +178,25 @@ class _Window:
 
 def read_table(node: Qcow2Node, reading: Reading, repair: Say | None = None) -> list[Snapshot]:
     """Read the table that the header names. What is too much is left out, counted in *reading* and told to *repair*; without that InvalidFormat."""
+    snapshots: list[Snapshot] = []
+    _read_entries(node, reading, repair, snapshots)
+    return snapshots
+
+
+def read_what_is_there(node: Qcow2Node, reading: Reading) -> list[Snapshot]:
+    """Read the table as far as the file has it and the medium gives it; what ended it is the *reading*'s problem. For who only reads."""
+    snapshots: list[Snapshot] = []
+    try:
+        _read_entries(node, reading, None, snapshots)
+    except (ImageCorrupt, IOFailed) as error:
+        reading.problem = error
+    return snapshots
+
+
+def _read_entries(node: Qcow2Node, reading: Reading, repair: Say | None, snapshots: list[Snapshot]) -> None:
     header, path = node.header, node.filename
     count, begin = header.snapshot_count, header.snapshots_offset
     window = _Window(node)
-    snapshots: list[Snapshot] = []
     offset, length, text = begin, 0, 0
     alike: tuple[bytes, Snapshot] | None = None
     most = min(count, L.MAX_SNAPSHOTS)
@@ -201,6 +218,11 @@ def read_table(node: Qcow2Node, reading: Reading, repair: Say | None = None) -> 
             at = offset
             snapshot, offset, size = _read_entry(window, offset, index, node.header.size, reading, repair, path)
             alike = (window.read(at, size), snapshot) if size == offset - at < _READ_AHEAD else None
+        if not node.cut_reads_as_zeroes and offset > node.file.node.size:
+            raise ImageCorrupt(
+                f"the file was cut off: it ends at {node.file.node.size:#x}, and the snapshot table has {count - index} more entries at {before:#x}",
+                path=path, offset=before, qemu="Failed to read snapshot table", hint="Look at it with check.",
+            )  # fmt: skip
         length += size
         text += snapshot.text_bytes
         if length > L.MAX_SNAPSHOT_TABLE_BYTES or offset - begin > _MAX_TABLE_SPAN or text > L.MAX_SNAPSHOT_TEXT_BYTES:
@@ -218,7 +240,6 @@ def read_table(node: Qcow2Node, reading: Reading, repair: Say | None = None) -> 
             break
         snapshots.append(snapshot)
     reading.table_bytes = offset - begin if count else 0
-    return snapshots
 
 
 def _read_entry(
@@ -273,15 +294,24 @@ def _left_out(kind: str, offset: int, **facts: int) -> Finding:
     return Finding(getattr(findings, kind), REPAIRED, offset=offset, owner="the snapshot table", **facts)
 
 
-def read_snapshots(node: Qcow2Node, *, for_repair: bool) -> tuple[list[Snapshot], int]:
+def read_snapshots(node: Qcow2Node, *, for_repair: bool, reading: bool = False) -> tuple[list[Snapshot], int]:
     """Return the snapshots of *node* and the bytes of their table. Raises InvalidFormat naming entry and limit.
 
-    For a check or repair nothing is read here: the check itself reads the table, and reports what is wrong with it.
+    For a check or repair nothing is read here: the check itself reads the table, and reports what is wrong with it. *reading* goes without those
+    snapshots that cannot be read; ``node.snapshots_problem`` says why.
     """
     if for_repair or not node.header.snapshot_count:
         return [], 0
-    reading = Reading()
-    return read_table(node, reading), reading.table_bytes
+    found = Reading()
+    if not reading:
+        return read_table(node, found), found.table_bytes
+    snapshots = read_what_is_there(node, found)
+    node.snapshots_problem = found.problem
+    if found.problem is not None:
+        diagnostics.report(
+            f"warning: '{node.filename}': not all snapshots can be read: {found.problem.message}", as_tool=True
+        )
+    return snapshots, found.table_bytes
 
 
 def check_l1(node: Qcow2Node, snapshot: Snapshot) -> None:
