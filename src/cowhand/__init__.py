@@ -17,6 +17,7 @@ from cowhand.__about__ import __version__
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import DirtyBitmap
     from cowhand.block.disk import Disk
+    from cowhand.block.locking.image_lock import missing_locks_allowed
     from cowhand.block.node.records import CheckResult, Finding, SnapshotInfo
     from cowhand.block.opening.policy import Policy
     from cowhand.copy.ops.checksum import Checksum, checksum
@@ -70,6 +71,7 @@ _PLACES = {
     ),
     "cowhand.image.check": ("check",),
     "cowhand.block.disk": ("Disk",),
+    "cowhand.block.locking.image_lock": ("missing_locks_allowed",),
     "cowhand.block.node.records": ("CheckResult", "Finding", "SnapshotInfo"),
     "cowhand.block.opening.policy": ("Policy",),
     "cowhand.image.snapshots": (
@@ -127,7 +129,7 @@ if not TYPE_CHECKING:  # else every name would be there for the type checker
 __all__ = [
     "__version__",
     # disks, and what they are made of
-    "open", "secrets", "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
+    "open", "secrets", "missing_locks_allowed", "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
     # images
     "create", "image_info", "chain_info", "ImageInfo", "image_usage", "ImageUsage", "check", "CheckResult", "Finding", "judge", "Verdict",
     # copies

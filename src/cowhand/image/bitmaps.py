@@ -54,7 +54,10 @@ def find_bitmap(disk: Disk, name: str) -> DirtyBitmap:
     node = _holder(disk)
     found = node.dirty_bitmaps.get(name) if node.dirty_bitmaps is not None else None
     if found is None:
-        names = ", ".join(bitmap.name for bitmap in list_bitmaps(disk)[:10])
+        names = ", ".join(bitmap.name for bitmap in readable_bitmaps(disk)[:10])
+        broken = broken_reason(disk)
+        if broken is not None:
+            raise broken.within(f"bitmap '{name}' is not among those that can be read")
         raise BitmapNotFound(
             f"Dirty bitmap '{name}' not found", path=disk.filename, hint=f"There are: {names}" if names else None
         )
@@ -62,7 +65,20 @@ def find_bitmap(disk: Disk, name: str) -> DirtyBitmap:
 
 
 def list_bitmaps(disk: Disk) -> list[DirtyBitmap]:
-    """Return *disk*'s bitmaps, in their order; ``info()`` of one is what QEMU tells of it."""
+    """Return *disk*'s bitmaps, in their order; ``info()`` of one is what QEMU tells of it.
+
+    Raises what :func:`broken_reason` returns where the image lists bitmaps and none of them can be read; of those that can, it may name more.
+    """
+    found = readable_bitmaps(disk)
+    if not found:
+        reason = broken_reason(disk)
+        if reason is not None:
+            raise reason
+    return found
+
+
+def readable_bitmaps(disk: Disk) -> list[DirtyBitmap]:
+    """Return those of *disk*'s bitmaps that can be read: also none where all that the image says of them is broken."""
     return list(_holder(disk).dirty_bitmaps or ())
 
 

@@ -164,11 +164,14 @@ def _amount(bitmap: DirtyBitmap) -> tuple[int | None, str]:
 
 
 def _list(disk: Disk, args: argparse.Namespace, context: Context) -> int:
-    from cowhand.image.bitmaps import list_bitmaps
+    from cowhand.image.bitmaps import broken_reason, readable_bitmaps
 
-    documents = [bitmap_document(bitmap) for bitmap in list_bitmaps(disk)]
+    documents = [bitmap_document(bitmap) for bitmap in readable_bitmaps(disk)]
+    broken = broken_reason(disk)
     if context.out.json:
-        context.out.document(documents)
+        context.out.document(documents if documents or broken is None else None)
+    elif broken is not None and not documents:
+        context.out.line(f"{args.image}: its bitmaps are unreadable")
     elif not documents:
         context.out.line(f"{args.image} has no bitmaps")
     else:
@@ -182,6 +185,9 @@ def _list(disk: Disk, args: argparse.Namespace, context: Context) -> int:
             for one in documents
         ]
         context.out.table(("bitmap", "granularity", "state", "dirty"), rows, right=(1,))
+    if broken is not None:
+        context.out.flush()
+        raise broken
     return 0
 
 

@@ -294,7 +294,9 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
             count = len(info.snapshots)
             words = "snapshot is" if count == 1 else "snapshots are"
             context.out.warn(f"{name}: {count} internal {words} not copied (--snapshots; take one out with -l NAME)")
-        if (info.details or {}).get("bitmaps") and not args.bitmaps:
+        if info.bitmaps_problem and not args.bitmaps:
+            context.out.warn(f"{name}: its bitmaps are unreadable, and are not copied: {info.bitmaps_problem}")
+        elif (info.details or {}).get("bitmaps") and not args.bitmaps:
             context.out.warn(
                 f"{name}: its dirty bitmaps are not copied (--bitmaps); an incremental backup has to begin anew on the copy"
             )

@@ -112,6 +112,10 @@ def _show(info: ImageInfo, overlays: list[str], context: Context) -> None:
         rows.append(("damage", "marked corrupt: look at it with cowhand check, then repair it"))
     if info.dirty:
         rows.append(("closed", "no: it is repaired when it is next opened for writing"))
+    if info.snapshots_problem:
+        rows.append(("snapshots", f"unreadable: {info.snapshots_problem}"))
+    if info.bitmaps_problem:
+        rows.append(("bitmaps", f"unreadable: {info.bitmaps_problem}"))
     rows += [("overlays", path) for path in overlays]
     out.facts(rows)
     if info.snapshots:

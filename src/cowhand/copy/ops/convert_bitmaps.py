@@ -55,6 +55,9 @@ def copy_bitmaps(source: Disk, target: Disk, *, skip_broken: bool = False, warn:
     are left out, and *warn* is told. Raises InvalidArgument where a name is taken, BitmapUnusable, and what reading and writing raise.
     """
     copied = []
+    broken = bitmaps.broken_reason(source)
+    if skip_broken and broken is not None and warn is not None:
+        warn(f"{source.filename}: bitmaps that cannot be read are not copied: {broken.message}")
     for bitmap in _persistent(source):
         if skip_broken and bitmap.inconsistent:
             if warn is not None:
@@ -74,7 +77,7 @@ def copy_bitmaps(source: Disk, target: Disk, *, skip_broken: bool = False, warn:
 
 def _persistent(source: Disk) -> list[DirtyBitmap]:
     """Return the bitmaps that are kept, the last one first: it is in that order that QEMU finds something wrong."""
-    return [bitmap for bitmap in reversed(bitmaps.list_bitmaps(source)) if bitmap.persistent]
+    return [bitmap for bitmap in reversed(bitmaps.readable_bitmaps(source)) if bitmap.persistent]
 
 
 def _copy(bitmap: DirtyBitmap, target: Disk) -> None:
