@@ -170,3 +170,24 @@ def test_a_stream_is_not_written_in_place(tmp_path: Path) -> None:
     image = make(tmp_path, bytes(65536), "vmdk", "subformat=streamOptimized")
     with pytest.raises(NotSupported, match="cannot be changed"):
         cowhand.open(image, writable=True)
+
+
+@pytest.mark.parametrize("cid", ["b079769", "1b079769"])
+def test_after_a_commit_the_overlay_shows_the_base_as_it_is_then(tmp_path: Path, cid: str) -> None:
+    make(tmp_path, b"a" * MIB, "vmdk")
+    base = tmp_path / "disk.vmdk"
+    data = bytearray(base.read_bytes())
+    at = data.index(b"\nCID=") + 5
+    end = data.index(b"\n", at)
+    text = data[512 : 512 + 10240].rstrip(b"\0")
+    data[512 : 512 + 10240] = (text[: at - 512] + cid.encode() + text[end - 512 :]).ljust(10240, b"\0")
+    base.write_bytes(data)
+    top = tmp_path / "top.vmdk"
+    qemu_img("create", "-f", "vmdk", "-b", "disk.vmdk", "-F", "vmdk", top)
+    qemu_io(top, "write -P 2 0 64k", format="vmdk")
+    cowhand.commit(top, force=True)
+    qemu_io(top, "read -P 2 0 64k", "read -P 0x61 64k 64k", format="vmdk")
+    with cowhand.open(top) as disk:
+        assert disk.read(0, 4) + disk.read(65536, 4) == b"\2\2\2\2aaaa"
+    changed = base.read_bytes()
+    assert cid.encode() + b"\n" not in changed[:8192]

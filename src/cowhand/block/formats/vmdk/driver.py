@@ -299,18 +299,41 @@ class VmdkNode(FormatNode):
 
     def _new_cid(self) -> None:
         """Give the content a new id, so that disks over it can tell that it was changed."""
-        text = self._read_text(self._text_at, layout.MAX_DESCRIPTOR if self._text_at == 0 else 20 * SECTOR)
-        at = text.find(b"CID=")
-        while at > 0 and text[at - 1 : at] not in (b"\n", b"\r"):
-            at = text.find(b"CID=", at + 1)
-        end = at + 4
-        while at >= 0 and text[end : end + 1] and text[end : end + 1] in b"0123456789abcdefABCDEF":
-            end += 1
-        if at < 0 or end - at != 12:
-            return
         cid = int.from_bytes(clock.random_bytes(4), "little") & 0xFFFFFFFE  # all ones mean "no parent"
-        self.file.write(self._text_at + at + 4, (b"%08x" % cid,))
-        self.cid = cid
+        if self._record(b"CID=", cid):
+            self.cid = cid
+
+    def _record(self, key: bytes, value: int) -> bool:
+        """Write *value* for *key* into the descriptor; False where there is no such line, or no space for a longer one."""
+        space = layout.MAX_DESCRIPTOR if self._text_at == 0 else 20 * SECTOR
+        text = self._read_text(self._text_at, space).split(b"\0", 1)[0]
+        at = text.find(key)
+        while at > 0 and text[at - 1 : at] not in (b"\n", b"\r"):
+            at = text.find(key, at + 1)
+        if at < 0:
+            return False
+        begin = end = at + len(key)
+        while text[end : end + 1] and text[end : end + 1] in b"0123456789abcdefABCDEF":
+            end += 1
+        digits = b"%08x" % value
+        if end - begin != len(digits):
+            # Programs leave leading zeroes away: what follows moves.
+            digits += text[end:]
+            if self._text_at and begin + len(digits) >= space:
+                return False
+        self.file.write(self._text_at + begin, (digits,))
+        return True
+
+    def make_empty(self) -> bool:
+        # What is let go shows the parent as it is now. The units are emptied one by one.
+        below = self.backing
+        if below is not None and isinstance(below.node, VmdkNode) and below.node.cid != self.parent_cid:
+            self.check_writable()
+            if not self._record(b"parentCID=", below.node.cid):
+                raise NotSupported("the descriptor cannot say which content of the parent is meant", path=self.filename)
+            self.file.flush()
+            self.parent_cid = below.node.cid
+        return False
 
     def reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
         begin, extent = self._at(offset)
