@@ -158,8 +158,12 @@ def test_a_parent_shows_through_and_is_told_when_it_was_changed(tmp_path: Path) 
         disk.write(200_000, b"new")
         assert disk.read(199_000, 2000) == content[199_000:200_000] + b"new" + content[200_003:201_000]
     qemu_io(tmp_path / "disk.vmdk", "write -P 1 0 512", format="vmdk")
+    with cowhand.open(top) as disk:
+        assert disk.read(65536, 512) == b"\x07" * 512  # its own
+        with pytest.raises(InvalidFormat, match="was changed since"):
+            disk.read(0, 512)
     with pytest.raises(InvalidFormat, match="was changed since"):
-        cowhand.open(top)
+        cowhand.convert(top, tmp_path / "out.raw", "raw")
 
 
 def test_a_stream_is_not_written_in_place(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.format_io.format_node import FormatNode
-from cowhand.block.format_io.mapped import RECORDED
+from cowhand.block.format_io.mapped import RECORDED, MappedFormat
 from cowhand.block.format_io.reservations import Kind, Reservation
 from cowhand.block.formats.vmdk import layout
 from cowhand.block.formats.vmdk.extents import FlatExtent, SparseExtent
@@ -166,14 +166,7 @@ class VmdkNode(FormatNode):
         for extent in self.extents:
             if isinstance(extent, SparseExtent):
                 found = check(extent, say)
-                for name in (
-                    "corruptions",
-                    "total_clusters",
-                    "allocated_clusters",
-                    "fragmented_clusters",
-                    "compressed_clusters",
-                ):
-                    setattr(out, name, getattr(out, name) + getattr(found, name))
+                out.corruptions += found.corruptions  # qemu-img counts no clusters of this format
         return out
 
     def _arrange(self) -> None:
@@ -196,8 +189,6 @@ class VmdkNode(FormatNode):
             self.backing_name = self.descriptor.values.get("parentFileNameHint") or None
             self.backing_format = "vmdk"
         self.open_backing(opening, given)
-        if given is RECORDED and self.backing_name and opening.with_backing:
-            opening.afterwards(self._check_parent)
 
     def _check_parent(self) -> None:
         """Raise InvalidFormat when the parent is not what it was when this disk was put over it."""
@@ -208,6 +199,16 @@ class VmdkNode(FormatNode):
                 f"{below.node.cid:08x}, and {self.parent_cid:08x} is expected",
                 qemu="Invalid argument",
             )
+
+    def read_backing(self, offset: int, view: memoryview) -> None:
+        self._check_parent()
+        super().read_backing(offset, view)
+
+    def read_own(self, offset: int, view: memoryview) -> list[tuple[MappedFormat, int, memoryview]]:
+        missing = super().read_own(offset, view)
+        if missing:
+            self._check_parent()
+        return missing
 
     def _set_capabilities(self) -> None:
         if self.writable and not self._regular:
