@@ -317,7 +317,7 @@ class _Watch(Observer):
 
     def client_left(self, connection: Connection, remaining: int) -> None:
         did = [
-            f"{format_size(nbytes) + ' in ' if nbytes else ''}{count} {COMMAND_NAMES[command]}{'s' if count > 1 else ''}"
+            f"{format_size(nbytes) + ' in ' if nbytes else ''}{count} {COMMAND_NAMES[command]} request{'s' if count > 1 else ''}"
             for command, (count, nbytes) in connection.statistics.totals.items()
             if count
         ]
