@@ -16,7 +16,7 @@ from cowhand.cli import arguments
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size
 from cowhand.exports.nbd.server import Observer
-from cowhand.exports.nbd.workers import Workers, sockets_of, when_the_parent_ends
+from cowhand.exports.nbd.workers import Workers, inherited_sockets, when_the_parent_ends
 from cowhand.nbd.constants import COMMAND_NAMES, DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NUMBER",
         help="serve with so many processes, for several busy connections; for reading only",
     )
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # the descriptors of a process of --processes
     parser.add_argument(
         "--cache",
         choices=arguments.CACHE_NAMES,
@@ -110,6 +109,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from cowhand.exports.nbd.server import NbdServer
 
     _check(args)
+    inherited = inherited_sockets()
     with ExitStack() as stack:
         exports = []
         for image, name in zip(args.image, _names(args), strict=True):
@@ -132,15 +132,15 @@ def run(args: argparse.Namespace, context: Context) -> int:
             shares_sockets=args.processes > 1,
             observer=watch,
         )
-        listening = _listen(args, stack)
+        listening = inherited or _listen(args, stack)
         server.listen(*listening)
-        if args.worker is not None:
+        if inherited:
             when_the_parent_ends(context.cancel.cancel)
         elif args.processes > 1:
             stack.callback(Workers(args.processes - 1, _words(args), listening).stop)
         server.start()
         try:
-            if args.worker is None:
+            if not inherited:
                 _announce(server, listening, context)
             while not context.cancel.wait(0.2) and not (args.once and watch.done):
                 pass
@@ -225,8 +225,6 @@ def _open(args: argparse.Namespace, image: str, stack: ExitStack) -> Disk:
 def _listen(args: argparse.Namespace, stack: ExitStack) -> list[socket.socket]:
     from cowhand.exports.nbd import sockets
 
-    if args.worker is not None:
-        return sockets_of(args.worker)
     addresses = args.listen or [f"localhost:{DEFAULT_PORT}"]
     activated = sockets.activated()
     if activated:
@@ -319,7 +317,7 @@ class _Watch(Observer):
 
     def client_left(self, connection: Connection, remaining: int) -> None:
         did = [
-            f"{format_size(nbytes) + ' in ' if nbytes else ''}{count} {COMMAND_NAMES[command]}{'s' if count > 1 else ''}"
+            f"{format_size(nbytes) + ' in ' if nbytes else ''}{count} {COMMAND_NAMES[command]} request{'s' if count > 1 else ''}"
             for command, (count, nbytes) in connection.statistics.totals.items()
             if count
         ]

@@ -16,18 +16,23 @@ from collections.abc import Callable, Sequence
 
 #: Seconds that a worker gets for what its clients asked before.
 GRACE = 15.0
+#: Tells a worker the numbers of its sockets' descriptors.
+_VARIABLE = "COWHAND_SERVE_SOCKETS"
 
 
 class Workers:
-    """Processes that run ``python -m cowhand`` with *words*, and the numbers of *listening*'s descriptors behind the first."""
+    """Processes that run ``python -m cowhand`` with *words*, and have the sockets *listening* (see :func:`inherited_sockets`)."""
 
     def __init__(self, count: int, words: Sequence[str], listening: Sequence[socket.socket]) -> None:
         numbers = [sock.fileno() for sock in listening]
-        command = [sys.executable, "-m", "cowhand", words[0], f"--worker={','.join(map(str, numbers))}", *words[1:]]
+        command = [sys.executable, "-m", "cowhand", *words]
+        environment = {**os.environ, _VARIABLE: ",".join(map(str, numbers))}
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for _ in range(count):
-                self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=numbers))
+                self._processes.append(
+                    subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=numbers, env=environment)
+                )
         except BaseException:
             self.stop()
             raise
@@ -51,9 +56,10 @@ class Workers:
                 process.wait()
 
 
-def sockets_of(text: str) -> list[socket.socket]:
-    """Return a worker's listening sockets, whose descriptors *text* numbers."""
-    return [socket.socket(fileno=int(number)) for number in text.split(",")]
+def inherited_sockets() -> list[socket.socket]:
+    """Return the listening sockets of a worker; none in any other process."""
+    numbers = os.environ.pop(_VARIABLE, "")
+    return [socket.socket(fileno=int(number)) for number in numbers.split(",") if number.isdecimal()]
 
 
 def when_the_parent_ends(act: Callable[[], None]) -> None:

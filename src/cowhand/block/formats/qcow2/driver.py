@@ -348,7 +348,8 @@ class Qcow2Node(MetadataNode):
             ("refcount table", header.refcount_table_offset, header.refcount_table_clusters, L.OFFSET_REFCOUNT_TABLE),
         )
         for what, offset, count, at in places:
-            if count and offset > end:
+            # Without any counts every allocation is refused, in QEMU's words.
+            if count and offset > end and not (self.like_qemu and what == "refcount table"):
                 raise ImageCorrupt(
                     f"the {what} lies at {offset:#x}, behind the end of the file", qemu="Input/output error", path=self.filename, offset=at,
                     hint="Look at the image with check, then repair it.",
