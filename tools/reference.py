@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cowhand.block.node.options import NodeOptions, Option, declared
 from cowhand.block.opening.registry import DriverEntry
+from cowhand.cli.compat import nbd
 from cowhand.cli.reference import Argument, Command, commands
 from cowhand.drivers import REGISTRY
 from cowhand.image.create import create_options_of
@@ -52,6 +53,7 @@ def pages() -> dict[str, str]:
     made["drivers/README.md"] = _index("Drivers", ((e.name, f"{e.kind}: {_first_line(e)}") for e in drivers))
     made |= {f"man/cowhand-{command.name}.1": command_man(command) for command in known}
     made["man/cowhand.1"] = overview_man(known)
+    made["man/cowhand-nbd.1"] = server_man()
     return made
 
 
@@ -185,6 +187,23 @@ def overview_man(known: list[Command]) -> str:
     body += [".SH ENVIRONMENT", ".TP", "NO_COLOR, FORCE_COLOR", "turn colour off or on, whatever the output is"]
     body += [".SH SEE ALSO", ", ".join(f"\\fBcowhand\\-{command.name}\\fR(1)" for command in known)]
     return _man("cowhand", "keep virtual machines' disks", body)
+
+
+def server_man() -> str:
+    """Return the man page of the drop-in server, whose help is its reference."""
+    usage, _, options = nbd.usage("cowhand-nbd").partition("\n\n")
+    synopsis = usage.splitlines()[:-1]
+    body = [
+        ".SH SYNOPSIS",
+        ".nf",
+        *[_roff(line.removeprefix("Usage: ").removeprefix("  or:  ")) for line in synopsis],
+        ".fi",
+    ]
+    body += [".SH DESCRIPTION", _paragraphs(inspect.cleandoc(nbd.__doc__ or "").replace("``", ""))]
+    body += [".SH OPTIONS", ".nf", _roff(options), ".fi"]
+    body += [".SH EXIT STATUS", "0 when it has served, or listed; 1 after an error."]
+    body += [".SH SEE ALSO", "\\fBcowhand\\-serve\\fR(1), \\fBqemu\\-nbd\\fR(8)"]
+    return _man("cowhand-nbd", "serve a disk by NBD, with qemu-nbd's options", body)
 
 
 def outdated(made: dict[str, str], docs: Path) -> list[str]:

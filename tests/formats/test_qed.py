@@ -11,7 +11,7 @@ import cowhand
 from cowhand.core.errors import ImageCorrupt
 from tests.formats.contracts import MIB, QemuReads, make, round_trip
 from tests.formats.overlays import QemuOverlays
-from tests.tools.qemu import assert_clean, qemu_img, qemu_io, require_qemu
+from tests.tools.qemu import assert_clean, qemu_img, qemu_info, qemu_io, require_qemu
 
 pytestmark = [require_qemu, pytest.mark.interop]
 
@@ -79,3 +79,21 @@ def test_an_image_that_was_not_closed_is_looked_through_before_it_is_written(tmp
     image.write_bytes(data)
     with cowhand.open(image, writable=True) as disk, pytest.raises(ImageCorrupt, match="used twice"):
         disk.write(0, b"z")
+
+
+def test_another_backing_file_and_a_larger_disk(tmp_path: Path) -> None:
+    for name, byte in (("one.raw", b"1"), ("two.raw", b"2")):
+        (tmp_path / name).write_bytes(byte * (1 << 20))
+    image = tmp_path / "top.qed"
+    cowhand.create(image, "qed", 65536, backing="one.raw", backing_format="raw")
+    for name in ("two.raw", "one.raw", "two.raw"):
+        cowhand.rebase(image, name, backing_format="raw", unsafe=True)
+        assert Path(qemu_info(image, "qed")["backing-filename"]).name == name
+        with cowhand.open(image) as disk:
+            assert disk.read(0, 1) == name[:1].replace("o", "1").replace("t", "2").encode()
+    with cowhand.open(image, writable=True) as disk:
+        disk.resize(40 << 20)
+        assert disk.read(65536, 1 << 20) == bytes(1 << 20)
+        disk.write((40 << 20) - 512, b"e" * 512)
+    qemu_io(image, "read -P 0x32 0 64k", "read -P 0 64k 1M", "read -P 0x65 41942528 512", format="qed")
+    assert_clean(image, "qed")

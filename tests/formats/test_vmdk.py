@@ -158,11 +158,36 @@ def test_a_parent_shows_through_and_is_told_when_it_was_changed(tmp_path: Path) 
         disk.write(200_000, b"new")
         assert disk.read(199_000, 2000) == content[199_000:200_000] + b"new" + content[200_003:201_000]
     qemu_io(tmp_path / "disk.vmdk", "write -P 1 0 512", format="vmdk")
+    with cowhand.open(top) as disk:
+        assert disk.read(65536, 512) == b"\x07" * 512  # its own
+        with pytest.raises(InvalidFormat, match="was changed since"):
+            disk.read(0, 512)
     with pytest.raises(InvalidFormat, match="was changed since"):
-        cowhand.open(top)
+        cowhand.convert(top, tmp_path / "out.raw", "raw")
 
 
 def test_a_stream_is_not_written_in_place(tmp_path: Path) -> None:
     image = make(tmp_path, bytes(65536), "vmdk", "subformat=streamOptimized")
     with pytest.raises(NotSupported, match="cannot be changed"):
         cowhand.open(image, writable=True)
+
+
+@pytest.mark.parametrize("cid", ["b079769", "1b079769"])
+def test_after_a_commit_the_overlay_shows_the_base_as_it_is_then(tmp_path: Path, cid: str) -> None:
+    make(tmp_path, b"a" * MIB, "vmdk")
+    base = tmp_path / "disk.vmdk"
+    data = bytearray(base.read_bytes())
+    at = data.index(b"\nCID=") + 5
+    end = data.index(b"\n", at)
+    text = data[512 : 512 + 10240].rstrip(b"\0")
+    data[512 : 512 + 10240] = (text[: at - 512] + cid.encode() + text[end - 512 :]).ljust(10240, b"\0")
+    base.write_bytes(data)
+    top = tmp_path / "top.vmdk"
+    qemu_img("create", "-f", "vmdk", "-b", "disk.vmdk", "-F", "vmdk", top)
+    qemu_io(top, "write -P 2 0 64k", format="vmdk")
+    cowhand.commit(top, force=True)
+    qemu_io(top, "read -P 2 0 64k", "read -P 0x61 64k 64k", format="vmdk")
+    with cowhand.open(top) as disk:
+        assert disk.read(0, 4) + disk.read(65536, 4) == b"\2\2\2\2aaaa"
+    changed = base.read_bytes()
+    assert cid.encode() + b"\n" not in changed[:8192]

@@ -120,6 +120,10 @@ def test_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: str) -
         with pytest.raises(ImageCorrupt, match="cut off") as caught:
             disk.read(4 * CLUSTER, 1)
         assert caught.value.path == "data"
+    before = path.read_bytes(), (tmp_path / "data").read_bytes()
+    with cowhand.open(path, writable=True) as disk, pytest.raises(ImageCorrupt, match="cut off"):
+        disk.write(0, b"x" * 512)
+    assert (path.read_bytes(), (tmp_path / "data").read_bytes()) == before
 
 
 def test_encrypted_sectors_are_there_or_are_lost(tmp_path: Path) -> None:

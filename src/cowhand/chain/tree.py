@@ -18,6 +18,7 @@ from cowhand.chain.known_pools import known_pools
 from cowhand.chain.places import Device, Place
 from cowhand.core.errors import CowhandError
 from cowhand.core.identity import Identity, identify, identity_of, lies_on
+from cowhand.core.unfinished import is_unfinished
 
 #: Entries of folders that one search looks at, in sum. Beyond that it is not complete, and says so.
 MAX_ENTRIES = 200_000
@@ -132,7 +133,8 @@ class Tree:
             if self._is_folder(entry):
                 if depth:
                     below.append((path, min(depth - 1, _LINK_DEPTH) if entry.is_symlink() else depth - 1))
-            elif before < 0:
+            elif before < 0 and not is_unfinished(entry.name):
+                # What is being made, or was left half made, is no image yet.
                 self._entry(entry, path)
         return below
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block.graph import graph
 from cowhand.core.errors import BitmapNotFound, CowhandError, InvalidArgument, NotSupported, ReadOnly
+from cowhand.core.units import parse_size
 
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import BitmapSet, DirtyBitmap
@@ -54,7 +55,10 @@ def find_bitmap(disk: Disk, name: str) -> DirtyBitmap:
     node = _holder(disk)
     found = node.dirty_bitmaps.get(name) if node.dirty_bitmaps is not None else None
     if found is None:
-        names = ", ".join(bitmap.name for bitmap in list_bitmaps(disk)[:10])
+        names = ", ".join(bitmap.name for bitmap in readable_bitmaps(disk)[:10])
+        broken = broken_reason(disk)
+        if broken is not None:
+            raise broken.within(f"bitmap '{name}' is not among those that can be read")
         raise BitmapNotFound(
             f"Dirty bitmap '{name}' not found", path=disk.filename, hint=f"There are: {names}" if names else None
         )
@@ -62,7 +66,20 @@ def find_bitmap(disk: Disk, name: str) -> DirtyBitmap:
 
 
 def list_bitmaps(disk: Disk) -> list[DirtyBitmap]:
-    """Return *disk*'s bitmaps, in their order; ``info()`` of one is what QEMU tells of it."""
+    """Return *disk*'s bitmaps, in their order; ``info()`` of one is what QEMU tells of it.
+
+    Raises what :func:`broken_reason` returns where the image lists bitmaps and none of them can be read; of those that can, it may name more.
+    """
+    found = readable_bitmaps(disk)
+    if not found:
+        reason = broken_reason(disk)
+        if reason is not None:
+            raise reason
+    return found
+
+
+def readable_bitmaps(disk: Disk) -> list[DirtyBitmap]:
+    """Return those of *disk*'s bitmaps that can be read: also none where all that the image says of them is broken."""
     return list(_holder(disk).dirty_bitmaps or ())
 
 
@@ -112,9 +129,9 @@ def _new_granularity(node: BlockNode, name: str, granularity: int | None) -> int
 
 
 def add_bitmap(
-    disk: Disk, name: str, *, granularity: int | None = None, persistent: bool = True, enabled: bool = True
+    disk: Disk, name: str, *, granularity: int | str | None = None, persistent: bool = True, enabled: bool = True
 ) -> DirtyBitmap:
-    """Make a bitmap that is clean; *granularity* in bytes, the cluster size (at least 4 KiB) by default.
+    """Make a bitmap that is clean; *granularity* in bytes (or text such as "64k"), the cluster size (at least 4 KiB) by default.
 
     Raises InvalidArgument, NotSupported where the image cannot keep it, ReadOnly.
     """
@@ -122,7 +139,7 @@ def add_bitmap(
     from cowhand.bitmaps.named import DirtyBitmap
 
     node = _holder(disk)
-    granularity = _new_granularity(node, name, granularity)
+    granularity = _new_granularity(node, name, None if granularity is None else parse_size(granularity))
     known = _known(node)
     with graph.quiesce(node):
         if persistent:
@@ -148,7 +165,7 @@ def _keeper(node: BlockNode) -> Any:
     keeper = node.bitmap_keeper()
     if keeper is None:
         raise NotSupported(
-            f"format '{node.driver}' keeps no bitmaps",
+            f"format '{node.driver}' has no dirty bitmaps",
             qemu=f"Can't store persistent bitmaps to {node.name}: Operation not supported",
             path=node.filename,
         )

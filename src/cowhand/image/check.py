@@ -30,13 +30,15 @@ def check(
     on_repaired: Callable[[CheckResult], None] | None = None,
     backing: bool = False,
     policy: Policy | None = None,
+    like_qemu: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> CheckResult:
     """Check the image *what*, which nobody else may be writing, and *repair* "leaks" or "all" that can be repaired.
 
     After a repair that changed something, *on_repaired* is called with what was found and done, and the image is checked once more; the
     result is the second check's, with the counts of what was fixed. Damage is not an exception but a result; ``findings`` tells of it, and
-    *on_finding* gets each as it arises, up to ``MAX_FINDINGS`` of each check. What lies under the image is only opened with *backing*. Raises
+    *on_finding* gets each as it arises, up to ``MAX_FINDINGS`` of each check.
+    What lies under the image is only opened with *backing*. With *like_qemu* a file becomes as long as a wrong entry says, as in QEMU. Raises
     NotSupported for a format that has no check, and whatever opening raises.
     """
     from cowhand.block.disk import Disk
@@ -48,6 +50,7 @@ def check(
         raise InvalidArgument(f"'{repair}' is not a repair", hint="One of: leaks, all.")
     opening = Opening(REGISTRY, policy or DEFAULT, backing=backing)
     opening.for_repair = True
+    opening.like_qemu = like_qemu
     root = opening.open(what, format=format, options={"read-only": repair is None, **(options or {})})
     try:
         disk = Disk(root, writable=repair is not None)

@@ -11,7 +11,7 @@ from cowhand.block.graph.block_status import skip_filters
 from cowhand.block.opening.filenames import combine
 from cowhand.block.opening.opening import Opening
 from cowhand.block.opening.policy import DEFAULT, Policy
-from cowhand.core.errors import CowhandError, ImageInUse, NotSupported, UnsupportedFeature
+from cowhand.core.errors import CowhandError, ImageInUse, InvalidFormat, NotSupported, UnsupportedFeature
 from cowhand.drivers import REGISTRY
 from cowhand.image.open import open_image
 
@@ -37,7 +37,8 @@ class ImageInfo(NamedTuple):
     """Facts about one image, without what lies under it.
 
     ``disk_size``: bytes that it takes on its medium. ``backing``: the base's name as the header has it, ``backing_path``: the name to open it by.
-    ``in_use``: the message of whoever holds it for writing, or "". ``problem``: why nothing else is known of it, or "".
+    ``snapshots_problem`` and ``bitmaps_problem`` say why snapshots or bitmaps that the image has cannot be read, or are "": what is listed of them
+    may not be all, or nothing. ``in_use``: the message of whoever holds it for writing, or "". ``problem``: why nothing else is known of it, or "".
     """
 
     filename: str
@@ -51,6 +52,8 @@ class ImageInfo(NamedTuple):
     corrupt: bool = False
     dirty: bool = False
     snapshots: tuple[SnapshotInfo, ...] = ()
+    snapshots_problem: str = ""
+    bitmaps_problem: str = ""
     details: Mapping[str, Any] | None = None
     in_use: str = ""
     problem: str = ""
@@ -71,8 +74,15 @@ class ImageInfo(NamedTuple):
             }
         out |= {"dirty-flag": self.dirty, "corrupt": self.corrupt, "in-use": bool(self.in_use)}
         out["snapshots"] = [snapshot_document(snapshot) for snapshot in self.snapshots]
-        if self.details:
-            out["format-specific"] = {"type": self.format, "data": dict(self.details)}
+        details = dict(self.details or {})
+        # What cannot be read is null, and not nothing.
+        if self.snapshots_problem:
+            out |= {"snapshots": out["snapshots"] or None, "snapshots-problem": self.snapshots_problem}
+        if self.bitmaps_problem:
+            details.setdefault("bitmaps", None)
+            out["bitmaps-problem"] = self.bitmaps_problem
+        if details:
+            out["format-specific"] = {"type": self.format, "data": details}
         return out
 
 
@@ -89,6 +99,9 @@ def describe(node: BlockNode, *, in_use: str = "") -> ImageInfo:
             path = combine(node.filename, backing)
         except CowhandError:
             path = backing
+    keeper = node.bitmap_keeper()
+    broken: CowhandError | None = keeper.broken_reason(node) if keeper is not None else None
+    unread = node.snapshots_failure()
     return ImageInfo(
         filename=node.filename,
         format=node.driver,
@@ -101,6 +114,8 @@ def describe(node: BlockNode, *, in_use: str = "") -> ImageInfo:
         corrupt=bool(details.get("corrupt")),
         dirty=bool(getattr(header, "incompatible", 0) & 1),
         snapshots=_snapshots(node),
+        snapshots_problem=unread.message if unread is not None else "",
+        bitmaps_problem=broken.message if broken is not None else "",
         details=details,
         in_use=in_use,
     )
@@ -131,8 +146,38 @@ def image_info(
     except ImageInUse as error:
         in_use = error.message
         disk = open_image(path, format=format, backing=False, force_share=True, policy=policy, options=options)
+    except InvalidFormat as error:
+        return _without_snapshots(path, format, force_share, policy, options, error)
     with disk:
         return describe(disk.root, in_use=in_use)
+
+
+def _without_snapshots(
+    path: str | os.PathLike[str],
+    format: str | None,
+    force_share: bool,
+    policy: Policy | None,
+    options: Mapping[str, Any] | None,
+    error: InvalidFormat,
+) -> ImageInfo:
+    """Describe an image that cannot be opened because its snapshots cannot be read; raise *error* where that is not the reason."""
+    opening = Opening(REGISTRY, policy or DEFAULT, backing=False)
+    opening.for_repair = True
+    try:
+        root = opening.open(
+            path, format=format, options={"read-only": True, "force-share": force_share, **(options or {})}
+        )
+    except CowhandError:
+        raise error from None
+    try:
+        disk = Disk(root)
+    except BaseException:
+        opening.abandon()
+        raise
+    with disk:
+        if skip_filters(root).snapshots_failure() is None:
+            raise error
+        return describe(root)
 
 
 def chain_info(

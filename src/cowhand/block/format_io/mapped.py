@@ -127,7 +127,11 @@ class MappedFormat(BlockNode):
         if run[0] == length and run[1] & PLAIN_MASK == PLAIN_RUN and run[2] is not None:
             if self.event_sink is not None:
                 self.event_sink("read_aio")
-            run[2].read_into(run[3], buffer)
+            try:
+                run[2].read_into(run[3], buffer)
+            except CowhandError as error:
+                failed_in(error, run, offset)
+                raise
             return
         if run[2] is not None and length - run[0] > 0 and (lane := run[2].lane) is not None and lane.lane_fd >= 0:
             self._announce(lane.lane_fd, run, offset, length)
@@ -165,12 +169,20 @@ class MappedFormat(BlockNode):
             fill_zero(view)
         elif flags & DATA:
             if flags & (COMPRESSED | ENCODED):
-                self.decode(run, offset, view)
+                try:
+                    self.decode(run, offset, view)
+                except CowhandError as error:
+                    error.facts["guest_offset"] = offset
+                    raise
             else:
                 if self.event_sink is not None:
                     self.event_sink("read_aio")
                 assert run[2] is not None
-                run[2].read_into(run[3], view)
+                try:
+                    run[2].read_into(run[3], view)
+                except CowhandError as error:
+                    failed_in(error, run, offset)
+                    raise
         else:
             self.read_backing(offset, view)
 
@@ -260,6 +272,14 @@ class MappedFormat(BlockNode):
         from cowhand.block.format_io.batch import submit
 
         return submit(self, batch)
+
+
+def failed_in(error: CowhandError, run: tuple[int, int, Child | None, int], offset: int) -> None:
+    """Note in *error*, of reading *run* at guest *offset*, what of the disk could not be read: not where the request began, if it says more."""
+    place = error.facts.get("guest_offset", error.offset)
+    if place is None or not run[3] <= place < run[3] + run[0]:
+        place = run[3]
+    error.facts["guest_offset"] = offset + place - run[3]
 
 
 class ReadOnlyFormat(MappedFormat):

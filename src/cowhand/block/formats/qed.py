@@ -14,7 +14,7 @@ from cowhand.block.format_io.block_table import UNALLOCATED, ZEROED
 from cowhand.block.format_io.mapped import RECORDED
 from cowhand.block.format_io.two_level import TwoLevelFormat
 from cowhand.block.node.create_options import CreateOption
-from cowhand.core.errors import ImageCorrupt, InvalidArgument, UnsupportedFeature
+from cowhand.core.errors import ImageCorrupt, InvalidArgument, NotSupported, UnsupportedFeature
 
 if TYPE_CHECKING:
     from cowhand.block.node.node import BlockNode
@@ -26,7 +26,9 @@ _HEADER = struct.Struct("<4sIIIQQQQQII")
 BACKING_FILE, NEED_CHECK, NO_PROBE = 1, 2, 4
 MIN_CLUSTER, MAX_CLUSTER, MAX_TABLE = 1 << 12, 1 << 26, 16
 MAX_NAME = 1023  #: bytes of the backing file's name; QEMU
-_FEATURES_AT, _AUTOCLEAR_AT = 16, 32
+_FEATURES_AT, _AUTOCLEAR_AT, _SIZE_AT = 16, 32, 48
+#: Two places for the backing file's name: a header has 4 KiB at least.
+_NAMES = (_HEADER.size, 2048)
 _HEADER_SECTOR = 512
 
 
@@ -80,6 +82,7 @@ class QedNode(TwoLevelFormat):
         self.read_first(first, entries)
         self.open_backing(opening, given.pop("backing", RECORDED))
         self.set_capabilities()
+        self.capabilities = self.capabilities._replace(resizable=self.writable)
 
     @property
     def size(self) -> int:
@@ -131,8 +134,65 @@ class QedNode(TwoLevelFormat):
                 if place > ZEROED:
                     use(place, 1)
 
-    def format_specific(self) -> dict[str, Any]:
-        return {}
+    def change_backing(self, name: str | None, format: str | None) -> None:
+        """Record another backing file in the header (None: none any more). Raises InvalidArgument when the name is too long."""
+        self.check_writable()
+        data = (name or "").encode("utf-8", "surrogateescape")
+        if len(data) > MAX_NAME:
+            raise InvalidArgument(
+                f"the backing file's name has {len(data)} bytes, more than {MAX_NAME}", path=self.filename
+            )
+        raw = bytearray(_HEADER_SECTOR)
+        self.file.read_into(0, raw)
+        # Beside the old name: the header names one or the other.
+        before = int.from_bytes(raw[56:60], "little")
+        place = _NAMES[1] if before < _NAMES[1] else _NAMES[0]
+        if data:
+            self.file.write(place, (data,))
+            self.file.flush()
+        self.features &= ~(BACKING_FILE | NO_PROBE)
+        if data:
+            self.features |= BACKING_FILE | (NO_PROBE if format == "raw" else 0)
+        raw[_FEATURES_AT : _FEATURES_AT + 8] = self.features.to_bytes(8, "little")
+        raw[56:64] = struct.pack("<II", place if data else 0, len(data))
+        self.file.write(0, (raw[: _HEADER.size],))
+        self.file.flush()
+        self.backing_name, self.backing_format = name or None, "raw" if data and format == "raw" else None
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        if preallocation != "off":
+            raise NotSupported(f"Unsupported preallocation mode '{preallocation}'", path=self.filename)
+        if size % 512 or size > self._table_entries**2 * self.allocation_unit:
+            raise InvalidArgument("Invalid image size specified", path=self.filename)
+        if size < self._size:
+            raise NotSupported("Shrinking images is currently not supported", path=self.filename)
+        self.check_writable()
+        self.flush()
+        before = self._size
+        with self.lock:
+            self._set_size(size)
+        try:
+            below = self.backing
+            if below is not None and below.node.size > before:
+                # What the backing file has there must not appear.
+                self.write_zeroes(before, min(size, below.node.size) - before)
+            self.flush()
+            self.file.write(_SIZE_AT, (size.to_bytes(8, "little"),))
+            self.file.flush()
+        except BaseException:
+            with self.lock:
+                self._set_size(before)
+            raise
+
+    def _set_size(self, size: int) -> None:
+        """Have the disk end at *size*; the last page of the table is read anew. With the lock held, after a flush."""
+        self.pages.pop(max(0, self.entry_count - 1) // self.per_page, None)
+        self._size = size
+        self.entry_count = -(-size // self.allocation_unit)
+        self.pages.pop(max(0, self.entry_count - 1) // self.per_page, None)
+        missing = -(-self.entry_count // self._table_entries) - len(self.first)
+        if missing > 0:
+            self.first.frombytes(bytes(missing * 8))  # none is in use behind the disk's end
 
     @classmethod
     def check_creation(cls, size: int, options: Mapping[str, Any]) -> None:
@@ -145,7 +205,7 @@ class QedNode(TwoLevelFormat):
         if not 1 <= table <= MAX_TABLE or table & (table - 1):
             raise InvalidArgument(f"QED table size must be within range [1, {MAX_TABLE}] and power of 2")
         most = (table * cluster // 8) ** 2 * cluster
-        if not size or size > most:
+        if size > most:
             raise InvalidArgument(
                 f"QED image size must be a non-zero multiple of cluster size and less than {most} bytes"
             )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cowhand.bitmaps.named import BitmapSet
     from cowhand.block.node.records import CheckResult, Say, SnapshotInfo
     from cowhand.block.opening.opening import Opening
+    from cowhand.core.errors import CowhandError
 
 _node_numbers = itertools.count()
 
@@ -361,6 +362,10 @@ class BlockNode(ABC):
         raise NotSupported(f"driver '{self.driver}' keeps no VM state")
 
     # -- internal snapshots, and checks (see cowhand.image.snapshots and cowhand.image.check, which hold requests back)
+
+    def snapshots_failure(self) -> CowhandError | None:
+        """Return why the snapshots that this layer has cannot be read; None where they can, or there are none."""
+        return None
 
     def list_snapshots(self) -> list[SnapshotInfo]:
         """Return the snapshots that this layer keeps inside itself."""

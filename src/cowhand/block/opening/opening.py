@@ -74,6 +74,7 @@ class Opening:
         )
         self.with_backing = backing  #: False opens a format without what lies under it
         self.opened: list[BlockNode] = []
+        self.like_qemu = False  #: a repair does what QEMU's does, also where that is not the best
         self.for_repair = False  #: check and repair open what ordinary users are refused (corrupt, dirty)
         self.sealed = False  #: nobody will ask for data: encrypted images need no secret
         self.writable_layer = 0  #: which layer below the top is opened for writing, too: 1 is the backing file, 0 none

@@ -2,7 +2,7 @@
 
 A dirty bitmap records which parts of a disk were written since it was made or cleared: an incremental backup copies these and no others. It is kept
 in the image (qcow2, version 3), and follows whatever writes the image through a program that knows bitmaps. One that was not stored
-after the last writes, since the writer was killed, is inconsistent: it says nothing any more, and can only be removed.
+after the last writes, since the writer was killed, is inconsistent: its content is no longer reliable, and it can only be removed.
 """
 
 from __future__ import annotations
@@ -164,11 +164,14 @@ def _amount(bitmap: DirtyBitmap) -> tuple[int | None, str]:
 
 
 def _list(disk: Disk, args: argparse.Namespace, context: Context) -> int:
-    from cowhand.image.bitmaps import list_bitmaps
+    from cowhand.image.bitmaps import broken_reason, readable_bitmaps
 
-    documents = [bitmap_document(bitmap) for bitmap in list_bitmaps(disk)]
+    documents = [bitmap_document(bitmap) for bitmap in readable_bitmaps(disk)]
+    broken = broken_reason(disk)
     if context.out.json:
-        context.out.document(documents)
+        context.out.document(documents if documents or broken is None else None)
+    elif broken is not None and not documents:
+        context.out.line(f"{args.image}: its bitmaps are unreadable")
     elif not documents:
         context.out.line(f"{args.image} has no bitmaps")
     else:
@@ -182,6 +185,9 @@ def _list(disk: Disk, args: argparse.Namespace, context: Context) -> int:
             for one in documents
         ]
         context.out.table(("bitmap", "granularity", "state", "dirty"), rows, right=(1,))
+    if broken is not None:
+        context.out.flush()
+        raise broken
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Tell how much space an image of a disk would need: at least, for the data that there is, and when all of it is written.
+"""Show how much space an image of a disk would need: for the data it has now, and when all of it is written.
 
 Nothing is written. Give an image, or with --size the length of a disk that does not exist yet.
 """
@@ -6,7 +6,7 @@ Nothing is written. Give an image, or with --size the length of a disk that does
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowhand.cli import arguments
 from cowhand.core.units import format_size
@@ -51,14 +51,18 @@ def run(args: argparse.Namespace, context: Context) -> int:
         force_share=args.force_share,
     )
     if context.out.json:
-        document = {"required": result.required, "fully-allocated": result.fully_allocated}
+        document: dict[str, Any] = {"required": result.required, "fully-allocated": result.fully_allocated}
         if result.bitmaps is not None:
             document["bitmaps"] = result.bitmaps
+        if result.bitmaps_problem:
+            document |= {"bitmaps": None, "bitmaps-problem": result.bitmaps_problem}
         context.out.document(document)
         return 0
     rows = [("required", _amount(result.required)), ("fully allocated", _amount(result.fully_allocated))]
     if result.bitmaps:
         rows.append(("bitmaps", _amount(result.bitmaps)))
+    if result.bitmaps_problem:
+        rows.append(("bitmaps", f"unreadable: {result.bitmaps_problem}"))
     context.out.facts(rows)
     return 0
 

@@ -1,6 +1,6 @@
-"""Give images to other programs and machines: an NBD server, for reading only unless --writable is given.
+"""Serve images to other programs and machines over NBD, read-only unless --writable is given.
 
-Each image is an export with its file's name; the first line that is printed for one is how to reach it. What clients do is told as it happens. The
+Each image is an export with its file's name; the first line that is printed for one is how to reach it. Connections are reported. The
 server ends with Ctrl-C, after it has answered what it was asked. Without --listen it is reached from this machine only, by TCP.
 """
 
@@ -16,6 +16,7 @@ from cowhand.cli import arguments
 from cowhand.core.errors import InvalidArgument
 from cowhand.core.units import format_size
 from cowhand.exports.nbd.server import Observer
+from cowhand.exports.nbd.workers import Workers, inherited_sockets, when_the_parent_ends
 from cowhand.nbd.constants import COMMAND_NAMES, DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ EXAMPLES = """\
   cowhand serve --snapshot monday disk.qcow2     as it was when that snapshot was made
   qemu-img convert nbd://localhost/disk.qcow2 copy.raw
 """
+
+
+MAX_PROCESSES = 64
 
 
 def writes(args: argparse.Namespace) -> bool:
@@ -68,6 +72,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--clients", type=int, metavar="NUMBER", help="serve so many at once; further ones wait (default: hundreds)"
     )
     parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="NUMBER",
+        help="serve with so many processes, for several busy connections; for reading only",
+    )
+    parser.add_argument(
         "--cache",
         choices=arguments.CACHE_NAMES,
         default="writeback",
@@ -98,6 +109,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from cowhand.exports.nbd.server import NbdServer
 
     _check(args)
+    inherited = inherited_sockets()
     with ExitStack() as stack:
         exports = []
         for image, name in zip(args.image, _names(args), strict=True):
@@ -113,12 +125,23 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 )
             )
         watch = _Watch(context)
-        server = NbdServer(exports, tls=_tls(args), limits=Limits(clients=args.clients), observer=watch)
-        listening = _listen(args.listen or [f"localhost:{DEFAULT_PORT}"], stack)
+        server = NbdServer(
+            exports,
+            tls=_tls(args),
+            limits=Limits(clients=args.clients),
+            shares_sockets=args.processes > 1,
+            observer=watch,
+        )
+        listening = inherited or _listen(args, stack)
         server.listen(*listening)
+        if inherited:
+            when_the_parent_ends(context.cancel.cancel)
+        elif args.processes > 1:
+            stack.callback(Workers(args.processes - 1, _words(args), listening).stop)
         server.start()
         try:
-            _announce(server, listening, context)
+            if not inherited:
+                _announce(server, listening, context)
             while not context.cancel.wait(0.2) and not (args.once and watch.done):
                 pass
         finally:
@@ -133,6 +156,30 @@ def _check(args: argparse.Namespace) -> None:
         raise arguments.Usage("--name is for one image")
     if args.clients is not None and args.clients < 1:
         raise arguments.Usage("--clients is at least 1")
+    if not 1 <= args.processes <= MAX_PROCESSES:
+        raise arguments.Usage(f"--processes is 1 to {MAX_PROCESSES}")
+    if args.processes > 1:
+        for given, option in (
+            (args.writable, "--writable"),
+            (args.once, "--once"),
+            (args.clients, "--clients"),
+            (args.secret or args.key_file, "passphrases"),
+        ):
+            if given:
+                raise arguments.Usage(f"--processes does not go with {option}")
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """Return the command line of a further process."""
+    words = ["serve", f"--processes={args.processes}", f"--cache={args.cache}"]
+    for name in ("format", "name", "snapshot", "tls_certificates", "tls_psk"):
+        if getattr(args, name) is not None:
+            words.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
+    for name in ("allocation_depth", "force_share", "quiet", "tls_verify_peer"):
+        if getattr(args, name):
+            words.append(f"--{name.replace('_', '-')}")
+    words += [f"--bitmap={name}" for name in args.bitmap]
+    return [*words, "--output=json" if args.output == "json" else "--output=text", "--", *args.image]
 
 
 def _tls(args: argparse.Namespace) -> ssl.SSLContext | None:
@@ -175,9 +222,10 @@ def _open(args: argparse.Namespace, image: str, stack: ExitStack) -> Disk:
 # -- addresses
 
 
-def _listen(addresses: list[str], stack: ExitStack) -> list[socket.socket]:
+def _listen(args: argparse.Namespace, stack: ExitStack) -> list[socket.socket]:
     from cowhand.exports.nbd import sockets
 
+    addresses = args.listen or [f"localhost:{DEFAULT_PORT}"]
     activated = sockets.activated()
     if activated:
         return activated
@@ -186,7 +234,7 @@ def _listen(addresses: list[str], stack: ExitStack) -> list[socket.socket]:
         if "/" in address or not address.rpartition(":")[1]:
             if address.isdecimal():
                 raise InvalidArgument(
-                    f"'{address}' is no address", hint=f"A port of this machine is localhost:{address}."
+                    f"'{address}' is not an address", hint=f"A port of this machine is localhost:{address}."
                 )
             path = os.path.abspath(address)
             found.append(sockets.listen_unix(path))
@@ -203,7 +251,7 @@ def _listen(addresses: list[str], stack: ExitStack) -> list[socket.socket]:
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 1 << 32):
         raise InvalidArgument(
-            f"'{text}' is no port", hint="An address is HOST:PORT, :PORT, vsock:PORT or the path of a Unix socket."
+            f"'{text}' is not a port", hint="An address is HOST:PORT, :PORT, vsock:PORT or the path of a Unix socket."
         )
     return int(text)
 
@@ -269,7 +317,7 @@ class _Watch(Observer):
 
     def client_left(self, connection: Connection, remaining: int) -> None:
         did = [
-            f"{format_size(nbytes) + ' in ' if nbytes else ''}{count} {COMMAND_NAMES[command]}{'s' if count > 1 else ''}"
+            f"{format_size(nbytes) + ' in ' if nbytes else ''}{count} {COMMAND_NAMES[command]} request{'s' if count > 1 else ''}"
             for command, (count, nbytes) in connection.statistics.totals.items()
             if count
         ]

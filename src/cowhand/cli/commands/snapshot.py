@@ -15,7 +15,7 @@ import cowhand
 from cowhand.cli import arguments
 from cowhand.cli.guard import add_guard, guard_of
 from cowhand.cli.several import run_each
-from cowhand.core.errors import InvalidArgument, NotSupported
+from cowhand.core.errors import InvalidArgument, InvalidFormat, NotSupported
 from cowhand.core.units import format_size
 from cowhand.image.info import image_info, snapshot_document
 
@@ -158,6 +158,14 @@ def _list(image: str, args: argparse.Namespace, context: Context) -> int:
     from cowhand.cli.commands.info import snapshot_table
 
     info = image_info(image, format=args.format, force_share=args.force_share)
+    if info.snapshots_problem:
+        if context.out.json:
+            context.out.document(None)
+        raise InvalidFormat(
+            f"the snapshots are unreadable: {info.snapshots_problem}",
+            path=image,
+            hint=f"See: cowhand check {shlex.quote(image)}",
+        )
     if context.out.json:
         context.out.document([snapshot_document(one) for one in info.snapshots])
     elif info.snapshots:
@@ -182,6 +190,8 @@ def _plan(args: argparse.Namespace, context: Context) -> int:
     from cowhand.plans.dependents import Dependents
 
     info = image_info(args.image, format=args.format)
+    if info.snapshots_problem:
+        raise InvalidFormat(f"the snapshots are unreadable: {info.snapshots_problem}", path=args.image)
     image = shlex.quote(args.image)
     name = shlex.quote(args.name)
     warnings = []

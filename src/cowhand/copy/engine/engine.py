@@ -236,7 +236,8 @@ class Engine:
         except CowhandError as error:
             error.facts["doing"] = "reading"
             start = error.facts.get("disk_offset", start)
-            raise error.within(f"reading at {start:#x}", qemu=f"error while reading at byte {start}") from None
+            place = error.facts.get("source_offset", start)
+            raise error.within(f"reading at {place:#x}", qemu=f"error while reading at byte {start}") from None
         return self.sink.prepare(start, buffer, length, gaps)
 
     def _writing(self, start: int, call: Callable[..., Any], *arguments: Any) -> Any:

@@ -146,6 +146,8 @@ class Source:
                 self.read_into(offset, view)
             except CowhandError as error:
                 error.facts["disk_offset"] = offset
+                if "guest_offset" in error.facts:
+                    error.facts["source_offset"] = error.facts["guest_offset"] + base
                 raise
 
 

@@ -19,7 +19,7 @@ def check_bitmaps(source: Disk, *, skip_broken: bool = False) -> None:
     """Raise NotSupported where *source*'s format keeps no bitmaps, BitmapUnusable where one is inconsistent and would not be skipped."""
     if not bitmaps.can_keep(source):
         raise NotSupported(
-            f"'{source.filename}' is of a format that keeps no bitmaps",
+            f"'{source.filename}' is of a format without dirty bitmaps",
             qemu="Source lacks bitmap support",
             path=source.filename,
         )
@@ -42,7 +42,7 @@ def check_target(target: Disk) -> None:
     """Raise NotSupported where *target* cannot keep bitmaps."""
     if not bitmaps.can_keep(target):
         raise NotSupported(
-            f"an image like '{target.filename}' keeps no bitmaps",
+            f"'{target.filename}' cannot hold dirty bitmaps",
             qemu=f"Format driver '{target.format}' does not support bitmaps", path=target.filename,
             hint="Choose qcow2, version 3.",
         )  # fmt: skip
@@ -55,6 +55,9 @@ def copy_bitmaps(source: Disk, target: Disk, *, skip_broken: bool = False, warn:
     are left out, and *warn* is told. Raises InvalidArgument where a name is taken, BitmapUnusable, and what reading and writing raise.
     """
     copied = []
+    broken = bitmaps.broken_reason(source)
+    if skip_broken and broken is not None and warn is not None:
+        warn(f"{source.filename}: bitmaps that cannot be read are not copied: {broken.message}")
     for bitmap in _persistent(source):
         if skip_broken and bitmap.inconsistent:
             if warn is not None:
@@ -74,7 +77,7 @@ def copy_bitmaps(source: Disk, target: Disk, *, skip_broken: bool = False, warn:
 
 def _persistent(source: Disk) -> list[DirtyBitmap]:
     """Return the bitmaps that are kept, the last one first: it is in that order that QEMU finds something wrong."""
-    return [bitmap for bitmap in reversed(bitmaps.list_bitmaps(source)) if bitmap.persistent]
+    return [bitmap for bitmap in reversed(bitmaps.readable_bitmaps(source)) if bitmap.persistent]
 
 
 def _copy(bitmap: DirtyBitmap, target: Disk) -> None:

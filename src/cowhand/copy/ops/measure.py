@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class Measurement(NamedTuple):
     """Bytes: what a new image with the source's data takes at most, what it takes when all is written, and what copies of bitmaps would add.
 
-    ``bitmaps`` is None where source or target have none by their nature.
+    ``bitmaps`` is None where source or target have none by their nature, and where they cannot be read: ``bitmaps_problem`` says why then.
     """
 
     required: int
     fully_allocated: int
     bitmaps: int | None = None
+    bitmaps_problem: str = ""
 
 
 def measure(
@@ -70,6 +71,7 @@ def measure(
             total = chosen.get("size", 0) if size is None else parse_size(size)
             required, full, _ = cls.measure(chosen, total, None, None)
             return Measurement(required, full)
+        from cowhand.image.bitmaps import broken_reason
         from cowhand.image.open import open_source
 
         disk = open_source(source, stack, source_format, snapshot=snapshot, force_share=force_share, policy=policy)
@@ -82,6 +84,8 @@ def measure(
         bitmaps = None
         if str(chosen.get("compat", "1.1")) not in ("0.10", "v2"):
             bitmaps = _bitmaps_of(disk, target_format, cluster)
+        if bitmaps is not None and (broken := broken_reason(disk)) is not None:
+            return Measurement(required, full, None, broken.message)
         return Measurement(required, full, bitmaps)
 
 

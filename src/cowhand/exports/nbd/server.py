@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterable
+from time import sleep
 from typing import TYPE_CHECKING
 
 from cowhand.core import clock
@@ -36,6 +37,8 @@ _RECEIVE = 64 << 10
 _TOO_MUCH = 256 << 10
 #: Clients that are accepted before handshakes go on.
 _ACCEPTED = 64
+#: Seconds that a process leaves a new client to others, for each one that it has already.
+_BACK_OFF = 0.002
 #: Seconds without accepting after the process ran out of descriptors.
 _PAUSE = 0.2
 #: A thread that computes lets others run after so many seconds: with the default of 5 ms one busy thread multiplies every client's latency.
@@ -80,7 +83,8 @@ class _Client:
 class NbdServer:
     """Serves exports on listening sockets, which become the server's; *default* as :class:`Exports` has it. Thread-safe.
 
-    With *tls* every client has to encrypt before it is told of anything.
+    With *tls* every client has to encrypt before it is told of anything. With *shares_sockets* other processes accept clients of the same
+    sockets, and get their share.
     """
 
     def __init__(
@@ -89,12 +93,14 @@ class NbdServer:
         *,
         default: bool = True,
         tls: ssl.SSLContext | None = None,
+        shares_sockets: bool = False,
         limits: Limits | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.exports = Exports(exports, default=default)
         self.limits = limits if limits is not None else Limits()
         self._tls = tls
+        self._shares_sockets = shares_sockets
         self._observer = observer or Observer()
         self._selector = selectors.DefaultSelector()
         self._listeners: list[socket.socket] = []
@@ -214,7 +220,10 @@ class NbdServer:
             return len(self._clients) + len(self._connections)
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(_ACCEPTED):
+        if self._shares_sockets:
+            # Processes that have fewer clients are there first.
+            sleep(min(len(self._connections), 20) * _BACK_OFF)
+        for _ in range(1 if self._shares_sockets else _ACCEPTED):
             if self.limits.clients is not None and self._present() >= self.limits.clients:
                 return
             try:

@@ -285,10 +285,10 @@ class BlkDebugNode(PassingFilter):
 
     def _check(self, io_type: str, offset: int, length: int) -> None:
         with self._changed:
-            number = self._engine.error_of(io_type, offset, length)
+            number, place = self._engine.error_of(io_type, offset, length)
         if number:
             error = from_os_error(OSError(number, os.strerror(number)), self.filename, doing=f"injected: {io_type}")
-            error.offset = offset
+            error.offset = place
             raise error
 
     def read_into(self, offset: int, buffer: Buffer) -> None:

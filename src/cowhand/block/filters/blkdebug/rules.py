@@ -116,12 +116,12 @@ class Engine:
         self.state = new_state
         return suspended
 
-    def error_of(self, io_type: str, offset: int, length: int) -> int:
-        """Return the errno with which a request is to fail, or 0; a rule that acts once is gone then."""
+    def error_of(self, io_type: str, offset: int, length: int) -> tuple[int, int]:
+        """Return (errno with which a request is to fail, where it does), or (0, 0); a rule that acts once is gone then."""
         for rule in self._active:
             if rule.covers(io_type, offset, length):
                 if rule.errno and rule.once:
                     self._active.remove(rule)
                     self._rules[rule.event].remove(rule)
-                return rule.errno
-        return 0
+                return rule.errno, max(offset, (rule.sector or 0) * SECTOR)
+        return 0, 0

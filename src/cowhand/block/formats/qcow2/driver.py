@@ -348,7 +348,8 @@ class Qcow2Node(MetadataNode):
             ("refcount table", header.refcount_table_offset, header.refcount_table_clusters, L.OFFSET_REFCOUNT_TABLE),
         )
         for what, offset, count, at in places:
-            if count and offset > end:
+            # Without any counts every allocation is refused, in QEMU's words.
+            if count and offset > end and not (self.like_qemu and what == "refcount table"):
                 raise ImageCorrupt(
                     f"the {what} lies at {offset:#x}, behind the end of the file", qemu="Input/output error", path=self.filename, offset=at,
                     hint="Look at the image with check, then repair it.",
@@ -545,6 +546,24 @@ class Qcow2Node(MetadataNode):
         from cowhand.block.formats.qcow2.bitmap import store
 
         return store
+
+    def snapshots_failure(self) -> CowhandError | None:
+        from cowhand.block.formats.qcow2.snapshot.table import read_snapshots
+
+        if self.snapshots_problem is not None:
+            return self.snapshots_problem
+        # Opened for a check, or to tell of it, an image is read without them.
+        if self.snapshots or not self.header.snapshot_count:
+            return None
+        if self.header.snapshot_count > L.MAX_SNAPSHOTS:
+            return InvalidFormat(
+                f"{self.header.snapshot_count} snapshots are more than {L.MAX_SNAPSHOTS}", path=self.filename
+            )
+        try:
+            read_snapshots(self, for_repair=False)
+        except CowhandError as error:
+            return error
+        return None
 
     def list_snapshots(self) -> list[SnapshotInfo]:
         return [snapshot.info() for snapshot in self.snapshots]

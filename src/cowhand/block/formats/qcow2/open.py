@@ -41,6 +41,7 @@ def open_image(node: Qcow2Node, opening: Opening, given: dict[str, Any]) -> None
     opening.track(node)
     node.file = opening.child(node, "file", file, Role.PRIMARY)
     node.data_child = node.file
+    node.like_qemu = opening.policy.as_qemu or opening.like_qemu
     load(node, for_repair=opening.for_repair, as_qemu=opening.policy.as_qemu)
     if node.external or "data-file" in given or node.header.autoclear & L.AUTOCLEAR_RAW_DATA:
         from cowhand.block.formats.qcow2.cluster.data_file import attach

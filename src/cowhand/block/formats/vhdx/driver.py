@@ -18,6 +18,7 @@ from cowhand.core.errors import InvalidFormat, UnsupportedFeature
 
 if TYPE_CHECKING:
     from cowhand.block.node.node import BlockNode
+    from cowhand.block.node.records import CheckResult, Say
     from cowhand.block.opening.opening import Opening
 
 _NO_LOG = bytes(16)
@@ -54,7 +55,7 @@ class VhdxNode(BlockTableFormat):
         if head != layout.IDENTIFIER:
             raise self.wrong("this is no VHDX file", qemu="Invalid argument")
         self.header = self._current_header()
-        self._read_log()
+        self._read_log(as_qemu=opening.policy.as_qemu)
         self._regions()
         self._metadata()
         blocks = -(-self._size // self.allocation_unit)
@@ -95,8 +96,9 @@ class VhdxNode(BlockTableFormat):
             raise self.wrong(f"a log of {header.log_length:#x} bytes at {header.log_offset:#x}", header.at + 68)
         return header
 
-    def _read_log(self) -> None:
+    def _read_log(self, *, as_qemu: bool) -> None:
         header = self.header
+        self._replayed = False
         if header.log_id == _NO_LOG:
             return
         if header.log_length > layout.MAX_LOG:
@@ -106,8 +108,13 @@ class VhdxNode(BlockTableFormat):
         replay = log.read(self.file, header.log_offset, header.log_length, header.log_id, self.wrong)
         if replay is not None and self.writable:
             self._write_back(replay)
+            self._replayed = True
         else:
             self._replay = replay
+            if replay is not None and as_qemu:
+                name = self.file.node.filename
+                text = f"VHDX image file '{name}' opened read-only, but contains a log that needs to be replayed"
+                raise self.wrong(text, qemu=f"{text}\nTo replay the log, run:\nqemu-img check -r all '{name}'")
         if self.writable:
             self._write_header(log_id=_NO_LOG)
 
@@ -272,6 +279,15 @@ class VhdxNode(BlockTableFormat):
 
     def end_writing(self) -> None:
         self._write_header(log_id=_NO_LOG)
+
+    def check(self, repair: str | None, say: Say) -> CheckResult:
+        result = super().check(repair, say)
+        # As qemu-img, which counts no clusters of this format.
+        result.total_clusters = result.allocated_clusters = result.fragmented_clusters = result.image_end_offset = 0
+        if self._replayed:
+            result.corruptions_fixed += 1  # what the log said was made when the image was opened
+            self._replayed = False
+        return result
 
     @classmethod
     def check_creation(cls, size: int, options: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cowhand.block.format_io.format_node import FormatNode
-from cowhand.block.format_io.mapped import RECORDED
+from cowhand.block.format_io.mapped import RECORDED, MappedFormat
 from cowhand.block.format_io.reservations import Kind, Reservation
 from cowhand.block.formats.vmdk import layout
 from cowhand.block.formats.vmdk.extents import FlatExtent, SparseExtent
@@ -166,14 +166,7 @@ class VmdkNode(FormatNode):
         for extent in self.extents:
             if isinstance(extent, SparseExtent):
                 found = check(extent, say)
-                for name in (
-                    "corruptions",
-                    "total_clusters",
-                    "allocated_clusters",
-                    "fragmented_clusters",
-                    "compressed_clusters",
-                ):
-                    setattr(out, name, getattr(out, name) + getattr(found, name))
+                out.corruptions += found.corruptions  # qemu-img counts no clusters of this format
         return out
 
     def _arrange(self) -> None:
@@ -196,8 +189,6 @@ class VmdkNode(FormatNode):
             self.backing_name = self.descriptor.values.get("parentFileNameHint") or None
             self.backing_format = "vmdk"
         self.open_backing(opening, given)
-        if given is RECORDED and self.backing_name and opening.with_backing:
-            opening.afterwards(self._check_parent)
 
     def _check_parent(self) -> None:
         """Raise InvalidFormat when the parent is not what it was when this disk was put over it."""
@@ -208,6 +199,16 @@ class VmdkNode(FormatNode):
                 f"{below.node.cid:08x}, and {self.parent_cid:08x} is expected",
                 qemu="Invalid argument",
             )
+
+    def read_backing(self, offset: int, view: memoryview) -> None:
+        self._check_parent()
+        super().read_backing(offset, view)
+
+    def read_own(self, offset: int, view: memoryview) -> list[tuple[MappedFormat, int, memoryview]]:
+        missing = super().read_own(offset, view)
+        if missing:
+            self._check_parent()
+        return missing
 
     def _set_capabilities(self) -> None:
         if self.writable and not self._regular:
@@ -298,18 +299,41 @@ class VmdkNode(FormatNode):
 
     def _new_cid(self) -> None:
         """Give the content a new id, so that disks over it can tell that it was changed."""
-        text = self._read_text(self._text_at, layout.MAX_DESCRIPTOR if self._text_at == 0 else 20 * SECTOR)
-        at = text.find(b"CID=")
-        while at > 0 and text[at - 1 : at] not in (b"\n", b"\r"):
-            at = text.find(b"CID=", at + 1)
-        end = at + 4
-        while at >= 0 and text[end : end + 1] and text[end : end + 1] in b"0123456789abcdefABCDEF":
-            end += 1
-        if at < 0 or end - at != 12:
-            return
         cid = int.from_bytes(clock.random_bytes(4), "little") & 0xFFFFFFFE  # all ones mean "no parent"
-        self.file.write(self._text_at + at + 4, (b"%08x" % cid,))
-        self.cid = cid
+        if self._record(b"CID=", cid):
+            self.cid = cid
+
+    def _record(self, key: bytes, value: int) -> bool:
+        """Write *value* for *key* into the descriptor; False where there is no such line, or no space for a longer one."""
+        space = layout.MAX_DESCRIPTOR if self._text_at == 0 else 20 * SECTOR
+        text = self._read_text(self._text_at, space).split(b"\0", 1)[0]
+        at = text.find(key)
+        while at > 0 and text[at - 1 : at] not in (b"\n", b"\r"):
+            at = text.find(key, at + 1)
+        if at < 0:
+            return False
+        begin = end = at + len(key)
+        while text[end : end + 1] and text[end : end + 1] in b"0123456789abcdefABCDEF":
+            end += 1
+        digits = b"%08x" % value
+        if end - begin != len(digits):
+            # Programs leave leading zeroes away: what follows moves.
+            digits += text[end:]
+            if self._text_at and begin + len(digits) >= space:
+                return False
+        self.file.write(self._text_at + begin, (digits,))
+        return True
+
+    def make_empty(self) -> bool:
+        # What is let go shows the parent as it is now. The units are emptied one by one.
+        below = self.backing
+        if below is not None and isinstance(below.node, VmdkNode) and below.node.cid != self.parent_cid:
+            self.check_writable()
+            if not self._record(b"parentCID=", below.node.cid):
+                raise NotSupported("the descriptor cannot say which content of the parent is meant", path=self.filename)
+            self.file.flush()
+            self.parent_cid = below.node.cid
+        return False
 
     def reserve(self, offset: int, length: int, kind: Kind, nbytes: int = 0) -> Reservation | None:
         begin, extent = self._at(offset)

@@ -70,7 +70,7 @@ class DescriptorNode(BlockNode):
             done = _preadv(self.fd, (buffer,), offset)
         except OSError as error:
             if error.errno != errno.EINVAL or not self.direct:
-                raise self._failed(error, "reading", offset) from error
+                raise self._failed(error, "reading", self._first_bad(error, offset, len(buffer))) from error
             done = 0
         except OverflowError as error:
             raise self._failed(error, "reading", offset) from error
@@ -88,7 +88,8 @@ class DescriptorNode(BlockNode):
                 else:
                     count = _preadv(self.fd, (view[done:],), offset + done)
             except OSError as error:
-                raise self._failed(error, "reading", offset + done) from error
+                place = self._first_bad(error, offset + done, length - done)
+                raise self._failed(error, "reading", place) from error
             done += count
             if count == 0:
                 # Asked for after the read: another thread may have made the file longer since, and then its bytes are read after all.
@@ -100,6 +101,27 @@ class DescriptorNode(BlockNode):
                     raise IOFailed(
                         "reading failed: no bytes where there should be some", path=self.path, offset=offset + done
                     )
+
+    def _first_bad(self, error: OSError, offset: int, length: int) -> int:
+        """Return where in ``[offset, offset + length)``, the reading of which failed, the medium gives nothing: the error is of the whole request."""
+        block = max(512, self.limits.request_alignment)
+        if error.errno != errno.EIO or offset % block:
+            return offset
+        probe = take(-(-length // block) * block)
+        try:
+            while length > block:
+                half = max(block, length // 2 // block * block)
+                try:
+                    count = _preadv(self.fd, (probe[:half],), offset) // block * block
+                except OSError:
+                    length = half
+                    continue
+                if not count:
+                    break
+                offset, length = offset + count, length - count
+        finally:
+            give(probe)
+        return offset
 
     def _read_bounced(self, offset: int, view: memoryview) -> int:
         """Read at any offset into any memory by way of aligned memory; return how many bytes, 0 at the end of the file."""

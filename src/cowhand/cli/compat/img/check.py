@@ -93,6 +93,7 @@ def _check(
             format=format,
             options=options,
             backing=True,
+            like_qemu=True,
             on_finding=_say,
             on_repaired=on_repaired,
         )

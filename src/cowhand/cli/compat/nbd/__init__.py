@@ -64,7 +64,7 @@ def _run(arguments: Sequence[str]) -> int:
         for key, value in scanner:
             match key:
                 case "h":
-                    print(_usage())
+                    print(usage(program.name()))
                     return 0
                 case "V":
                     print(program.version_lines())
@@ -101,8 +101,8 @@ def _run(arguments: Sequence[str]) -> int:
     return serve(settings)
 
 
-def _usage() -> str:
-    name = program.name()
+def usage(name: str) -> str:
+    """Return the help of the tool, which was started by *name*."""
     return f"""\
 Usage: {name} [OPTIONS] FILE
   or:  {name} -L [OPTIONS]
@@ -118,7 +118,7 @@ Connection properties:
                             (default '/var/lock/qemu-nbd-DEVICE')
   -e, --shared=NUM          device can be shared by NUM clients (default '1')
   -t, --persistent          don't exit on the last connection
-  -v, --verbose             tell of clients
+  -v, --verbose             stay in the foreground with --connect
   -x, --export-name=NAME    expose export by name (default is empty string)
   -D, --description=TEXT    export a human-readable description
       --handshake-limit=N   limit a client's handshake to N seconds

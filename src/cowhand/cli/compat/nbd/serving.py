@@ -204,13 +204,7 @@ def _watch(settings: Settings, mailbox: Mailbox) -> Observer:
     class Watch(Observer):
         """Ends the server with its last client, unless it is persistent; a client that never had an export does not count."""
 
-        def client_began(self, connection: Connection) -> None:
-            if settings.verbose:
-                program.plain(f"{connection.name}: connected")
-
         def client_left(self, connection: Connection, remaining: int) -> None:
-            if settings.verbose:
-                program.plain(f"{connection.name}: left{': ' + connection.reason if connection.reason else ''}")
             if not remaining and not settings.persistent:
                 mailbox.put(0)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cowhand.block.formats.qcow2.check.check import Examination
     from cowhand.block.formats.qcow2.driver import Qcow2Node
 
+#: QEMU's limit for a check.
+_MAX_CLUSTERS = (1 << 31) - 1
 #: Bytes by which a file is made longer, at most, so that a refcount block that was cut off lies inside. Farther away it is the entry that is wrong.
 _MOST_CUT_OFF = 1 << 20
 
@@ -202,7 +204,10 @@ def lengthen(exam: Examination, offset: int) -> bool:
     node, walk = exam.node, exam.walk
     end = offset + walk.size
     reason = "Invalid argument" if end > L.MAX_FILE_OFFSET else "File too large"
-    if end - walk.length <= max(_MOST_CUT_OFF, 2 * walk.size):
+    near = end - walk.length <= max(_MOST_CUT_OFF, 2 * walk.size)
+    # QEMU: the table that counts so long a file has to keep its limit.
+    most = L.MAX_REFCOUNT_TABLE_BYTES // L.ENTRY_SIZE * exam.per_block
+    if near or (node.like_qemu and end // walk.size <= min(most, _MAX_CLUSTERS)):
         try:
             node.file.node.resize(end)
         except CowhandError as error:

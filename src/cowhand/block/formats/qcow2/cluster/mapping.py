@@ -128,10 +128,16 @@ class Mapping:
         return self.l1_lost != _NO_END
 
     def first_lost(self) -> int | None:
-        """Return the first byte of guest data that tables name behind the end of its file, None where all is there; for a data file."""
+        """Return the first byte of guest data that tables name behind the end of its file, None where all is there; for a data file. Lock is held."""
         offset, end = min(self.end, self.node.size), self.node.size
         while offset < end:
-            batch = self.batch(offset, end - offset, holes=False)
+            index = offset >> self.table_shift
+            stop = min(end, (index + 1) << self.table_shift)
+            if self.l1_entry(index) & L.L1_OFFSET_MASK:
+                self.table(index)  # in the cache it is found without the lock
+            else:
+                stop = max(stop, self.skip_missing(index, end))
+            batch = self.batch(offset, stop - offset, holes=False)
             for row in batch:
                 if row.flags == DAMAGED:
                     return row.start

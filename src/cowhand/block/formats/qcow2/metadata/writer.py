@@ -51,6 +51,7 @@ class MetadataNode(FormatNode):
         self.external = False  #: guest data lies in a data file
         #: What tables name and the file does not have reads as zeroes, as in QEMU: for the drop-in tools, and for checks, which tell of it.
         self.cut_reads_as_zeroes = False
+        self.like_qemu = False  #: damage is met, and told of, where QEMU meets it, as far as nothing is lost by that
         self.data_missing = False  #: which was not opened, since only the header is of interest
 
     # -- metadata I/O

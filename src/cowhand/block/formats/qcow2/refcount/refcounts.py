@@ -72,11 +72,13 @@ class Refcounts:
         offset = self.block_offset(index)
         if not offset:
             return None
-        if offset >= self.node.file.node.size:
+        behind = offset >= self.node.file.node.size
+        if behind and self.node.header.refcount_table_offset:
             # Read as zeroes it would call everything free, and written it would make the file so long.
             raise self._impossible(index, offset, "behind the end of the file")
         data = bytearray(self.cluster_size)
-        self.node.file.read_into(offset, data)
+        if not behind:  # a table in the header names no blocks, and finds cluster 0 free: that is refused
+            self.node.file.read_into(offset, data)
         table = Table(data, offset)
         # Not trimmed here: a caller may hold other blocks that it is about to change.
         self.cache.put(index, table)

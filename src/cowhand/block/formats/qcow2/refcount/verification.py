@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING
 
 from cowhand.block.formats.qcow2.ondisk import layout as L
@@ -47,8 +47,8 @@ def _low(theirs: bytes, ours: bytes, tally: Tally) -> list[int]:
     return [at for at, count in enumerate(want) if have[at] < count]
 
 
-def raise_counts(found: References) -> tuple[int, list[int]]:
-    """Raise, in memory, counts that are lower than what *found* has counted.
+def raise_counts(found: References, spared: Container[int] = frozenset()) -> tuple[int, list[int]]:
+    """Raise, in memory, counts that are lower than what *found* has counted; not those of *spared* clusters that are counted as free.
 
     Returns (how many were raised, clusters for which that cannot be done, ascending).
     """
@@ -65,12 +65,14 @@ def raise_counts(found: References) -> tuple[int, list[int]]:
             found.failure = found.failure or error
             continue
         if block is None:
-            left += (first + at for at in _nonzero(ours, tally))
+            left += (first + at for at in _nonzero(ours, tally) if first + at not in spared)
             continue
         theirs = native(block.data, tally.order)
         low = _low(theirs, ours, tally)
         if low:
             merged = array(tally.code, theirs)
+            low = [at for at in low if merged[at] or first + at not in spared]
+        if low:
             wanted = memoryview(ours).cast(tally.code)
             for at in low:
                 merged[at] = wanted[at]
@@ -126,11 +128,12 @@ class Verification:
         if not self._counts_header():
             return None
         found = node.references()
-        raised, self.kept = raise_counts(found)
+        # Metadata that is called free is not handed out either: QEMU marks the image corrupt when it comes to it.
+        raised, self.kept = raise_counts(found, node.metadata.clusters if node.like_qemu else frozenset())
         if raised:
             node.changed = True
         inside = bisect_left(self.kept, found.clusters)
-        if raised or inside:
+        if raised or (inside and not node.like_qemu):
             mended = f"{raised} of them are counted from now on" if raised else "they are left alone"
             text = f"the reference counts of {raised + inside} clusters in use are too low; {mended}"
             diagnostics.report(f"warning: '{node.filename}': {text}. Run check on the image.", as_tool=True)
@@ -143,10 +146,11 @@ class Verification:
             )  # fmt: skip
         if found.failure is not None and not self.floor:
             self.floor = max(self.floor, self.opened)
-            diagnostics.report(
-                f"warning: '{node.filename}': not all that refers to clusters could be followed ({found.failure.message}), so nothing before "
-                "the end of the file counts as free. Run check on the image.", as_tool=True,
-            )  # fmt: skip
+            if not node.like_qemu:
+                diagnostics.report(
+                    f"warning: '{node.filename}': not all that refers to clusters could be followed ({found.failure.message}), so nothing "
+                    "before the end of the file counts as free. Run check on the image.", as_tool=True,
+                )  # fmt: skip
         return found
 
     def again(self) -> None:
