@@ -9,6 +9,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,37 @@ class Journey:
     def cowhand(self, *arguments: str, status: int = 0, quiet: bool = False) -> str:
         """Run cowhand; raises StepFailed unless it ends with *status*. Returns standard output."""
         return self._run(["cowhand", *arguments], [sys.executable, "-m", "cowhand", *arguments], status, quiet)
+
+    @contextmanager
+    def running(self, *arguments: str) -> Iterator[None]:
+        """Run cowhand while the block does something else; what it said goes into the step in the end."""
+        begin = time.monotonic()
+        command = [sys.executable, "-m", "cowhand", *arguments]
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONUTF8": "1"},
+        )
+        assert process.stdout is not None
+        said = []
+        try:
+            for line in process.stdout:
+                said.append(line.rstrip())
+                if "Ctrl-C" in line:
+                    break
+            else:
+                raise StepFailed(f"{shlex.join(command)} ended:\n" + "\n".join(said))
+            yield
+        finally:
+            process.terminate()
+            said += process.communicate()[0].splitlines()
+        line = shlex.join(["cowhand", *arguments])
+        print(f"$ {line}")
+        print("\n".join(f"   {part}" for part in said))
+        self.steps[-1].commands.append(Command(line, "\n".join(said), time.monotonic() - begin, 0))
 
     def json(self, *arguments: str, status: int = 0) -> Any:
         """Run cowhand for its JSON, without showing it."""

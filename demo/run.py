@@ -146,6 +146,20 @@ class Story:
         step.words += " SHA-256 of the restored disk and of the model, which cowhand never touched, are the same: every byte is right."
         self.journey.fact("SHA-256 of model and restored disk", f"{found[:16]}…, identical")
 
+    def serve(self) -> None:
+        self.journey.step(
+            "Serve it to other programs",
+            "The upgraded state, inside of its snapshot, becomes an NBD export; clients read it while nothing is copied.",
+        )
+        uri = "nbd+unix:///upgraded?socket=demo.sock"
+        with self.journey.running(
+            "serve", "-l", "demo.sock", "--snapshot", "upgraded", "--name", "upgraded", "vm.qcow2"
+        ):
+            self.journey.cowhand("compare", "-f", "raw", "-F", "raw", uri, "model.raw")
+            qemu = source.find_tool("qemu-img")
+            if qemu is not None:
+                self.journey.tool(qemu, "compare", "-f", "raw", "-F", "raw", uri, "model.raw")
+
     def check(self) -> None:
         self.journey.step("Check everything", "By cowhand, and by whoever else is installed here.")
         images = ("vm.qcow2", "backup.qcow2")
@@ -227,7 +241,7 @@ def main() -> int:
     try:
         for act in (
             story.make_disk, story.import_disk, story.snapshot, story.overlay, story.measure, story.commit, story.revert,
-            story.back_up, story.check,
+            story.back_up, story.serve, story.check,
         ):  # fmt: skip
             act()
     except StepFailed as error:
