@@ -17,6 +17,7 @@ from cowhand.__about__ import __version__
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import DirtyBitmap
     from cowhand.block.disk import Disk
+    from cowhand.block.locking.device_use import allowed as allow_used_devices
     from cowhand.block.locking.image_lock import missing_locks_allowed
     from cowhand.block.node.records import CheckResult, Finding, SnapshotInfo
     from cowhand.block.opening.policy import Policy
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from cowhand.image.check import check
     from cowhand.image.compact import compact
     from cowhand.image.info import ImageInfo, chain_info, image_info
+    from cowhand.image.key_slots import KeySlot, add_passphrase, change_passphrase, key_slots, remove_passphrase
     from cowhand.image.snapshots import (
         apply_snapshot,
         create_snapshot,
@@ -77,6 +79,7 @@ _PLACES = {
     "cowhand.image.snapshots": (
         "apply_snapshot", "create_snapshot", "delete_snapshot", "find_snapshot", "list_snapshots", "open_snapshot",
     ),
+    "cowhand.image.key_slots": ("KeySlot", "add_passphrase", "change_passphrase", "key_slots", "remove_passphrase"),
     "cowhand.image.info": ("ImageInfo", "chain_info", "image_info"),
     "cowhand.image.untrusted": ("Verdict", "judge"),
     "cowhand.image.usage": ("ImageUsage", "image_usage"),
@@ -101,7 +104,11 @@ _PLACES = {
 
 
 #: Names that are shorter here than where they lie.
-_RENAMED = {"open": ("cowhand.plans.opening", "open_image"), "secrets": ("cowhand.crypto.secrets", "given")}
+_RENAMED = {
+    "open": ("cowhand.plans.opening", "open_image"),
+    "secrets": ("cowhand.crypto.secrets", "given"),
+    "allow_used_devices": ("cowhand.block.locking.device_use", "allowed"),
+}
 
 
 if not TYPE_CHECKING:  # else every name would be there for the type checker
@@ -129,7 +136,8 @@ if not TYPE_CHECKING:  # else every name would be there for the type checker
 __all__ = [
     "__version__",
     # disks, and what they are made of
-    "open", "secrets", "missing_locks_allowed", "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
+    "open", "secrets", "missing_locks_allowed", "allow_used_devices",
+    "Disk", "Policy", "Extent", "ExtentBatch", "by_content", "DATA", "ZERO", "ALLOCATED", "COMPRESSED",
     # images
     "create", "image_info", "chain_info", "ImageInfo", "image_usage", "ImageUsage", "check", "CheckResult", "Finding", "judge", "Verdict",
     # copies
@@ -137,6 +145,8 @@ __all__ = [
     # chains
     "commit", "CommitResult", "rebase", "RebaseResult", "compact", "find_dependents", "Dependents", "DependentsGuard",
     "plan_commit", "plan_rebase", "plan_resize", "Plan", "Touch",
+    # passphrases
+    "key_slots", "add_passphrase", "change_passphrase", "remove_passphrase", "KeySlot",
     # snapshots
     "list_snapshots", "find_snapshot", "create_snapshot", "apply_snapshot", "delete_snapshot", "open_snapshot", "SnapshotInfo",
     # dirty bitmaps

@@ -65,7 +65,7 @@ def test_refusals(folder: Path) -> None:
     (folder / "BAD").write_text("nonsense\n")
     (folder / "EMPTY").write_text("")
     for words, message in (
-        (("-a", "crc", "a"), "'crc' is no algorithm"),
+        (("-a", "crc", "a"), "'crc' is not a checksum algorithm"),
         (("-m", "99", "a"), "99 threads"),
         (("--check", "BAD"), "line 1 is no checksum"),
         (("--check", "EMPTY"), "no checksums"),

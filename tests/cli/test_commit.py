@@ -98,7 +98,7 @@ def test_dry_run_says_who_would_be_harmed(chain: Path) -> None:
     assert plan["dependents"] == ["sibling", "nephew"]
     assert plan["moves"] == MiB
     assert [item["path"] for item in plan["writes"]] == ["middle", "top"]
-    assert "present content is gone" in plan["undo"]
+    assert "present content is overwritten" in plan["undo"]
     text = cowhand("commit", "--dry-run", "top", cwd=chain).stdout
     assert "would commit top into middle; nothing was changed" in text
     assert "depends on it: sibling" in text
@@ -106,7 +106,7 @@ def test_dry_run_says_who_would_be_harmed(chain: Path) -> None:
 
 
 def test_what_cannot_be_committed_is_told(chain: Path) -> None:
-    assert "stands on no other image" in cowhand("commit", "base", cwd=chain, status=1).stderr
+    assert "has no backing file" in cowhand("commit", "base", cwd=chain, status=1).stderr
     assert "'absent' is not below" in cowhand("commit", "-b", "absent", "top", cwd=chain, status=1).stderr
     (chain / "base").rename(chain / "gone")
     assert "not complete" in cowhand("commit", "top", cwd=chain, status=1).stderr

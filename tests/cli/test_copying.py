@@ -138,7 +138,7 @@ class TestCompare:
     def test_sizes(self, raw: Path) -> None:
         longer = raw.parent / "longer.raw"
         longer.write_bytes(raw.read_bytes() + bytes(MiB))
-        assert "but for zeroes" in cowhand("compare", "disk.raw", "longer.raw", cwd=raw.parent).stdout
+        assert "except for zeroes" in cowhand("compare", "disk.raw", "longer.raw", cwd=raw.parent).stdout
         assert "the sizes differ" in cowhand("compare", "-s", "disk.raw", "longer.raw", cwd=raw.parent, status=6).stdout
 
     def test_an_absent_image_is_no_difference(self, raw: Path) -> None:

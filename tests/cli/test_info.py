@@ -33,7 +33,7 @@ def test_text_is_aligned_facts(chain: Path) -> None:
     assert lines[0] == "image:        top"
     assert "format:       qcow2 (compat 1.1)" in lines
     assert "disk size:    8 MiB (8388608 bytes)" in lines
-    assert "stands on:    middle (qcow2)" in lines
+    assert "backing file: middle (qcow2)" in lines
 
 
 def test_json_has_the_keys_of_qemu_img(chain: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_missing_base_is_told_after_what_is_there(chain: Path) -> None:
     assert "problem: " in done.stdout
     document = cowhand("info", "--chain", "--output", "json", "top", cwd=chain, status=1).json()[-1]
     assert (document["filename"], "problem" in document) == ("base", True)
-    assert "stands on" in cowhand("info", "middle", cwd=chain).stdout
+    assert "backing file:" in cowhand("info", "middle", cwd=chain).stdout
 
 
 def test_a_loop_ends(image_dir: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_writer_is_named(path: Path) -> None:
         text = cowhand("locks", path, status=5).stdout.splitlines()
         assert text[0] == f"{path}:" and text[2].split()[:2] == [str(pid), "qemu-io"]
         assert str(path) in text[3]
-    assert cowhand("locks", path).stdout == f"{path}: nobody has it open\n"
+    assert cowhand("locks", path).stdout == f"{path}: not open in any program\n"
 
 
 @require_qemu_nbd
@@ -96,7 +96,7 @@ def test_who_takes_no_locks_is_told_of(path: Path) -> None:
 
 def test_what_is_no_file(path: Path) -> None:
     assert cowhand("locks", path.with_name("none"), "--output", "json", status=1).error()["code"] == "not-found"
-    assert "no file of this machine" in cowhand("locks", "nbd://host/x", status=1).stderr
+    assert "not a file on this machine" in cowhand("locks", "nbd://host/x", status=1).stderr
 
 
 def test_who_may_not_read_an_image_is_not_told_that_nobody_has_it_open(

@@ -30,7 +30,7 @@ def test_says_beforehand_what_it_will_copy(image_dir: Path) -> None:
         "zeroes": 0,
     }
     assert content(top) == before
-    assert "stands alone" in cowhand("rebase", "-b", "", "top", cwd=image_dir).stdout
+    assert "has no backing file any more" in cowhand("rebase", "-b", "", "top", cwd=image_dir).stdout
     base.unlink()
     assert content(top) == before
 

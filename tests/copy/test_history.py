@@ -122,7 +122,7 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
             convert(source, tmp_path / "n", "qcow2", snapshots=True, overwrite=True, **settings)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="several sources"):
         convert([source, source], tmp_path / "o", "qcow2", snapshots=True)
-    with pytest.raises(CowhandError, match="keeps no snapshots"):
+    with pytest.raises(CowhandError, match="has no internal snapshots"):
         convert(source, tmp_path / "o", "raw", snapshots=True)
     (tmp_path / "r").write_bytes(bytes(MIB))
     with pytest.raises(CowhandError):

@@ -469,8 +469,10 @@ class Disk:
                     yield node
                     return
 
-    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False, force: bool = False) -> None:
+    def resize(self, size: int | str, *, preallocation: str = "off", shrink: bool = False, force: bool = False) -> None:
         """Make the disk *size* bytes long; new bytes read as zeroes, also over a longer backing file. Cutting data off needs *shrink*.
+
+        *size* is a number, or text such as "20G".
 
         *preallocation* of what is new: off, metadata, falloc, full. To cut off what other images show is refused (OverlaysExist,
         SearchIncomplete) for a disk that ``cowhand.open`` gave, unless *force* is set. Raises InvalidArgument, NotSupported, ReadOnly, NoSpace,
@@ -478,6 +480,10 @@ class Disk:
         """
         if self.read_only:
             raise self._refuse_writing()
+        if isinstance(size, str):
+            from cowhand.core.units import parse_size
+
+            size = parse_size(size)
         if size < 0:
             raise InvalidArgument(f"a disk cannot have {size} bytes", path=self.filename)
         self.check_open()

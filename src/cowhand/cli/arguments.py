@@ -37,7 +37,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_format(parser: argparse.ArgumentParser, of: str = "the image") -> None:
     """Add ``-f, --format``: the format of what is read."""
     parser.add_argument(
-        "-f", "--format", metavar="FMT", help=f"format of {of}; recognised by its first bytes when left out"
+        "-f", "--format", metavar="FMT", help=f"format of {of}; detected from its first bytes if left out"
     )
 
 
@@ -82,7 +82,7 @@ def add_talk(parser: argparse.ArgumentParser) -> None:
     """Add ``-p, --progress`` and ``-q, --quiet``."""
     talk = parser.add_mutually_exclusive_group()
     talk.add_argument(
-        "-p", "--progress", action="store_true", help="show progress, also where standard error is no terminal"
+        "-p", "--progress", action="store_true", help="show progress even if standard error is not a terminal"
     )
     talk.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
 
@@ -104,7 +104,7 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="only say what would be read, written and moved, who depends on it, and how to undo it",
+        help="only show what would be read, written and moved, which images depend on it, and how to undo it",
     )
 
 

@@ -23,7 +23,7 @@ def add_guard(parser: argparse.ArgumentParser, force: str) -> None:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="look for images that depend on what is changed there, too",
+        help="also search FOLDER for images that depend on what is changed",
     )
 
 
@@ -54,7 +54,9 @@ def tidy(context: Context, target: str, *, remove: bool = True) -> None:
     for name in found.removed:
         context.out.note(f"{'removed' if remove else 'would remove'} {name}, which an interrupted run left behind")
     for name in found.kept:
-        context.out.note(f"{name} is of a run that did not end, perhaps on another machine; delete it if that is over")
+        context.out.note(
+            f"{name} belongs to a run that did not end, perhaps on another machine; delete it if that run is over"
+        )
 
 
 def in_place_warning(target: str, *, backing: str | None = None) -> list[str]:

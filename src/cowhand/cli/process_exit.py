@@ -15,7 +15,9 @@ def leave(status: int) -> int:
     """
     threading = sys.modules.get("threading")
     registered = getattr(atexit, "_ncallbacks", None)
-    if registered is None or registered() or (threading is not None and threading.active_count() > 1):
+    unclosed = sys.modules.get("cowhand.plans.unclosed")
+    idle = 0 if unclosed is None else unclosed.idle_callbacks()
+    if registered is None or registered() > idle or (threading is not None and threading.active_count() > 1):
         return status
     try:
         for stream in (sys.stdout, sys.stderr):

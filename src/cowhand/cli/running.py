@@ -68,6 +68,8 @@ def run(command: ModuleType, name: str, args: Namespace) -> int:
 
 
 def _with_secrets(command: ModuleType, name: str, args: Namespace) -> int:
+    if hasattr(command, "ask"):
+        command.ask(args)
     if not any(getattr(args, option, None) for option in _OF_SECRETS):
         return _run(command, name, args)
     from cowhand.cli.secrets import offered
@@ -168,7 +170,7 @@ def _wait(mailbox: Mailbox, context: Context, *, patient: bool) -> int:
         interrupted = number
         context.cancel.cancel("interrupted")
         if patient:
-            context.out.note("stopping at the next safe point; once more leaves at once")
+            context.out.note("stopping at the next safe point; Ctrl-C again stops immediately")
 
 
 def _leave(number: int) -> NoReturn:
@@ -204,7 +206,7 @@ def _internal(error: BaseException, context: Context) -> int:
     traceback.print_exception(error)
     known = CowhandError(
         f"internal error: {type(error).__name__}: {error}",
-        hint="This is a mistake in cowhand: please report it with the lines above. Images that were being written are as after a crash.",
+        hint="This is a bug in cowhand: please report it with the lines above. Images that were being written are as after a crash.",
     )
     known.exit_code = EXIT_INTERNAL
     context.out.error(context.name, known)

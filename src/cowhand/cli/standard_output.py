@@ -47,7 +47,7 @@ def opened(target: str, format: str | None, context: Context) -> Iterator[int]:
     """
     if format not in (None, "raw"):
         raise InvalidArgument(
-            f"'{target}' takes bytes in their order, and an image of format {format} is not written so",
+            f"'{target}' is a stream, and an image of format {format} cannot be written to one",
             hint="Write the image to a file, or write raw bytes: -O raw.",
         )
     output = is_output(target)
@@ -57,7 +57,7 @@ def opened(target: str, format: str | None, context: Context) -> Iterator[int]:
         raise from_os_error(error, target, doing="opening") from error
     try:
         if os.isatty(descriptor):
-            raise InvalidArgument("an image is not written to a terminal", hint="Redirect standard output.")
+            raise InvalidArgument("an image cannot be written to a terminal", hint="Redirect standard output.")
         if output:
             sys.stdout.flush()
             context.out.give_way()

@@ -50,5 +50,12 @@ def nbd() -> int:
     return main()
 
 
+def storage_daemon() -> int:
+    """Run ``cowhand-storage-daemon``."""
+    from cowhand.cli.compat.storage_daemon import main
+
+    return main()
+
+
 if __name__ == "__main__":
     sys.exit(cowhand())

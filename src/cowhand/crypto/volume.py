@@ -118,7 +118,7 @@ def unlock(
         raise left_out.refusal(header, path, option)
     raise AccessDenied(
         "the passphrase opens none of the key slots",
-        hint="A file of a passphrase counts to its last byte, also a newline at its end.",
+        hint="Every byte of a key file counts, including a newline at its end.",
         qemu="Invalid password, cannot unlock any keyslot",
         path=path,
         errno=1,

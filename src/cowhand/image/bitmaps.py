@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowhand.block.graph import graph
 from cowhand.core.errors import BitmapNotFound, CowhandError, InvalidArgument, NotSupported, ReadOnly
+from cowhand.core.units import parse_size
 
 if TYPE_CHECKING:
     from cowhand.bitmaps.named import BitmapSet, DirtyBitmap
@@ -128,9 +129,9 @@ def _new_granularity(node: BlockNode, name: str, granularity: int | None) -> int
 
 
 def add_bitmap(
-    disk: Disk, name: str, *, granularity: int | None = None, persistent: bool = True, enabled: bool = True
+    disk: Disk, name: str, *, granularity: int | str | None = None, persistent: bool = True, enabled: bool = True
 ) -> DirtyBitmap:
-    """Make a bitmap that is clean; *granularity* in bytes, the cluster size (at least 4 KiB) by default.
+    """Make a bitmap that is clean; *granularity* in bytes (or text such as "64k"), the cluster size (at least 4 KiB) by default.
 
     Raises InvalidArgument, NotSupported where the image cannot keep it, ReadOnly.
     """
@@ -138,7 +139,7 @@ def add_bitmap(
     from cowhand.bitmaps.named import DirtyBitmap
 
     node = _holder(disk)
-    granularity = _new_granularity(node, name, granularity)
+    granularity = _new_granularity(node, name, None if granularity is None else parse_size(granularity))
     known = _known(node)
     with graph.quiesce(node):
         if persistent:
@@ -164,7 +165,7 @@ def _keeper(node: BlockNode) -> Any:
     keeper = node.bitmap_keeper()
     if keeper is None:
         raise NotSupported(
-            f"format '{node.driver}' keeps no bitmaps",
+            f"format '{node.driver}' has no dirty bitmaps",
             qemu=f"Can't store persistent bitmaps to {node.name}: Operation not supported",
             path=node.filename,
         )

@@ -33,7 +33,7 @@ def inspect(path: str, format: str | None = None) -> dict[str, Any]:
         raise
     with disk:
         if root.driver != "qcow2":
-            raise NotSupported(f"the inside of format '{root.driver}' is not known", path=path)
+            raise NotSupported(f"the structure of format '{root.driver}' is not known", path=path)
         rows, left = _regions(root)
         return {
             "filename": path,

@@ -41,7 +41,7 @@ def plan_commit(
     if top.virtual_size > bottom.virtual_size:
         writes.append(Touch(bottom.filename, f"its length becomes {format_size(top.virtual_size)}"))
     if not drop and base is None:
-        writes.append(Touch(top.filename, "emptied when the base holds everything"))
+        writes.append(Touch(top.filename, "emptied once the base has everything"))
     room = look_for_room(image, len(layers) - 1, format=format)
     return Plan(
         action=f"commit {top.filename} into {bottom.filename}",
@@ -51,16 +51,16 @@ def plan_commit(
         dependents=found,
         warnings=[
             *([f"it will not fit: {room.words()}"] if room is not None else []),
-            *(f"{info.filename} will show other data: what is committed passes it by" for info in layers[1:-1]),
+            *(f"{info.filename} will show other data: the commit does not update it" for info in layers[1:-1]),
         ],
-        undo="none: the base's present content is gone. Take a snapshot of it, or copy it, first",
+        undo="none: the base's present content is overwritten. Take a snapshot of it, or copy it, first",
     )
 
 
 def layers_to(chain: list[ImageInfo], base: str | None, image: str) -> list[ImageInfo]:
     """Return the images from the top to *base* (None: the one directly below); raises CowhandError where that is not possible."""
     if len(chain) == 1:
-        raise InvalidArgument(f"'{image}' stands on no other image", path=image)
+        raise InvalidArgument(f"'{image}' has no backing file", path=image)
     if chain[-1].problem:
         missing = chain[-1]
         raise ImageNotFound(f"the chain of '{image}' is not complete: {missing.problem}", path=missing.filename)

@@ -73,8 +73,8 @@ class DependentsGuard:
                 f"{change.doing} might change what other images show: whether any reads through it is not known, since not everything could be "
                 f"looked at: {_some(reasons)}",
                 path=path,
-                hint="Let it be looked at (rights, a repair), or insist with --force if no image there reads through this one. "
-                "What is no pool of images can be left out for good: see COWHAND_POOLS in docs/cli.md.",
+                hint="Make it readable (permissions, a repair), or insist with --force if no image there reads through this one. "
+                "Folders without images can be excluded for good: see COWHAND_POOLS in docs/cli.md.",
                 missed=list(found.missed),
             )
         return None

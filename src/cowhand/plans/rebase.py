@@ -27,13 +27,14 @@ def plan_rebase(
 
     *guard* says into which further folders is looked for images that depend on what changes.
     """
-    target = backing or "nothing"
     writes = [Touch(image, "the name of its backing file")]
     if result.copied or result.zeroes:
         writes.insert(0, Touch(image, "what differs", result.copied + result.zeroes))
     warnings = ["nothing was compared: the image may show other bytes afterwards"] if unsafe else []
     return Plan(
-        action=f"put {image} on {target}",
+        action=f"give {image} the backing file {backing}"
+        if backing
+        else f"make {image} independent of its backing file",
         reads=[] if unsafe else [Touch(image, "what may differ", result.compared)],
         writes=writes,
         moves=result.copied,

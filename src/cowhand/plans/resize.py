@@ -15,5 +15,5 @@ def plan_resize(image: str, old: int, size: int, dependents: Dependents) -> Plan
         writes=[Touch(image, "its length and tables")],
         dependents=dependents,
         warnings=[f"the last {format_size(lost)} of the disk would be lost"] if lost else [],
-        undo="none: what is cut off is gone" if lost else f"cowhand resize --shrink {image} {old}",
+        undo="none: data that was cut off cannot be restored" if lost else f"cowhand resize --shrink {image} {old}",
     )

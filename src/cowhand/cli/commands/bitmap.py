@@ -2,7 +2,7 @@
 
 A dirty bitmap records which parts of a disk were written since it was made or cleared: an incremental backup copies these and no others. It is kept
 in the image (qcow2, version 3), and follows whatever writes the image through a program that knows bitmaps. One that was not stored
-after the last writes, since the writer was killed, is inconsistent: it says nothing any more, and can only be removed.
+after the last writes, since the writer was killed, is inconsistent: its content is no longer reliable, and it can only be removed.
 """
 
 from __future__ import annotations

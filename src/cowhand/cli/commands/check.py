@@ -40,19 +40,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-r", "--repair", choices=("leaks", "all"), help="give lost space back, or repair all that can be"
     )
-    parser.add_argument("--explain", action="store_true", help="name the owners of every cluster in question")
+    parser.add_argument("--explain", action="store_true", help="show what refers to every cluster concerned")
     parser.add_argument(
-        "--plan", action="store_true", help="try the repair out (all by default), and list what it writes"
+        "--plan", action="store_true", help="simulate the repair (all by default), and list what it would write"
     )
     log = parser.add_mutually_exclusive_group()
     log.add_argument(
         "--log", metavar="LOG", help="undo log of the repair; IMAGE.undo, or the next free name, if left out"
     )
     log.add_argument("--no-log", action="store_true", help="repair without an undo log")
-    log.add_argument("--undo", metavar="LOG", help="take back the repair that LOG tells of")
-    parser.add_argument("--force", action="store_true", help="with --undo: the image's time does not matter (a copy)")
+    log.add_argument("--undo", metavar="LOG", help="undo the repair that LOG recorded")
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help=f"print every finding, not the first {SHOWN} alone"
+        "--force", action="store_true", help="with --undo: ignore the image's modification time (it is a copy)"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help=f"print every finding, not just the first {SHOWN} alone"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
     arguments.add_share(parser)
@@ -196,7 +198,7 @@ def undo_words(args: argparse.Namespace) -> str:
 
     path = local_path(args.image)
     if path is None:
-        return "no undo log: a repair of what is no file of this machine cannot be taken back, so copy it first"
+        return "no undo log: a repair of what is not a file on this machine cannot be taken back, so copy it first"
     if args.no_log:
         return "copy the image first: without an undo log (--no-log) a repair cannot be taken back"
     log = args.log or free_name(path)

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     path = local_path(args.image)
     if path is None:
         raise NotSupported(
-            f"'{args.image}' is no file of this machine: a repair of it has no undo log",
+            f"'{args.image}' is not a file on this machine: a repair of it has no undo log",
             hint="Repair it with --no-log.",
         )
     if args.undo is not None:
@@ -100,7 +100,7 @@ def _plan(args: argparse.Namespace, context: Context, path: str) -> int:
     if plan.size != plan.size_before:
         out.line(f"the file would have {format_size(plan.size)} instead of {format_size(plan.size_before)}")
     if result.failure is not None:
-        out.line(f"the repair would stop on its way: {result.failure}")
+        out.line(f"the repair would fail: {result.failure}")
     else:
         out.line(f"afterwards: {check.verdict(result)}")
     return 0

@@ -1,7 +1,7 @@
 """Print checksums of what a guest sees in a disk, or verify them.
 
 They are the same whatever the format, the chain and the layout of the image, and those that sha256sum prints for the raw disk. Known zeroes are not
-read. "tree-sha256" is a hash of hashes: made by all cores, and at once where a disk is empty; cowhand alone knows it.
+read. "tree-sha256" is a hash of hashes: all cores compute it, and empty space costs nothing; only cowhand knows it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-a",
         "--algorithm",
         metavar="NAME",
-        help="sha256 by default; md5, sha1, sha512, sha3_256, blake2b and others, each also behind tree-",
+        help="sha256 by default; md5, sha1, sha512, sha3_256, blake2b and others, each also with the prefix tree-",
     )
     parser.add_argument("-l", "--snapshot", metavar="NAME", help="the disk as it was at this snapshot")
     parser.add_argument("--tag", action="store_true", help='print lines that name the algorithm: "SHA256 (disk) = ..."')
@@ -126,7 +126,7 @@ def parse(text: str, algorithm: str | None) -> list[Line]:
             name, digest = found[2], found[1]
             kind = algorithm or lengths.get(len(digest), "")
         else:
-            raise InvalidArgument(f"line {number} is no checksum")
+            raise InvalidArgument(f"line {number} is not a checksum")
         if escaped:
             name = re.sub(r"\\[\\nr]", lambda part: _ESCAPES[part[0]], name)
         out.append(Line(name, kind, digest.lower()))

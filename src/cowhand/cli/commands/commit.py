@@ -2,8 +2,8 @@
 
 Every other overlay of that base would read changed bytes afterwards, and so would internal snapshots of the overlay itself. So images that
 depend on the base are looked for: beside it and beside the overlay, below, in folders beside those, in known pools and on block devices
-(--look-in names more folders). The commit is refused where there are some, or where not everything could be looked at. --force does
-it all the same.
+(--look-in names more folders). The commit is refused if there are any, or if not everything could be looked at; --force commits
+anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cowhand.cli.running import Context
 
 EXAMPLES = """\
-  cowhand commit work.qcow2                     into the image that it stands on
+  cowhand commit work.qcow2                     into its backing file
   cowhand commit --dry-run work.qcow2           what that would do, and to whom
   cowhand commit -b base.qcow2 work.qcow2       through all layers, down to base.qcow2
 """

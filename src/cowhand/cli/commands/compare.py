@@ -1,4 +1,4 @@
-"""Tell whether two disks hold the same bytes. Formats and sizes may differ: behind its end a disk counts as zeroes.
+"""Check whether two disks hold the same bytes. Formats and sizes may differ: past its end a disk counts as zeroes.
 
 With --strict the sizes, and what is allocated, have to be the same too. The exit code is 0 when they are the same, 6 when not.
 """
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
         )
     elif found.identical:
         context.out.line(
-            "the disks are the same" + (", but for zeroes at the end of the longer one" if found.sizes_differ else "")
+            "the disks are the same"
+            + (", except for zeroes at the end of the longer one" if found.sizes_differ else "")
         )
     else:
         words = {"content": "the bytes differ", "status": "what is allocated differs", "size": "the sizes differ"}

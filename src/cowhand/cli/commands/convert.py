@@ -1,4 +1,4 @@
-"""Copy a disk, or several one behind the other, into a new image.
+"""Copy a disk, or several concatenated, into a new image.
 
 The new image appears under its name when it is complete; an existing one is overwritten only if you insist
 (--overwrite), or written in place with -n. What is overwritten stays until the new image is complete. Without -O the
@@ -37,7 +37,7 @@ _RANGES_SHOWN = 10
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", nargs="+", help="image to copy; several are put one behind the other")
+    parser.add_argument("source", nargs="+", help="image to copy; several are concatenated")
     parser.add_argument("target", help="image to make; - writes raw bytes to standard output")
     arguments.add_format(parser, "the sources")
     parser.add_argument("-O", "--target-format", metavar="FMT", help="format of the new image")
@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--bitmaps", action="store_true", help="copy the dirty bitmaps too; what the copy itself writes is not recorded"
     )
     parser.add_argument(
-        "--skip-broken-bitmaps", action="store_true", help="but for those that are inconsistent (with --bitmaps)"
+        "--skip-broken-bitmaps", action="store_true", help="with --bitmaps: skip bitmaps that are inconsistent"
     )
     arguments.add_encrypt(parser)
     parser.add_argument(
@@ -81,7 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--untrusted",
         action="store_true",
-        help="refuse sources that inspect --untrusted warns of; open nothing that they name",
+        help="refuse sources that inspect --untrusted rejects; open no file that they name",
     )
     _tuning(parser)
     arguments.add_talk(parser)
@@ -193,7 +193,7 @@ def _to_stream(args: argparse.Namespace, context: Context) -> int:
     }  # fmt: skip
     for option, given in wrong.items():
         if given:
-            raise InvalidArgument(f"{option} means nothing where the target is a stream of bytes ('{args.target}')")
+            raise InvalidArgument(f"{option} cannot be used when the target is a stream of bytes ('{args.target}')")
     policy = _refuse_unsafe(args) if args.untrusted else None
     with opened(args.target, args.target_format, context) as descriptor:
         result = stream(
@@ -219,7 +219,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what contradicts itself before anything is read."""
     if args.bitmaps and args.snapshot is not None:
         raise InvalidArgument(
-            "dirty bitmaps tell of the disk as it is now, not as it was at a snapshot",
+            "dirty bitmaps describe the disk as it is now, not as it was at a snapshot",
             hint="Leave out --bitmaps, or -l.",
         )
     if args.no_create and args.encrypt:
@@ -228,7 +228,7 @@ def _check(args: argparse.Namespace) -> None:
             hint="Leave out --encrypt: the passphrase is taken from --target-key-file or --target-secret.",
         )
     if args.verify and len(args.source) > 1:
-        raise InvalidArgument("only a copy of one source can be verified", hint="Leave out --verify.")
+        raise InvalidArgument("--verify works with one source only", hint="Leave out --verify.")
 
 
 def _options(args: argparse.Namespace) -> dict[str, str]:
@@ -250,12 +250,12 @@ def _refuse_unsafe(args: argparse.Namespace) -> Policy:
     from cowhand.image.untrusted import judge
 
     if args.backing:
-        raise InvalidArgument("an untrusted source is not put over a backing file")
+        raise InvalidArgument("an untrusted source cannot be given a backing file")
     formats = set()
     for name in args.source:
         path = local_path(name)
         if path is None:
-            raise PolicyRefused(f"'{name}' is no file of this machine, and is not opened untrusted")
+            raise PolicyRefused(f"'{name}' is not a file on this machine, and only local files can be judged")
         verdict = judge(path, args.format)
         if not verdict.sound:
             reasons = "; ".join(reason.text for reason in verdict.reasons[:5])
@@ -264,7 +264,7 @@ def _refuse_unsafe(args: argparse.Namespace) -> Policy:
             )
         formats.add(verdict.format)
     if len(formats) > 1:
-        raise InvalidArgument("untrusted sources of different formats are not put together")
+        raise InvalidArgument("untrusted sources must all have the same format")
     args.format = formats.pop()
     return UNTRUSTED
 
@@ -289,7 +289,7 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
         except CowhandError:
             continue  # the source was a description, or is gone by now; the copy is made
         if encryption_words(info) and not _makes_encrypted(args):
-            context.out.warn(f"{name}: it is encrypted, and the copy is not (--encrypt)")
+            context.out.warn(f"{name}: it is encrypted, and the copy is not (use --encrypt to encrypt it)")
         if info.snapshots and args.snapshot is None and not args.snapshots:
             count = len(info.snapshots)
             words = "snapshot is" if count == 1 else "snapshots are"
@@ -298,7 +298,7 @@ def _warn_of_losses(args: argparse.Namespace, context: Context) -> None:
             context.out.warn(f"{name}: its bitmaps are unreadable, and are not copied: {info.bitmaps_problem}")
         elif (info.details or {}).get("bitmaps") and not args.bitmaps:
             context.out.warn(
-                f"{name}: its dirty bitmaps are not copied (--bitmaps); an incremental backup has to begin anew on the copy"
+                f"{name}: its dirty bitmaps are not copied (--bitmaps); an incremental backup of the copy must begin with a full one"
             )
 
 
@@ -306,7 +306,7 @@ def _verify(args: argparse.Namespace, result: ConvertResult, context: Context) -
     from cowhand.copy.ops.compare import compare
 
     if result.unreadable_ranges:
-        raise InvalidArgument("a copy of what cannot be read cannot be verified; the copy was made")
+        raise InvalidArgument("the copy was made, but parts of the source could not be read, so it cannot be verified")
     from cowhand.image.open import open_source
 
     with ExitStack() as stack:

@@ -108,7 +108,7 @@ def _to_stream(args: argparse.Namespace, context: Context, given: dict[str, str]
     from cowhand.copy.ops.stream import stream
 
     if args.dry_run:
-        raise InvalidArgument("--dry-run means nothing where the target is a stream of bytes")
+        raise InvalidArgument("--dry-run cannot be used when the target is a stream of bytes")
     block = parse_size(given.get("bs", "512"))
     if not block:
         raise InvalidArgument("blocks of 0 bytes are not copied", hint="Give bs= a size, such as bs=1M.")

@@ -1,4 +1,4 @@
-"""Show what an image uses its file for.
+"""Show what the space in an image's file is used for.
 
 Every byte of the file is one of: header, tables, data that the disk holds now, compressed data, what only internal snapshots hold, dirty
 bitmaps, reference counts, leaked (counted as used, but nothing refers to it: "check --repair leaks" gives it back) and free (gaps that the
@@ -29,7 +29,7 @@ WRITES = False
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", nargs="+", help="image to look into")
     arguments.add_format(parser, "the images")
-    parser.add_argument("--chain", action="store_true", help="show every image that it stands on, too")
+    parser.add_argument("--chain", action="store_true", help="show its backing files, too")
     parser.add_argument("--bytes", action="store_true", help="show exact numbers of bytes")
     arguments.add_share(parser)
     arguments.add_output(parser)

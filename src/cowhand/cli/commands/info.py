@@ -1,6 +1,6 @@
-"""Tell what an image is: format, sizes, snapshots, and the image that it stands on.
+"""Show what an image is: format, sizes, snapshots, and its backing file.
 
-With --chain all images below it are told as well, and which other images read through them (where a change would look for them). An image that is in
+With --chain all its backing files are shown as well, and which other images read through them (where a change would look). An image that is in
 use is described too; its figures may be changing.
 """
 
@@ -31,7 +31,7 @@ WRITES = False
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", nargs="+", help="image to look at")
     arguments.add_format(parser)
-    parser.add_argument("--chain", "--backing-chain", action="store_true", help="tell of all images below it, too")
+    parser.add_argument("--chain", "--backing-chain", action="store_true", help="show all images of its backing chain")
     arguments.add_picture(parser, of="the chain")
     arguments.add_share(parser)
     arguments.add_output(parser)
@@ -105,13 +105,13 @@ def _show(info: ImageInfo, overlays: list[str], context: Context) -> None:
     if encryption:
         rows.append(("encrypted", encryption))
     if info.backing is not None:
-        rows.append(("stands on", _backing_words(info)))
+        rows.append(("backing file", _backing_words(info)))
     if info.in_use:
         rows.append(("in use", info.in_use))
     if info.corrupt:
-        rows.append(("damage", "marked corrupt: look at it with cowhand check, then repair it"))
+        rows.append(("damage", "marked as corrupt: run cowhand check, then repair it"))
     if info.dirty:
-        rows.append(("closed", "no: it is repaired when it is next opened for writing"))
+        rows.append(("state", "not closed cleanly; it is repaired when it is next opened for writing"))
     if info.snapshots_problem:
         rows.append(("snapshots", f"unreadable: {info.snapshots_problem}"))
     if info.bitmaps_problem:

@@ -1,4 +1,4 @@
-"""Look inside an image: its header, and where its tables lie. With --untrusted: say whether it is safe to open, and if not why.
+"""Show an image's header, and where its tables lie. With --untrusted: say whether it is safe to open, and if not, why.
 
 --untrusted opens nothing that the image names, and takes no locks. Its exit code is 0 only if nothing is wrong, and 8 otherwise.
 """
@@ -28,9 +28,13 @@ EXIT_UNSAFE = 8
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", nargs="+", help="image to look into")
     arguments.add_format(parser)
-    parser.add_argument("--untrusted", action="store_true", help="judge an image from a stranger, with reasons")
     parser.add_argument(
-        "--max-size", type=arguments.size, metavar="SIZE", help="with --untrusted: a longer disk is a reason (64T)"
+        "--untrusted",
+        action="store_true",
+        help="say whether an image from an untrusted source is safe to open, with reasons",
+    )
+    parser.add_argument(
+        "--max-size", type=arguments.size, metavar="SIZE", help="with --untrusted: a larger disk is not accepted (64T)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
     arguments.add_output(parser)
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def _run(image: str, args: argparse.Namespace, context: Context) -> int:
     path = local_path(image)
     if path is None:
-        raise NotSupported(f"'{image}' is not a file of this machine", hint="Copy it here first.")
+        raise NotSupported(f"'{image}' is not a file on this machine", hint="Copy it here first.")
     if args.untrusted:
         return _judge(image, args, context, path)
     from cowhand.image.inspect import inspect

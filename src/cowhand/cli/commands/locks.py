@@ -1,7 +1,7 @@
-"""Tell who has an image open: process, program, what it uses of the image, and what it keeps others from.
+"""Show which programs have an image open, what each uses of it, and what it denies to others.
 
 The locks are those that QEMU and cowhand put on bytes 100 to 103 (used: consistent read, write, write unchanged, resize) and 200 to 203
-(refused to others). Programs that take no locks are shown too, and so are loop devices. Nothing is opened for more than this question.
+(refused to others). Programs that take no locks are shown too, and so are loop devices. The image itself is not opened.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   cowhand locks disk.qcow2
   cowhand locks --chain top.qcow2           of its backing files, too
-  cowhand locks disk.qcow2 && echo nobody has it open
+  cowhand locks disk.qcow2 && echo not in use
 """
 WRITES = False
 EXIT_HELD = ImageInUse.exit_code
@@ -27,7 +27,7 @@ EXIT_HELD = ImageInUse.exit_code
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", nargs="+", help="image, or any other file")
-    parser.add_argument("--chain", action="store_true", help="ask for every image that it stands on, too")
+    parser.add_argument("--chain", action="store_true", help="show its backing files, too")
     arguments.add_format(parser, "the images (with --chain)")
     arguments.add_output(parser)
 
@@ -49,7 +49,7 @@ def _paths(args: argparse.Namespace) -> list[str]:
     paths: list[str] = []
     for name in args.image:
         if local_path(name) is None:
-            raise InvalidArgument(f"'{name}' is no file of this machine")
+            raise InvalidArgument(f"'{name}' is not a file on this machine")
         if not args.chain:
             paths.append(local_path(name) or name)
             continue
@@ -77,7 +77,7 @@ def _document(one: LockHolder) -> dict[str, Any]:
 def _show(path: str, held: list[LockHolder], context: Context) -> None:
     out = context.out
     if not held:
-        out.line(f"{path}: nobody has it open")
+        out.line(f"{path}: not open in any program")
         return
     out.line(f"{path}:")
     rows = [

@@ -1,4 +1,4 @@
-"""Tell how much space an image of a disk would need: at least, for the data that there is, and when all of it is written.
+"""Show how much space an image of a disk would need: for the data it has now, and when all of it is written.
 
 Nothing is written. Give an image, or with --size the length of a disk that does not exist yet.
 """

@@ -1,7 +1,7 @@
 """Give an image another backing file, or none. What it shows stays the same.
 
-What internal snapshots of the image show would change, as with --unsafe what other images show that read through it: then it is refused, unless
-you insist with --force. An image is never put on itself, or on one that reads through it.
+The rebase is refused, unless you insist with --force, if it would change what internal snapshots of the image show, or, with --unsafe, what other
+images show that read through it. An image never becomes its own backing file, directly or through others.
 
 What the new backing file would show differently is copied into the image first; the name in its header changes last, so a crash at any point
 does no harm: the rebase is simply begun again. With --unsafe only the header changes.
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from cowhand.cli.running import Context
 
 EXAMPLES = """\
-  cowhand rebase -b base.qcow2 work.qcow2            stand on base.qcow2 from now on
+  cowhand rebase -b base.qcow2 work.qcow2            base.qcow2 is the backing file from now on
   cowhand rebase --dry-run -b base.qcow2 work.qcow2  compare, and say how much would be copied
-  cowhand rebase -b "" work.qcow2                    stand alone: copy everything that shows through
+  cowhand rebase -b "" work.qcow2                    no backing file: copy everything that it showed
   cowhand rebase -u -b new/base.qcow2 work.qcow2     the backing file was moved: change its name alone
 """
 WRITES = True
@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", "--base", metavar="BASE", required=True, help='the new backing file, relative to the image; "" for none'
     )
-    parser.add_argument("-F", "--base-format", metavar="FMT", help="its format; recognised when left out")
+    parser.add_argument("-F", "--base-format", metavar="FMT", help="its format; detected if left out")
     parser.add_argument("-u", "--unsafe", action="store_true", help="change the header alone, whatever the files hold")
     parser.add_argument("-c", "--compress", action="store_true", help="store what is copied in compressed clusters")
     add_guard(parser, "rebase although snapshots of the image, or with -u other images, will show other data")
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         numbers = {"compared": result.compared, "copied": result.copied, "zeroes": result.zeroes}
         context.out.document({**document, **numbers})
         return 0
-    where = f"stands on {result.backing}" if result.backing else "stands alone"
+    where = f"now has the backing file {result.backing}" if result.backing else "has no backing file any more"
     context.out.line(f"{args.image} {where}; {format_size(result.copied + result.zeroes)} copied into it")
     return 0
 

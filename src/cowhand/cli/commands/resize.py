@@ -1,7 +1,7 @@
 """Make a disk longer or shorter. What is added reads as zeroes.
 
-SIZE is the new length, or with + or - the difference. Shrinking cuts data off the disk's end and so has to be insisted on:
-make the file systems and partitions inside shorter first.
+SIZE is the new length, or with + or - the difference. Shrinking cuts data off the disk's end, so it needs --shrink:
+shrink the file systems and partitions inside first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="image whose disk is resized")
     parser.add_argument("size", metavar="[+|-]SIZE", help="new length, or the difference")
     arguments.add_format(parser)
-    parser.add_argument("--shrink", action="store_true", help="allow cutting data off")
+    parser.add_argument("--shrink", action="store_true", help="allow data at the end to be cut off")
     parser.add_argument("--preallocation", choices=PREALLOCATION, default="off", help="how the new space is prepared")
     add_guard(parser, "shrink although other images read through this one")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
@@ -47,7 +47,7 @@ def new_size(text: str, old: int) -> int:
     amount = parse_size(text[len(sign) :])
     size = old + amount if sign == "+" else old - amount if sign == "-" else amount
     if size < 0:
-        raise InvalidArgument(f"the disk has {format_size(old)}, less than the {format_size(amount)} that are to go")
+        raise InvalidArgument(f"the disk has {format_size(old)}, less than the {format_size(amount)} to be cut off")
     if size == old and sign:
         raise InvalidArgument("the difference is zero")
     return -(-size // SECTOR) * SECTOR

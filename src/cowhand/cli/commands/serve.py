@@ -1,6 +1,6 @@
-"""Give images to other programs and machines: an NBD server, for reading only unless --writable is given.
+"""Serve images to other programs and machines over NBD, read-only unless --writable is given.
 
-Each image is an export with its file's name; the first line that is printed for one is how to reach it. What clients do is told as it happens. The
+Each image is an export with its file's name; the first line that is printed for one is how to reach it. Connections are reported. The
 server ends with Ctrl-C, after it has answered what it was asked. Without --listen it is reached from this machine only, by TCP.
 """
 
@@ -234,7 +234,7 @@ def _listen(args: argparse.Namespace, stack: ExitStack) -> list[socket.socket]:
         if "/" in address or not address.rpartition(":")[1]:
             if address.isdecimal():
                 raise InvalidArgument(
-                    f"'{address}' is no address", hint=f"A port of this machine is localhost:{address}."
+                    f"'{address}' is not an address", hint=f"A port of this machine is localhost:{address}."
                 )
             path = os.path.abspath(address)
             found.append(sockets.listen_unix(path))
@@ -251,7 +251,7 @@ def _listen(args: argparse.Namespace, stack: ExitStack) -> list[socket.socket]:
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 1 << 32):
         raise InvalidArgument(
-            f"'{text}' is no port", hint="An address is HOST:PORT, :PORT, vsock:PORT or the path of a Unix socket."
+            f"'{text}' is not a port", hint="An address is HOST:PORT, :PORT, vsock:PORT or the path of a Unix socket."
         )
     return int(text)
 

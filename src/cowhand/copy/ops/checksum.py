@@ -54,7 +54,9 @@ def check_algorithm(name: str) -> str:
     """Return *name*; raise InvalidArgument for an algorithm that is not known."""
     if name.removeprefix(TREE) not in ALGORITHMS:
         known = ", ".join(ALGORITHMS)
-        raise InvalidArgument(f"'{name}' is no algorithm", hint=f"One of {known}; or one of them behind {TREE}.")
+        raise InvalidArgument(
+            f"'{name}' is not a checksum algorithm", hint=f"One of {known}; or one of them with the prefix {TREE}."
+        )
     return name
 
 

@@ -346,7 +346,8 @@ def _creation(request: Request, size: int, registry: Registry | None, policy: Op
 
     if isinstance(request.target, Mapping):
         raise InvalidArgument(
-            "a description of the target needs one that exists", qemu="--target-image-opts requires use of -n flag"
+            "a target given as a description must exist already (use it with -n)",
+            qemu="--target-image-opts requires use of -n flag",
         )
     options = {name: value for name, value in request.options.items() if name != "size"}
     if options.get("backing_file") is not None and options.get("backing_fmt") is None:

@@ -19,7 +19,7 @@ def check_bitmaps(source: Disk, *, skip_broken: bool = False) -> None:
     """Raise NotSupported where *source*'s format keeps no bitmaps, BitmapUnusable where one is inconsistent and would not be skipped."""
     if not bitmaps.can_keep(source):
         raise NotSupported(
-            f"'{source.filename}' is of a format that keeps no bitmaps",
+            f"'{source.filename}' is of a format without dirty bitmaps",
             qemu="Source lacks bitmap support",
             path=source.filename,
         )
@@ -42,7 +42,7 @@ def check_target(target: Disk) -> None:
     """Raise NotSupported where *target* cannot keep bitmaps."""
     if not bitmaps.can_keep(target):
         raise NotSupported(
-            f"an image like '{target.filename}' keeps no bitmaps",
+            f"'{target.filename}' cannot hold dirty bitmaps",
             qemu=f"Format driver '{target.format}' does not support bitmaps", path=target.filename,
             hint="Choose qcow2, version 3.",
         )  # fmt: skip

@@ -49,7 +49,7 @@ def check_history(source: Disk, request: Request, settings: Settings) -> None:
             raise InvalidArgument(f"snapshots are not copied together with {name}")
     list_snapshots(source)  # raises where the format has none
     if request.target_format != "qcow2":
-        raise NotSupported(f"format '{request.target_format or 'raw'}' keeps no snapshots", hint="Choose qcow2.")
+        raise NotSupported(f"format '{request.target_format or 'raw'}' has no internal snapshots", hint="Choose qcow2.")
 
 
 class _Part(Progress):

@@ -158,7 +158,7 @@ def rehearse(
 
 def _owning(root: BlockNode) -> Any:
     if not hasattr(root, "owners"):
-        raise NotSupported(f"nothing is known of who owns what in images of format '{root.driver}'", path=root.filename)
+        raise NotSupported(f"the structure is not known of images of format '{root.driver}'", path=root.filename)
     return root
 
 

@@ -44,7 +44,8 @@ class References:
         self.node = node
         self.bits = node.header.cluster_bits
         self.size = node.cluster_size
-        self.length = -(-node.file.node.size // self.size) * self.size
+        self._stored = node.file.node.size
+        self.length = -(-self._stored // self.size) * self.size
         self.clusters = self.length >> self.bits
         self.tally = Tally(node.header.refcount_order, self.clusters, self._overflow)
         self.behind: set[int] = set()
@@ -80,8 +81,8 @@ class References:
         """Count *times* references to each cluster that ``[offset, offset + length)`` touches. A *table* is there whole or is lost."""
         if length <= 0:
             return
-        if table and offset + length > self.node.file.node.size:
-            self._lose(max(offset, self.node.file.node.size))
+        if table and offset + length > self._stored:
+            self._lose(max(offset, self._stored))
         first, last = offset >> self.bits, (offset + length - 1) >> self.bits
         inside = min(last, self.clusters - 1)
         if first <= inside:
@@ -144,6 +145,13 @@ class References:
         data = bytes(known)
         if self._scanner.scan(data, times) is None:
             self._look_closely(data, times)
+        elif self._stored < self.length and not self.node.external:
+            # Compressed clusters may begin in the last cluster of the file behind its end.
+            for entry in words_of(data)[:: 2 if self.node.extended else 1]:
+                if entry & L.ENTRY_COMPRESSED:
+                    host, _ = L.compressed_location(entry, self.bits)
+                    if host >= self._stored:
+                        self._lose(host)
 
     def _look_closely(self, data: bytes, times: int) -> None:
         """Go through a table that is odd, entry by entry: what may be followed in any way counts."""
@@ -163,7 +171,7 @@ class References:
                 stored = bool(words[at + 1] & _DATA_BITS) if stride == 2 else not entry & L.ENTRY_ZERO
             else:
                 continue
-            if stored and host >= self.length:
+            if stored and host >= (self._stored if entry & L.ENTRY_COMPRESSED else self.length):
                 self._lose(host)
 
     def _bitmaps(self) -> None:
