@@ -242,9 +242,11 @@ class TestTogether:
         disk.close()
 
 
-def test_a_node_that_is_closed_is_not_attached_to() -> None:
-    node = MemoryNode(content=bytes(512))
-    Disk(node).close()
+def test_a_node_that_is_closed_is_not_attached_to(image_dir: Path) -> None:
+    create(image_dir / "t.qcow2", "qcow2", MIB)
+    disk = open_image(image_dir / "t.qcow2")
+    node = disk.root
+    disk.close()
     with pytest.raises(Closed):
         Disk(node)
 

@@ -51,7 +51,7 @@ def attach(parent: BlockNode, name: str, node: BlockNode, role: Role) -> Child:
 
 def check_usable(node: BlockNode) -> None:
     """Raise Closed where *node* was closed, or is being closed. The lock is held."""
-    if node.closed:
+    if node.closed and not node.outlives_closing:
         raise Closed(f"node '{node.name}' is closed", path=node.filename)
 
 

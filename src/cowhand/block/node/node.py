@@ -165,6 +165,8 @@ class BlockNode(ABC):
     delays: ClassVar[bool] = False
     #: Whether a node without children does its requests at once: no other machine, user or limit is waited for.
     immediate: bool = False
+    #: Whether the node can be used again after it was closed: its content is in memory alone.
+    outlives_closing: ClassVar[bool] = False
     #: Whether a new image of this format reads as zeroes where nothing was written.
     zero_when_new: bool = True
     #: Bytes that the format allocates as one, where it tells of it.

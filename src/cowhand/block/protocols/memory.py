@@ -42,6 +42,7 @@ class MemoryNode(BlockNode):
     """
 
     driver: ClassVar[str] = "memory"
+    outlives_closing: ClassVar[bool] = True
     immediate = True
     options_class: ClassVar[type[NodeOptions]] = MemoryOptions
 
