@@ -13,7 +13,7 @@ import pytest
 
 from cowhand.cli.progress import Bar, Lines, duration, status
 from cowhand.core.progress import Progress
-from tests.cli.command import command_line, surroundings
+from tests.cli.command import command_line, cowhand, surroundings
 from tests.cli.images import MiB, image
 from tests.tools.patience import PATIENCE
 
@@ -137,3 +137,20 @@ def test_status_tells_amount_rate_and_rest(monkeypatch: pytest.MonkeyPatch) -> N
     now[0] = 102.0
     progress.advance(4 * MiB)
     assert status(progress) == "4 MiB of 10 MiB, 2 MiB/s, 3 s left"
+
+
+def test_line_breaks_and_controls_in_names_are_escaped_in_errors_and_progress(tmp_path: Path) -> None:
+    name = "a\n\x1b[31mb.raw"
+    told = cowhand("info", name, cwd=tmp_path, status=1).stderr
+    assert "\x1b" not in told and told.count("\n") == 1 and "a\\x0a\\x1b[31mb.raw" in told
+    (tmp_path / name).write_bytes(bytes(4096))
+    for words in (
+        ("info", name),
+        ("convert", "-p", name, f"{name}.copy"),
+        ("check", name),
+        ("du", name),
+        ("locks", name),
+    ):
+        done = cowhand(*words, cwd=tmp_path, status=1 if words[0] == "check" else 0)
+        assert "\x1b" not in done.stdout + done.stderr
+        assert not any(line.startswith(("\x1b", "b.raw")) for line in (done.stdout + done.stderr).splitlines())

@@ -183,10 +183,11 @@ class Output:
             }
             sys.stderr.write(json.dumps({"error": facts}) + "\n")
             return
-        first, *rest = (printable(line) for line in str(error).splitlines() or [""])
-        self._say(f"cowhand {command}: {first}\n", "1;31")
-        for line in rest:
-            sys.stderr.write(line + "\n")
+        # A name may hold line breaks: they are no lines of the message.
+        hint = f"\n  {error.hint}" if error.hint else ""
+        self._say(f"cowhand {command}: {printable(str(error).removesuffix(hint))}\n", "1;31")
+        for line in hint[1:].split("\n") if hint else ():
+            sys.stderr.write(printable(line) + "\n")
         sys.stderr.flush()
 
     def flush(self) -> None:
