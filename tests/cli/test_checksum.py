@@ -66,12 +66,12 @@ def test_refusals(folder: Path) -> None:
     (folder / "EMPTY").write_text("")
     for words, message in (
         (("-a", "crc", "a"), "'crc' is not a checksum algorithm"),
-        (("-m", "99", "a"), "99 threads"),
-        (("--check", "BAD"), "line 1 is no checksum"),
+        (("--check", "BAD"), "line 1 is not a checksum"),
         (("--check", "EMPTY"), "no checksums"),
         (("--check", "none"), "No such file"),
     ):
         assert message in cowhand("checksum", *words, cwd=folder, status=1).stderr
+    assert "99 threads" in cowhand("checksum", "-m", "99", "a", cwd=folder, status=2).stderr
     for words in ((), ("a", "--check", "x")):
         assert "either images or --check" in cowhand("checksum", *words, cwd=folder, status=2).stderr
 

@@ -59,7 +59,7 @@ class TestConvert:
     def test_what_contradicts_itself_is_refused_before_anything_is_made(
         self, raw: Path, words: tuple[str, ...]
     ) -> None:
-        cowhand("convert", *words, "copy.qcow2", cwd=raw.parent, status=1)
+        cowhand("convert", *words, "copy.qcow2", cwd=raw.parent, status=2)
         assert [path.name for path in raw.parent.iterdir()] == ["disk.raw"]
 
     def test_into_an_existing_image(self, raw: Path) -> None:
@@ -168,10 +168,10 @@ class TestDd:
         assert not (raw.parent / "x").exists()
 
     def test_mistakes(self, raw: Path) -> None:
-        assert "of= is missing" in cowhand("dd", "if=disk.raw", cwd=raw.parent, status=1).stderr
+        assert "of= is missing" in cowhand("dd", "if=disk.raw", cwd=raw.parent, status=2).stderr
         assert (
             "'conv=sync' is not an operand"
-            in cowhand("dd", "if=a", "of=b", "conv=sync", cwd=raw.parent, status=1).stderr
+            in cowhand("dd", "if=a", "of=b", "conv=sync", cwd=raw.parent, status=2).stderr
         )
         (raw.parent / "there").write_text("precious")
         assert "--overwrite" in cowhand("dd", "if=disk.raw", "of=there", cwd=raw.parent, status=1).stderr
@@ -222,3 +222,11 @@ def test_snapshots_and_bitmaps_go_with_a_copy(image_dir: Path) -> None:
     ]
     refused = cowhand("convert", "--skip-broken-bitmaps", path, image_dir / "d.qcow2", status=1)
     assert "requires --bitmaps" in refused.stderr
+
+
+def test_a_dry_run_looks_at_the_size_of_an_existing_target(raw: Path) -> None:
+    cowhand("create", "-f", "qcow2", "short.qcow2", "64k", cwd=raw.parent)
+    before = (raw.parent / "short.qcow2").read_bytes()
+    told = cowhand("convert", "-n", "--dry-run", "disk.raw", "short.qcow2", cwd=raw.parent).stderr
+    assert "it does not fit: short.qcow2 is a disk of 64 KiB" in told
+    assert (raw.parent / "short.qcow2").read_bytes() == before

@@ -6,7 +6,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from cowhand.cli.output import Output, is_terminal
+from cowhand.cli.output import Output, is_terminal, printable
 from cowhand.core.progress import Progress
 from cowhand.core.units import format_size
 
@@ -19,7 +19,8 @@ _QUIET_SECONDS = 0.3
 
 def listener(label: str, out: Output) -> Bar | Lines:
     """Return what shows the progress of *label*."""
-    return Bar(label) if is_terminal(sys.stderr) else Lines(label)
+    shown = printable(label)
+    return Bar(shown) if is_terminal(sys.stderr) else Lines(shown)
 
 
 def duration(seconds: float) -> str:

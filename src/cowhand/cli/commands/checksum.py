@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if bool(args.image) == (args.check is not None):
         raise arguments.Usage("either images or --check FILE", hint="cowhand checksum IMAGE ... | --check FILE")
     if args.workers is not None and not 1 <= args.workers <= 16:
-        raise InvalidArgument(f"{args.workers} threads are not possible, only 1 to 16")
+        raise arguments.Usage(f"{args.workers} threads are not possible, only 1 to 16")
     if args.check is not None:
         return _verify(args, context)
     algorithm = check_algorithm(args.algorithm or DEFAULT_ALGORITHM)

@@ -193,7 +193,7 @@ def _to_stream(args: argparse.Namespace, context: Context) -> int:
     }  # fmt: skip
     for option, given in wrong.items():
         if given:
-            raise InvalidArgument(f"{option} cannot be used when the target is a stream of bytes ('{args.target}')")
+            raise arguments.Usage(f"{option} cannot be used when the target is a stream of bytes ('{args.target}')")
     policy = _refuse_unsafe(args) if args.untrusted else None
     with opened(args.target, args.target_format, context) as descriptor:
         result = stream(
@@ -218,7 +218,7 @@ def _to_stream(args: argparse.Namespace, context: Context) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Refuse what contradicts itself before anything is read."""
     if args.bitmaps and args.snapshot is not None:
-        raise InvalidArgument(
+        raise arguments.Usage(
             "dirty bitmaps describe the disk as it is now, not as it was at a snapshot",
             hint="Leave out --bitmaps, or -l.",
         )
@@ -228,7 +228,7 @@ def _check(args: argparse.Namespace) -> None:
             hint="Leave out --encrypt: the passphrase is taken from --target-key-file or --target-secret.",
         )
     if args.verify and len(args.source) > 1:
-        raise InvalidArgument("--verify works with one source only", hint="Leave out --verify.")
+        raise arguments.Usage("--verify works with one source only", hint="Leave out --verify.")
 
 
 def _options(args: argparse.Namespace) -> dict[str, str]:
@@ -409,7 +409,7 @@ def _plan(args: argparse.Namespace, context: Context, there: bool) -> int:
         writes=[Touch(args.target, _fate(args, there), needed)],
         moves=sum(data for data, _ in amounts),
         dependents=dependents(args.target, args) if there else Dependents(),
-        warnings=[*in_place, *_space_warning(args.target, needed or 0)],
+        warnings=[*in_place, *(_size_warning(args) if args.no_create else _space_warning(args.target, needed or 0))],
         undo="none: what the target holds now would be gone" if there else f"delete {args.target}",
     )
     return show(plan, context.out)
@@ -445,6 +445,24 @@ def _amount(name: str, args: argparse.Namespace, format: str) -> tuple[int, int]
         depth = 1 if args.backing else None
         data = sum(length for _, length, zero in by_content(disk.extents(depth=depth)) if not zero)
         return data, measure(disk, format).required
+
+
+def _size_warning(args: argparse.Namespace) -> list[str]:
+    """Return a sentence that the existing target is too short for what would be copied, if it is."""
+    from cowhand.image.open import open_source
+
+    with ExitStack() as stack:
+        sources = [
+            open_source(name, stack, args.format, snapshot=args.snapshot, force_share=args.force_share)
+            for name in args.source
+        ]
+        wanted = sum(-(-disk.size // 512) * 512 for disk in sources)
+        target = open_source(args.target, stack, args.target_format, force_share=True)
+        if target.size >= wanted:
+            return []
+        return [
+            f"it does not fit: {args.target} is a disk of {format_size(target.size)}, and {format_size(wanted)} would be copied"
+        ]
 
 
 def _space_warning(target: str, needed: int) -> list[str]:

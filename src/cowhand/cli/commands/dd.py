@@ -47,13 +47,13 @@ def operands(given: list[str]) -> dict[str, str]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or name not in OPERANDS:
-            raise InvalidArgument(
+            raise arguments.Usage(
                 f"'{text}' is not an operand", hint="Known are: " + ", ".join(f"{known}=" for known in OPERANDS)
             )
         found[name] = value
     for name in ("if", "of"):
         if not found.get(name):
-            raise InvalidArgument(f"{name}= is missing", hint="See: cowhand dd --help")
+            raise arguments.Usage(f"{name}= is missing", hint="See: cowhand dd --help")
     return found
 
 
@@ -108,7 +108,7 @@ def _to_stream(args: argparse.Namespace, context: Context, given: dict[str, str]
     from cowhand.copy.ops.stream import stream
 
     if args.dry_run:
-        raise InvalidArgument("--dry-run cannot be used when the target is a stream of bytes")
+        raise arguments.Usage("--dry-run cannot be used when the target is a stream of bytes")
     block = parse_size(given.get("bs", "512"))
     if not block:
         raise InvalidArgument("blocks of 0 bytes are not copied", hint="Give bs= a size, such as bs=1M.")
