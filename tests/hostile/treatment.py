@@ -97,7 +97,10 @@ def _has_bitmaps(disk: Disk) -> bool:
 
 def _read_bitmaps(disk: Disk) -> None:
     """Read the first bitmaps, and the last; what one cannot be read for is an answer."""
-    known = list_bitmaps(disk)
+    try:
+        known = list_bitmaps(disk)
+    except CowhandError:
+        return  # of a broken directory
     for bitmap in [*known[:4], *known[-1:]]:
         try:
             for _, (offset, length) in zip(range(1000), dirty_extents(disk, bitmap.name), strict=False):
@@ -295,7 +298,7 @@ def _changes(disk: Disk) -> Iterator[tuple[str, Callable[[], Any]]]:
     if _has_bitmaps(disk):
         yield "add a bitmap", lambda: add_bitmap(disk, "new")
         for step in (clear_bitmap, remove_bitmap):
-            for bitmap in list_bitmaps(disk)[:1]:
+            for bitmap in _first_bitmap(disk):
                 yield step.__name__, partial(step, disk, bitmap.name)
         yield "write after the bitmap", write(3 * unit, unit)
         yield "flush after the bitmap", disk.flush
@@ -305,6 +308,14 @@ def _changes(disk: Disk) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "write after deleting", write(0, 4 * unit)
     size = disk.size
     yield "grow", lambda: disk.resize(size + 3 * table) if size < 1 << 60 else None
+
+
+def _first_bitmap(disk: Disk) -> list[Any]:
+    """Return the first bitmap; none where the directory is broken, which is told otherwise."""
+    try:
+        return list(list_bitmaps(disk)[:1])
+    except CowhandError:
+        return []
 
 
 def _with_first(disk: Disk, step: Callable[[Disk, str], Any]) -> None:
