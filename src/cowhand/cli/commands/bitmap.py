@@ -66,6 +66,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
     arguments.add_share(parser)
     arguments.add_dry_run(parser)
+    parser.add_argument(
+        "--force", action="store_true", help="write although the system uses the image (a mounted device)"
+    )
     arguments.add_output(parser)
 
 

@@ -28,6 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_format(parser)
     arguments.add_talk(parser)
     arguments.add_dry_run(parser)
+    parser.add_argument(
+        "--force", action="store_true", help="write although the system uses the image (a mounted device)"
+    )
     arguments.add_output(parser)
 
 

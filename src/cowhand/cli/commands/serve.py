@@ -99,6 +99,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_share(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and warnings")
+    parser.add_argument(
+        "--force", action="store_true", help="write although the system uses the image (a mounted device)"
+    )
     arguments.add_output(parser)
 
 
