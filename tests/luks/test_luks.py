@@ -189,7 +189,7 @@ def test_a_file_that_ends_early(length: int, tmp_path: Path) -> None:
     assert caught.value.path is not None
 
 
-def test_a_failure_leaves_no_empty_file_behind(tmp_path: Path) -> None:
+def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
     stub, kept = tmp_path / "stub", tmp_path / "kept"
     stub.touch()
     kept.write_bytes(b"somebody's")
@@ -197,5 +197,9 @@ def test_a_failure_leaves_no_empty_file_behind(tmp_path: Path) -> None:
         for path in (stub, kept, tmp_path / "new"):
             with pytest.raises(InvalidArgument, match="UTF-8"):
                 create(path, "luks", _SIZE, {"key-secret": "bad"}, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "kept",
+        "stub",
+    ]  # what was there before, and nothing new
     assert kept.read_bytes() == b"somebody's"
+    assert not stub.stat().st_size

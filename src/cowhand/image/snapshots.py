@@ -113,6 +113,15 @@ def create_snapshot(
         )
 
 
+def refuse_bitmaps(disk: Disk) -> None:
+    """Raise BitmapUnusable where *disk* has dirty bitmaps: going back to a snapshot would make them untrue."""
+    if _holder(disk).dirty_bitmaps:
+        raise BitmapUnusable(
+            f"'{disk.filename}' has dirty bitmaps, which do not follow a snapshot",
+            qemu="Device has active dirty bitmaps", path=disk.filename, errno=16, hint="Remove the bitmaps first.",
+        )  # fmt: skip
+
+
 def apply_snapshot(disk: Disk, wanted: str | SnapshotInfo, *, force: bool = False, guard: Guard | None = None) -> None:
     """Make the content, and the size, of *disk* what they were when the snapshot was made; what was written since is lost.
 
@@ -122,11 +131,7 @@ def apply_snapshot(disk: Disk, wanted: str | SnapshotInfo, *, force: bool = Fals
     """
     _check_writable(disk)
     node = _holder(disk)
-    if node.dirty_bitmaps:
-        raise BitmapUnusable(
-            f"'{disk.filename}' has dirty bitmaps, which do not follow a snapshot",
-            qemu="Device has active dirty bitmaps", path=disk.filename, errno=16, hint="Remove the bitmaps first.",
-        )  # fmt: skip
+    refuse_bitmaps(disk)
     chosen = choose(node.list_snapshots(), wanted, disk.filename)
     if guard is None and disk.guard is not None:
         guard = disk.guard()

@@ -86,11 +86,12 @@ def _create(disk: Disk, name: str) -> None:
 
 
 def _apply(disk: Disk, name: str) -> None:
-    from cowhand.image.snapshots import apply_snapshot, choose_as_qemu, list_snapshots
+    from cowhand.image.snapshots import apply_snapshot, choose_as_qemu, list_snapshots, refuse_bitmaps
 
     reason = "Block driver does not support snapshots"
     try:
         if _has_snapshots(disk):
+            refuse_bitmaps(disk)  # before the name is looked up
             apply_snapshot(disk, choose_as_qemu(list_snapshots(disk), name, disk.filename))
             return
     except SnapshotNotFound:

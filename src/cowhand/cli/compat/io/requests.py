@@ -12,7 +12,7 @@ from cowhand.cli.compat.io import parsing
 from cowhand.cli.compat.io.parsing import MAX_REQUEST, Complaint, UsageComplaint, number
 from cowhand.cli.compat.io.report import Timer, dump, failed, statistics, verify
 from cowhand.cli.compat.program import Failure
-from cowhand.core.errors import CowhandError, IOFailed, NoSpace, NotSupported
+from cowhand.core.errors import CowhandError, InvalidFormat, IOFailed, NoSpace, NotSupported
 
 if TYPE_CHECKING:
     from cowhand.block.disk import Disk
@@ -126,7 +126,10 @@ def _read_into(disk: Disk, offset: int, buffer: bytearray, *, vmstate: bool) -> 
     node: Any = disk.root
     if not hasattr(node, "read_vmstate"):
         raise NotSupported("this format holds no VM state")
-    buffer[:] = disk.read_vmstate(offset, len(buffer))
+    try:
+        buffer[:] = disk.read_vmstate(offset, len(buffer))
+    except InvalidFormat:
+        buffer[:] = bytes(len(buffer))  # as QEMU: what no table reaches reads as zeroes
 
 
 def readv(session: Session, words: Sequence[str]) -> bool:
