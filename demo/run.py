@@ -160,6 +160,41 @@ class Story:
             if qemu is not None:
                 self.journey.tool(qemu, "compare", "-f", "raw", "-F", "raw", uri, "model.raw")
 
+    def export(self) -> None:
+        self.journey.step(
+            "For other hypervisors",
+            "The upgraded state as a disk of VMware, of VirtualBox and of Hyper-V; each is compared with the model.",
+        )
+        for format, name in (("vmdk", "vm.vmdk"), ("vdi", "vm.vdi"), ("vhdx", "vm.vhdx")):
+            self.journey.cowhand("convert", "-O", format, "backup.qcow2", name)
+            self.journey.cowhand("compare", "-f", format, "-F", "raw", name, "model.raw")
+            (self.folder / name).unlink()
+
+    def live(self) -> None:
+        self.journey.step(
+            "Back up a disk in use",
+            "While a guest rewrites the disk, a job copies one moment of it: what the guest is about to overwrite is copied first.",
+        )
+        from cowhand.block.opening.opening import Opening
+        from cowhand.drivers import REGISTRY
+        from cowhand.jobs.live.backup import BackupJob
+
+        path = self.folder / "moment.qcow2"
+        with cowhand.open(self.folder / "vm.qcow2", writable=True) as disk:
+            cowhand.create(path, "qcow2", disk.size)
+            target = Opening(REGISTRY).open({"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}})
+            job = BackupJob("backup", disk.root, target)
+            job.install()  # the moment
+            job.start()
+            written = 0
+            while not job.wait(0):
+                disk.write(written % disk.size // 65536 * 65536, b"the guest goes on".ljust(4096))
+                written += 65536
+            job.result()
+        self.journey.fact("while the job ran, the guest wrote", f"{written // 65536} times")
+        self.journey.cowhand("compare", "-f", "qcow2", "-F", "raw", "moment.qcow2", "disk.raw")
+        self.journey.cowhand("check", "moment.qcow2")
+
     def check(self) -> None:
         self.journey.step("Check everything", "By cowhand, and by whoever else is installed here.")
         images = ("vm.qcow2", "backup.qcow2")
@@ -241,7 +276,7 @@ def main() -> int:
     try:
         for act in (
             story.make_disk, story.import_disk, story.snapshot, story.overlay, story.measure, story.commit, story.revert,
-            story.back_up, story.serve, story.check,
+            story.back_up, story.serve, story.export, story.live, story.check,
         ):  # fmt: skip
             act()
     except StepFailed as error:
