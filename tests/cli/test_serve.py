@@ -146,7 +146,7 @@ def _holders(path: Path) -> set[int]:
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["-l", "x:y:z", "{image}"], 1, "is no port"),
+        (["-l", "x:y:z", "{image}"], 1, "is not a port"),
         (["-l", "10809", "{image}"], 1, "localhost:10809"),
         (["--snapshot", "none", "-l", "{folder}/s", "{image}"], 1, "none"),
         (["-w", "--snapshot", "monday", "{image}"], 2, "cannot be written"),

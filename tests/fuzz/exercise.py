@@ -33,6 +33,8 @@ _BATCHES = 8
 #: Fields of a qcow2 header: offset and bytes (QEMU ``docs/interop/qcow2``).
 _VERSION, _CRYPT_METHOD, _INCOMPATIBLE = (4, 4), (32, 4), (72, 8)
 _DATA_FILE, _DATA_FILE_SINCE = 1 << 2, 3
+#: Bytes of a data file at most; the data of a longer disk is lost.
+_MAX_DATA_FILE = 16 << 20
 MARK = b"written by the fuzzer"
 #: Opens the encrypted images of the corpus.
 SECRET = "fuzz"
@@ -91,7 +93,9 @@ class Medium:
 
     def __init__(self, data: bytes) -> None:
         self.file = MemoryNode(content=data)
-        self.data_file = MemoryNode()
+        # As long as the disk: what a table names and the file does not have is damage.
+        size = int.from_bytes(data[24:32], "big")
+        self.data_file = MemoryNode(content=bytes(size if size <= _MAX_DATA_FILE else 0))
         # Images close what they stand on; these hold it.
         self._keepers = [Disk(node, name="keeper") for node in (self.file, self.data_file)]
 

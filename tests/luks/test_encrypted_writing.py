@@ -157,6 +157,7 @@ def test_a_new_image_is_laid_out_as_qemus(shape: dict[str, str], method: str, tm
     ours, theirs = make(tmp_path / "ours", method, **shape), tmp_path / "theirs"
     make_by_qemu(theirs, method, **shape)
     one, other = bytearray(ours.read_bytes()), bytearray(theirs.read_bytes())
+    other += bytes(-len(other) % 512)  # a new image of ours ends on a whole sector
     assert len(one) == len(other)
     if method == "luks":
         at = one.find(L.U32.pack(L.EXT_CRYPTO) + L.U32.pack(16)) + 8

@@ -288,7 +288,8 @@ def test_a_dirty_image_that_cannot_be_repaired_is_not_written(image: bytearray) 
     keeper = Disk(MemoryNode(content=bytes(image)))
     with pytest.raises(ImageCorrupt) as caught:
         images.open_over(keeper.root, writable=True)
-    assert caught.value.qemu().startswith("Could not repair dirty image")
+    assert "the file was cut off" in caught.value.message  # a repair would make zeroes of what was lost
+    assert keeper.root.snapshot_bytes() == image  # type: ignore[attr-defined]
     keeper.close()
 
 

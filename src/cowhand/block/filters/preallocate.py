@@ -139,6 +139,14 @@ class PreallocateNode(PassingFilter):
     def discard(self, offset: int, length: int) -> None:
         self.below.discard(offset, length)
 
+    def extend(self, size: int, limit: int) -> None:
+        end = self._end
+        if end is None:
+            super().extend(size, limit)
+        elif end < size:
+            # What was taken ahead reads as zeroes where nothing was written.
+            self.write_zeroes(end, size - end)
+
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         if size < self.size and not shrink:
             raise InvalidArgument("the file would be cut shorter, which was not allowed", path=self.filename)

@@ -263,7 +263,7 @@ def _in_use(path: str, mask: int, *, refused: bool, user: str) -> ImageInUse:
     question = f"Is another process using the image [{path}]?"
     hint = "End that use first."
     if not refused:
-        hint += " To read the image all the same, while it may be changing, open it without locks (--force-share, force-share=on)."
+        hint += " To read the image all the same, while it may be changing, open it without locks (-U, --force-share, force-share=on)."
     return ImageInUse(
         f"image '{path}' is in use: {user} {does}",
         qemu=f'Failed to get {kind}"{name}" lock\n{question}',
