@@ -74,8 +74,8 @@ class Raw:
 
     def __init__(self, path: Path, *, flags: int = 3) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(path))  # waits while the backlog is full: with a time limit it would not
         self.sock.settimeout(PATIENCE)
-        self.sock.connect(str(path))
         assert self.receive(18) == b"NBDMAGICIHAVEOPT\0\3"
         self.sock.sendall(flags.to_bytes(4, "big"))
         self.extended = False
