@@ -102,7 +102,10 @@ class NbdServer:
         self._tls = tls
         self._shares_sockets = shares_sockets
         self._observer = observer or Observer()
-        self._selector = selectors.DefaultSelector()
+        #: made when the server starts: one that never does holds nothing
+        self._selector: selectors.BaseSelector
+        self._waker: socket.socket | None = None
+        self._woken: socket.socket
         self._listeners: list[socket.socket] = []
         self._listening = False
         self._clients: dict[
@@ -113,9 +116,6 @@ class NbdServer:
         self._stopping = False
         self._paused_until = 0.0
         self._thread = threading.Thread(target=self._run, name="nbd-accept", daemon=True)
-        self._waker, self._woken = socket.socketpair()
-        for end in (self._waker, self._woken):
-            end.setblocking(False)
 
     # -- from outside
 
@@ -129,7 +129,12 @@ class NbdServer:
         """Begin to serve, in threads of its own."""
         if sys.getswitchinterval() > SWITCH_INTERVAL:
             sys.setswitchinterval(SWITCH_INTERVAL)
+        self._selector = selectors.DefaultSelector()
+        waker, self._woken = socket.socketpair()
+        for end in (waker, self._woken):
+            end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
+        self._waker = waker
         self._thread.start()
 
     @property
@@ -149,9 +154,12 @@ class NbdServer:
         self._wake()
         if self._thread.is_alive():
             self._thread.join()
-        self._selector.close()
-        for sock in (*self._listeners, self._waker, self._woken):
+        for sock in self._listeners:
             sock.close()
+        if self._waker is not None:
+            self._selector.close()
+            self._waker.close()
+            self._woken.close()
         with self._lock:
             threads = dict(self._connections)
         for connection in threads:
@@ -175,8 +183,9 @@ class NbdServer:
     # -- the selector's thread
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            self._waker.send(b"\0")
+        if self._waker is not None:
+            with contextlib.suppress(OSError):
+                self._waker.send(b"\0")
 
     def _run(self) -> None:
         while not self._stopping:
